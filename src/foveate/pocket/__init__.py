@@ -1,0 +1,1 @@
+"""The pocket model: a small LLaVA trained on drawn scenes, shipped with the package."""
