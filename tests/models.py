@@ -105,6 +105,7 @@ def randomise(model: Any, seed: int = 0) -> Any:
             sharp = "q_proj" in name or "k_proj" in name
             p.data = noise * (1.5 if sharp else 1.0) / p[0].numel() ** 0.5
     if model.can_generate():
+        model.get_output_embeddings().weight.data[:FIRST_TEXT] = 0  # writes text tokens only
         model.generation_config.eos_token_id = None  # eight tokens asked are eight tokens given
         model.generation_config.pad_token_id = PAD
         model.generation_config.do_sample = False
