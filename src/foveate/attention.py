@@ -1,0 +1,281 @@
+"""The attention function: the model's own kernel, with the methods' query rows done explicitly.
+
+Only the last rows that some method edits get explicit float32 weights (rows x keys); all others
+are left to the kernel the model was loaded with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .context import Context
+from .method import FoveateError
+
+Attention = Callable[..., tuple[Tensor, None]]
+
+_CHUNK = 2**24  # elements of explicit weights at a time (64 MiB of float32)
+
+
+class Rows:
+    """One attention layer, cut to the query rows of one method.
+
+    Attributes:
+        x: (B, H, R, K) float32: scores in `scores`, softmax weights in `weights`.
+        query: (B, H, R, D); key, value: (B, Hkv, K, D), as cached, after RoPE.
+        layer: 0-based. ctx: the sequence's `Context`. module: the attention module.
+        scaling: what the scores are multiplied with.
+    """
+
+    __slots__ = ("_mask", "ctx", "key", "layer", "module", "query", "scaling", "value", "x")
+
+    def __init__(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        module: nn.Module,
+        scaling: float,
+        ctx: Context,
+    ) -> None:
+        self.x, self.query, self.key, self.value = x, query, key, value
+        self._mask, self.module, self.scaling, self.ctx = mask, module, scaling, ctx
+        self.layer: int = cast(int, module.layer_idx)
+
+    @property
+    def plan(self) -> Any:
+        """What the method's `setup` returned."""
+        return self.ctx.plan
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The method's dictionary on this sequence."""
+        return self.ctx.memory
+
+    @property
+    def visual(self) -> Tensor:
+        """Visual key columns, (B, K) bool."""
+        return self.ctx.columns(self.key.shape[2], self.x.device)[0]
+
+    @property
+    def system(self) -> Tensor:
+        """Key columns before the first visual token, (B, K) bool."""
+        return self.ctx.columns(self.key.shape[2], self.x.device)[1]
+
+    @property
+    def after(self) -> Tensor:
+        """Key columns after the last visual token, (B, K) bool; generated tokens included."""
+        return self.ctx.columns(self.key.shape[2], self.x.device)[2]
+
+    @property
+    def valid(self) -> Tensor:
+        """Key columns that the last query row may attend to, (B, K) bool."""
+        size = (self.x.shape[0], self.key.shape[2])
+        if self._mask is None:
+            return torch.ones(size, dtype=torch.bool, device=self.x.device)
+        return _allowed(self._mask)[:, 0, -1].expand(size)
+
+    def dot(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scaled scores of (B, H, R, D) against (B, Hkv, N, D), (B, H, R, N) float32."""
+        return _scores(query, key, self.scaling)
+
+    def rotation(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) float32 that move rotary keys or queries by position differences.
+
+        Args:
+            delta: (1, B, N) or, under M-RoPE, (3, B, N) int64.
+
+        Raises:
+            FoveateError: for a decoder without one rotary embedding for all layers.
+        """
+        rotary = getattr(self.ctx.stack.decoder, "rotary_emb", None)
+        if rotary is None:
+            raise FoveateError(
+                f"{type(self.ctx.stack.decoder).__name__} has no rotary position embedding to "
+                "re-rotate cached keys with: switch unified positions off."
+            )
+        delta = delta.to(self.x.device)
+        kind = getattr(self.module, "layer_type", None)
+        typed = kind is not None and hasattr(rotary, f"{kind}_inv_freq")
+        args = (kind,) if typed else ()
+        cos, sin = rotary(self.x, delta if delta.shape[0] == 3 else delta[0], *args)
+        scale = getattr(rotary, f"{kind}_attention_scaling" if typed else "attention_scaling", 1.0)
+        return cos / scale, sin / scale
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply a `rotation` to (B, *, N, D) rotary states; computed in float32, dtype kept."""
+        source = sys.modules[type(self.module).__module__]
+        cos, sin = rotation
+        args: tuple[Any, ...] = (x.float(), x[:, :0].float(), cos, sin)
+        if cos.dim() == 4:  # older M-RoPE code mixes the three parts here
+            section = self.ctx.stack.decoder.config.rope_parameters["mrope_section"]
+            return source.apply_multimodal_rotary_pos_emb(*args, section)[0].to(x.dtype)
+        return source.apply_rotary_pos_emb(*args)[0].to(x.dtype)
+
+
+def register(stack: str, implementation: str) -> str:
+    """One implementation name per method stack, in both interfaces.
+
+    Compiled graphs guard on the name and not on hooks, so a graph compiled outside the block, or
+    for other methods, is never reused.
+    """
+    if implementation in ("eager", "flex_attention") or implementation is None:
+        implementation = "sdpa"
+    digest = hashlib.sha256(f"{stack} on {implementation}".encode()).hexdigest()[:12]
+    name = f"foveate_{digest}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        base = ALL_ATTENTION_FUNCTIONS[implementation]
+        AttentionInterface.register(name, _attention(base, implementation))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _attention(base: Attention, implementation: str) -> Attention:
+    """The registered attention function: `base`, with the methods' rows computed explicitly."""
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if implementation.startswith("flash"):  # it asks the configuration which kernel to use
+            module = cast(
+                nn.Module,
+                types.SimpleNamespace(
+                    config=types.SimpleNamespace(_attn_implementation=implementation),
+                    is_causal=module.is_causal,
+                    layer_idx=module.layer_idx,
+                    modules=module.modules,
+                ),
+            )
+        return base(module, *args, **kwargs)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        ctx: Context | None = kwargs.pop("foveate", None)
+        kwargs |= {"scaling": scaling, "dropout": dropout}
+        new, length = query.shape[2], key.shape[2]
+        acting: list[tuple[int, int]] = []
+        if ctx is not None:
+            edits = ctx.stack.edits[cast(int, module.layer_idx)]
+            acting = [(i, ctx.rows(i, new)) for i in edits if ctx.acts(i)]
+        count = max((r for _, r in acting), default=0)
+        if ctx is None or count == 0:
+            return run(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+            raise FoveateError("Attention with sinks or soft-capped scores cannot be edited.")
+        if kwargs.get("cache") is not None:
+            raise FoveateError(
+                "Paged caches (continuous batching) hold no rows to edit: call generate()."
+            )
+
+        out = None
+        if count < new or ctx.suffix_rows is not None:
+            out, _ = run(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is None and 1 < new < length:  # an empty static cache
+            key, value = key[:, :, :new], value[:, :, :new]
+        mask = _row_mask(attention_mask, new, key.shape[2], count, query.device)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        size = max(1, _CHUNK // (query.shape[0] * query.shape[1] * key.shape[2]))
+        pieces = []
+        for lo in range(new - count, new, size):
+            hi = min(lo + size, new)
+            part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, lo - new + count :]
+            part = part if part is None else part[:, :, : hi - lo]
+            pieces.append(
+                _edit(ctx, module, acting, query, key, value, part, scale, lo, hi).transpose(1, 2)
+            )
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        if out is None:
+            return rows.contiguous(), None
+        if count > 1 and ctx.suffix_rows is not None and not ctx.stack.all_rows:
+            chosen = ctx.suffix_rows[:, -count:].to(rows.device).clone()
+            chosen[:, -1] = True  # methods on the last row reach every sample
+            rows = torch.where(chosen[..., None, None], rows, out[:, -count:])
+        if out.requires_grad or rows.requires_grad:
+            return torch.cat([out[:, :-count], rows], 1), None
+        out[:, -count:] = rows
+        return out, None
+
+    return attention
+
+
+def _edit(
+    ctx: Context,
+    module: nn.Module,
+    acting: list[tuple[int, int]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    lo: int,
+    hi: int,
+) -> Tensor:
+    """Attention output (B, H, hi - lo, D) of the query rows [lo, hi) with the methods applied."""
+    new = query.shape[2]
+    query = query[:, :, lo:hi]
+    x = _scores(query, key, scale)
+    for stage in ("scores", "weights"):
+        for i, count in acting:
+            rows = hi - max(lo, new - count)
+            if rows <= 0 or stage not in ctx.stack.methods[i].stages:
+                continue
+            method, old = ctx.use(i), x[:, :, -rows:]
+            view = Rows(old, query[:, :, -rows:], key, value, mask, module, scale, ctx)
+            edited = ctx.keep(i, getattr(method, stage)(view), old)
+            if method.rows == "text" and ctx.suffix_rows is not None and edited is not old:
+                stop = hi - new + ctx.suffix_rows.shape[1]
+                chosen = ctx.suffix_rows[:, stop - rows : stop].to(x.device)
+                edited = torch.where(chosen[:, None, :, None], edited, old)
+            x = edited if rows == x.shape[2] else torch.cat([x[:, :, :-rows], edited], 2)
+        if stage == "scores":
+            if mask is not None:
+                lowest = torch.finfo(x.dtype).min
+                x = x.masked_fill(~mask, lowest) if mask.dtype == torch.bool else x + mask
+            x = x.softmax(-1)
+    batch, heads, rows, _ = x.shape
+    grouped = x.to(value.dtype).view(batch, key.shape[1], -1, key.shape[2])
+    return (grouped @ value).view(batch, heads, rows, -1)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled dot products (B, H, R, K) float32 without expanding key/value heads."""
+    batch, heads, rows, width = query.shape
+    grouped = (query * scale).reshape(batch, key.shape[1], -1, width)
+    return (grouped @ key.transpose(2, 3)).float().view(batch, heads, rows, -1)
+
+
+def _row_mask(
+    mask: Tensor | None, new: int, length: int, count: int, device: torch.device
+) -> Tensor | None:
+    """The last `count` rows of whatever mask the kernel got: (B|1, 1, count, K), True = attend."""
+    if mask is not None and mask.dim() == 4:
+        return mask[:, :, new - count :, :length]
+    causal = None
+    if count > 1:
+        row = torch.arange(length - count, length, device=device)
+        causal = (torch.arange(length, device=device) <= row[:, None])[None, None]
+    if mask is None:
+        return causal
+    valid = mask[:, None, None, -length:].bool()  # flash: (B, K), 1 = a real token
+    return valid if causal is None else valid & causal
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask >= 0

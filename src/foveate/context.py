@@ -1,0 +1,244 @@
+"""What a sequence carries: the resolved methods, their context, and the cache it hangs on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from .method import FoveateError, Method, text
+
+
+def attention_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """Decoder layers (0-based) with full attention; sliding-window layers are left out."""
+    config = model.get_decoder().config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+
+
+class Stack:
+    """Resolved methods on one model, and which of them acts where. Shared by all contexts."""
+
+    def __init__(self, model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.methods = tuple(m.resolve(model) for m in methods)
+        self.plans = tuple(m.setup(model) for m in self.methods)
+        self.depth: int = self.decoder.config.num_hidden_layers
+        attention = [i for i, m in enumerate(self.methods) if m.stages & {"scores", "weights"}]
+        self.edits = {
+            layer: tuple(i for i in attention if layer in (self.methods[i].layers or ()))
+            for layer in range(self.depth)
+        }
+        self.text_rows = any(self.methods[i].rows == "text" for i in attention)
+        self.all_rows = any(self.methods[i].rows == "all" for i in attention)
+        self.last_rows = bool(attention) or bool(self.at("logits"))
+        self.needs_image = [m.name for m in self.methods if m.needs_image]
+
+    def at(self, stage: str) -> tuple[int, ...]:
+        """Indices of the methods that override `stage`, in order."""
+        return tuple(i for i, m in enumerate(self.methods) if stage in m.stages)
+
+    def __str__(self) -> str:
+        return text(self.methods)
+
+
+class Context:
+    """What the methods know about one sequence batch; one per KV cache, everything batch-first.
+
+    Attributes:
+        visual: (B, P) bool, visual tokens among the prompt's columns so far. Later columns are
+            generated text.
+        positions: (1, B, P) int64, or (3, B, P) under M-RoPE: the positions the decoder used.
+        phase: "prefix", "prompt" or "decode".
+        has_image: (B,) bool.
+        plan: what the acting method's `setup` returned.
+        memory: the acting method's own dictionary. Values are tensors (batch-first), or lists and
+            dictionaries of them; replace tensors, never change them in place.
+    """
+
+    plan: Any
+    memory: dict[str, Any]
+
+    def __init__(self, stack: Stack, visual: Tensor, phase: str) -> None:
+        self.stack = stack
+        self.phase = phase
+        self.positions = visual.new_zeros((1, len(visual), 0), dtype=torch.long)
+        self.memories: tuple[dict[str, Any], ...] = tuple({} for _ in stack.methods)
+        self.other: Stream | None = None
+        self.see(visual, visual.shape[1])
+        for i in stack.at("begin"):
+            self.use(i).begin(self)
+
+    def see(self, visual: Tensor, new: int) -> None:
+        """Take in a prompt whose last `new` columns are the query rows of this forward."""
+        self.visual = visual
+        columns = torch.arange(1, visual.shape[1] + 1, device=visual.device) * visual
+        self.last = columns.amax(1) - 1  # (B,), -1 without an image
+        self.has_image = self.last >= 0
+        self.first = torch.where(self.has_image, visual.int().argmax(1), visual.shape[1])
+        self.mixed = False
+        self.empty = not bool(self.has_image.any())
+        self.suffix, self.suffix_rows = new, None
+        self.step: dict[Any, tuple[Tensor, ...]] = {}
+        if not self.empty:
+            self.mixed = not bool(self.has_image.all())
+        if self.stack.text_rows:
+            counts = (visual.shape[1] - 1 - self.last).clamp(max=new)
+            self.suffix = int(counts.max())
+            if bool((counts < self.suffix).any()):
+                row = torch.arange(self.suffix, device=visual.device)
+                self.suffix_rows = row >= self.suffix - counts[:, None]
+
+    def use(self, i: int) -> Method:
+        """Method i of the stack, with its own `plan` and `memory` in place."""
+        self.plan, self.memory = self.stack.plans[i], self.memories[i]
+        return self.stack.methods[i]
+
+    def acts(self, i: int) -> bool:
+        """Whether method i does anything on this batch."""
+        return not (self.empty and self.stack.methods[i].needs_image)
+
+    def keep(self, i: int, new: Tensor, old: Tensor) -> Tensor:
+        """`new`, but `old` for the samples without an image where the method needs one."""
+        if new is old or not (self.mixed and self.stack.methods[i].needs_image):
+            return new
+        has_image = self.has_image.to(new.device)
+        return torch.where(has_image.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+    def rows(self, i: int, new: int) -> int:
+        """How many of the last query rows method i receives, of `new` in this forward."""
+        kind = self.stack.methods[i].rows
+        if kind == "last":
+            return 0 if self.phase == "prefix" else 1
+        return new if kind == "all" or self.phase == "decode" else self.suffix
+
+    def columns(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(visual, system, after), each (B, length) bool on `device`; made once per forward."""
+        if device not in self.step:
+            visual = pad(self.visual, (0, length - self.visual.shape[1])).to(device)
+            column = torch.arange(length, device=device)
+            system = column < self.first.to(device)[:, None]
+            after = column > self.last.to(device)[:, None]
+            self.step[device] = (visual, system & ~after, after)
+        return cast(tuple[Tensor, Tensor, Tensor], self.step[device])
+
+    def select(self, index: Tensor) -> Context:
+        """The same context for the batch rows `index` (N,) int64: fork, beams, row selection."""
+        return self._copy(lambda t: t.index_select(0, index.to(t.device)), index)
+
+    def crop(self, length: int) -> None:
+        """Forget the prompt columns from `length` on."""
+        self.visual = self.visual[:, :length]
+        self.positions = self.positions[:, :, :length]
+        self.see(self.visual, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        return self._copy(lambda t: t, None)
+
+    def _copy(self, take: Callable[[Tensor], Tensor], index: Tensor | None) -> Context:
+        new = copy.copy(self)
+        for name in ("visual", "last", "first", "has_image", "suffix_rows"):
+            value = getattr(self, name)
+            setattr(new, name, None if value is None else take(value))
+        new.positions = take(self.positions.transpose(0, 1)).transpose(0, 1)
+        new.memories = tuple(_map(m, take) for m in self.memories)
+        new.step = {}
+        new.other = None if self.other is None else self.other.copy(index)
+        return new
+
+
+def _map(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """`take` on every tensor; containers are new, anything else is shared."""
+    if isinstance(value, Tensor):
+        return take(value)
+    if isinstance(value, dict):
+        return {k: _map(v, take) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(v, take) for v in value)
+    return value
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+class Carrier:
+    """Mixed into the class of a cache that carries a context: the cache's own calls reach it."""
+
+    foveate: Context | None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for method in self.foveate.stack.methods if self.foveate else ():
+            if not method.reorders:
+                raise FoveateError(
+                    f"{method.name} remembers earlier tokens and cannot follow beam search: "
+                    "use num_beams=1."
+                )
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.foveate is not None:
+            index = torch.arange(self.foveate.visual.shape[0]).repeat_interleave(repeats)
+            self._select(index)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select(indices)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        if self.foveate is not None and self.foveate.phase != "prefix":
+            raise FoveateError(
+                "A cache that holds edited tokens cannot be cropped (assisted decoding does that): "
+                "generate without an assistant, or crop a copy made right after prefill()."
+            )
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.foveate is not None:
+            self.foveate.crop(length(self))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.foveate = None
+
+    def _select(self, index: Tensor) -> None:
+        if self.foveate is not None:
+            self.foveate = self.foveate.select(index)
+
+
+@functools.cache
+def _carrying(kind: type) -> type:
+    return type(kind.__name__, (Carrier, kind), {})
+
+
+def adopt(cache: Any, ctx: Context) -> None:
+    """Hang `ctx` on `cache`."""
+    if not isinstance(cache, Carrier):
+        cache.__class__ = _carrying(cast(Any, type(cache)))
+    cache.foveate = ctx
+
+
+def length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+class Stream:
+    """The second stream of a contrasting method: its own cache, mask and positions."""
+
+    def __init__(self, cache: Any, mask: Tensor | None, ctx: Context) -> None:
+        self.cache, self.mask, self.ctx = cache, mask, ctx
+
+    def copy(self, index: Tensor | None) -> Stream:
+        cache = copy.deepcopy(self.cache)
+        mask, ctx = self.mask, self.ctx
+        if index is not None:
+            cache.batch_select_indices(index)
+            mask = mask if mask is None else mask.index_select(0, index.to(mask.device))
+            ctx = ctx.select(index)
+        return Stream(cache, mask, copy.copy(ctx))
