@@ -1,0 +1,334 @@
+"""The `foveate` command. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from . import __version__
+from .method import FoveateError, as_stack, methods, text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .record import Record
+    from .vlm import VLM, Answer
+
+app = typer.Typer(
+    help="Ask a vision-language model about an image, plain and with visual-attention methods.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="pocket, a saved model's folder, or a hub name.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
+
+
+SIX = (  # category and answer of the demo's questions
+    ("existence", "yes"),
+    ("existence", "no"),
+    ("attribute", "yes"),
+    ("relation", "no"),
+    ("attribute", None),
+    ("number", None),
+)
+SIDE_BY_SIDE = ("vanilla", "clvs")  # what is compared where nobody chose
+
+
+class Habit(StrEnum):
+    """Which scenes to draw: as in training, against it, or half and half."""
+
+    WITH, AGAINST, BOTH = "with", "against", "both"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="foveate")
+        warnings.showwarning = _note
+        try:
+            app(arguments)
+        except FoveateError as error:
+            print(f"foveate: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"foveate: note: {message}", file=sys.stderr)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"foveate {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelOption = "pocket",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ...; repeat it to compare. "
+            "Default: vanilla and clvs."
+        ),
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Draw each method's attention into this picture.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask one question about an image, with every method given, and compare the answers.
+
+    Seconds are measured after one token has been produced to warm up.
+    """
+    stacks = [as_stack(m) for m in method or SIDE_BY_SIDE]
+    if not question.strip():
+        raise FoveateError("The question is empty: ask something about the image.")
+    if show:
+        from .plots import check_path
+
+        check_path(show)
+    picture = _picture(image)
+    vlm = _load(model, device=device, dtype=dtype)
+    vlm.ask(picture, question, system=system, max_new_tokens=1)
+    answers = [
+        vlm.ask(
+            picture,
+            question,
+            stack,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            record=show is not None,
+        )
+        for stack in stacks
+    ]
+    names = [text(stack) for stack in stacks]
+    if as_json:
+        found = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
+        print(json.dumps({"model": model, "image": image, "question": question, "answers": found}))
+    else:
+        table = _table("method", "answer", "probability", "seconds")
+        for name, answer in zip(names, answers, strict=True):
+            table.add_row(name, answer.text, _number(answer.probability), f"{answer.seconds:.2f}")
+        _print(table)
+    if show:
+        _draw_attention(vlm, question, dict(zip(names, answers, strict=True)), show)
+        if not as_json:
+            print(f"attention: {show}")
+
+
+@app.command("methods")
+def list_methods(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Fill in what the method uses on it.")
+    ] = None,
+) -> None:
+    """List the methods with their parameters; with --model, as resolved for that model."""
+    outline = None
+    if model:
+        from .loading import outline as load_outline
+
+        outline = load_outline(model)
+    table = _table("method", "parameters", "paper", "what it does")
+    for name, cls in methods().items():
+        method = cls()
+        if outline is not None:
+            method = method.resolve(outline)
+        parameters = [f"{k}={_brief(v)}" for k, v in method.parameters().items()]
+        about = (cls.__doc__ or "").strip().split("\n")[0]
+        table.add_row(name, "\n".join(parameters), cls.paper and f"arXiv {cls.paper}", about)
+    _print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and what works here; exit code 1 if foveate itself does not."""
+    from .doctor import check
+
+    _quiet()
+    healthy = True
+    for line in check():
+        healthy &= line.good is not False
+        mark = {True: "ok  ", False: "BAD ", None: "    "}[line.good]
+        print(f"{mark}{line.what}: {line.found}", flush=True)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def draw(
+    number: Annotated[int, typer.Argument(min=1, metavar="N", help="How many scenes.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    seed: Annotated[int, typer.Option(min=0, help="First scene's number.")] = 0,
+    habit: Annotated[
+        Habit, typer.Option(help="Scenes as in training, or against it.")
+    ] = Habit.BOTH,
+    size: Annotated[int, typer.Option(min=32, max=4096, help="Side in pixels.")] = 768,
+) -> None:
+    """Draw scenes, with masks, questions and ground truth, for experiments of your own."""
+    from .pocket.questions import export
+
+    print(f"{number} scenes: {export(number, _folder(out), seed, habit.value, size)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Another scene.")] = 0,
+    model: ModelOption = "pocket",
+) -> None:
+    """Draw a scene, ask six questions about it with vanilla and CLVS, and show the attention."""
+    from .pocket import world
+
+    scene, asked = _six_questions(seed)
+    folder = _folder(out)
+    picture = world.draw(scene)
+    picture.save(folder / "scene.png")
+    vlm = _load(model)
+    vlm.ask(picture, asked[0].text, max_new_tokens=1)
+    table = _table("question", "truth", *SIDE_BY_SIDE)
+    for number, question in enumerate(asked):
+        answers = {
+            m: vlm.ask(picture, question.text, m, max_new_tokens=16, record=number == 0)
+            for m in SIDE_BY_SIDE
+        }
+        table.add_row(question.text, question.answer, *(_said(a) for a in answers.values()))
+        if number == 0:
+            _draw_attention(vlm, question.text, answers, folder / "attention.png")
+    _print(table)
+    print(f"scene: {folder / 'scene.png'}\nattention: {folder / 'attention.png'}")
+
+
+def _six_questions(seed: int) -> tuple[Any, list[Any]]:
+    """A held-out scene, and one question of each of six kinds about it."""
+    import random
+
+    from .pocket import questions, world
+
+    scene = world.sample(questions.FIRST_HELD_OUT + seed)
+    asked = questions.exam(scene, random.Random(seed))
+    found: list[Any] = []
+    for kind in SIX:
+        fitting = [q for q in asked if (q.category, q.label) == kind]
+        rest = fitting or [q for q in asked if q not in found]
+        found.append(rest[0])
+    return scene, found
+
+
+def _picture(name: str) -> Any:
+    from .images import decode
+
+    if name == "demo" and not Path(name).exists():
+        from .pocket import questions, world
+
+        return world.draw(world.sample(questions.FIRST_HELD_OUT))
+    return decode(name)
+
+
+def _load(name: str, **options: Any) -> VLM:
+    from .vlm import VLM
+
+    _quiet()
+    return VLM.load(name, **options)
+
+
+def _quiet() -> None:
+    """No progress bars for models that load in a moment, nor where nobody watches."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
+    """Attention to the first image, mean over the answer's tokens."""
+    import torch
+
+    from .plots import Look, show_attention
+
+    looks, layers = [], tuple[int, ...]()
+    for name, answer in answers.items():
+        record = cast("Record", answer.record)
+        steps = [record.image(step)[0] for step in range(max(1, len(answer.tokens)))]
+        looks.append(Look(name, _said(answer), torch.stack(steps).mean(0)))
+        layers = record.layers
+    chat = next(iter(answers.values())).chat
+    show_attention(chat.images[0], question, looks, layers, vlm.grids(chat)[0], path)
+
+
+def _said(answer: Answer) -> str:
+    return f"{answer.text} ({_number(answer.probability)})"
+
+
+def _as_dict(name: str, answer: Answer) -> dict[str, Any]:
+    return {
+        "method": name,
+        "answer": answer.text,
+        "probability": answer.probability,
+        "yes": answer.yes,
+        "tokens": answer.tokens,
+        "probabilities": answer.probabilities,
+        "seconds": answer.seconds,
+        "timings": answer.timings,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _brief(value: Any) -> str:
+    """A parameter's value; a run of layers as its ends."""
+    if isinstance(value, tuple) and len(value) > 3 and value == (*range(value[0], value[-1] + 1),):
+        return f"{value[0]}..{value[-1]}"
+    return repr(value)
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FoveateError(f"The folder {path} cannot be made: {error.strerror}.") from error
+    return path
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Model and processor from a name: the pocket model, a folder or the hub; or one clear sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from .method import FoveateError
+
+MODELS: Any = transformers.AutoModelForImageTextToText
+HINT = "use 'pocket', a saved model's folder, or a hub name such as 'llava-hf/llava-1.5-7b-hf'"
+
+
+def load(
+    name: str,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    attn: str | None = None,
+) -> tuple[Any, Any]:
+    """The model, in eval mode on its device, and its processor; see `VLM.load`.
+
+    Raises `FoveateError` for a name that leads nowhere, a folder that is incomplete, a model that
+    sees nothing or needs code of its own, and for a device, dtype or attention not to be had.
+    """
+    if device is not None and device_map is not None:
+        raise FoveateError("Give either device or device_map, not both.")
+    place = _device(device)
+    source, offline = _locate(name)
+    common = {"local_files_only": offline, "trust_remote_code": False}
+    with _one_sentence(name):
+        _config(name, source, offline)
+        processor = transformers.AutoProcessor.from_pretrained(source, **common)
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise FoveateError(
+                f"{name} comes without a processor for images: save the model's processor with it."
+            )
+        model, info = MODELS.from_pretrained(
+            source,
+            dtype=_dtype(dtype, place),
+            device_map=device_map,
+            attn_implementation=attn,
+            output_loading_info=True,
+            **common,
+        )
+        if device_map is None:
+            model = model.to(place)
+    if missing := sorted(info["missing_keys"]):
+        warnings.warn(
+            f"The weights of {name} lack {len(missing)} tensors ({missing[0]}, ...), which are now "
+            "random: its answers mean nothing.",
+            stacklevel=3,
+        )
+    return model, processor
+
+
+def outline(name: str) -> Any:
+    """The model's modules without any weights (on the meta device), to see how it is built."""
+    source, offline = _locate(name)
+    with _one_sentence(name), torch.device("meta"):
+        return MODELS.from_config(_config(name, source, offline))
+
+
+def _config(name: str, source: str, offline: bool) -> Any:
+    config = transformers.AutoConfig.from_pretrained(
+        source, local_files_only=offline, trust_remote_code=False
+    )
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise FoveateError(f"{name} ({config.model_type}) is not a vision-language model: {HINT}.")
+    return config
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """What to give to `from_pretrained`, and whether the network must be left alone."""
+    if name == "pocket":
+        from .pocket.build import WEIGHTS
+
+        folder = Path(WEIGHTS)
+        if not _has_weights(folder):
+            raise FoveateError(
+                "The pocket model's weights are missing from this installation: install foveate "
+                "again, or make them with `foveate train pocket`."
+            )
+        return str(folder), True
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FoveateError(f"The folder {name} has no config.json: it is not a saved model.")
+        if not _has_weights(folder):
+            raise FoveateError(f"The folder {name} has no weights (*.safetensors or *.bin).")
+        return str(folder), True
+    if folder.exists():
+        raise FoveateError(f"{name} is a file: give the folder of the saved model.")
+    if name.count("/") != 1 or name[0] in "./~":
+        near = difflib.get_close_matches(name, ["pocket"])
+        hint = f"did you mean '{near[0]}'" if near else HINT
+        raise FoveateError(f"There is no model or folder {name!r}: {hint}.")
+    return name, _offline(name)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _offline(name: str) -> bool:
+    """Ask the hub once whether it has the model; False where it does, True where only a cache can.
+
+    transformers itself retries every file for half a minute before it gives up.
+    """
+    try:
+        HfApi().model_info(name, timeout=10)
+        return False
+    except RepositoryNotFoundError as error:
+        raise FoveateError(f"The hub has no model {name!r} that you may see: {HINT}.") from error
+    except HFValidationError as error:
+        raise FoveateError(f"{name!r} is not the name of a model: {HINT}.") from error
+    except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE: kinds vary
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        raise FoveateError(
+            f"{name!r} is neither a folder nor in the local cache, and the hub cannot be reached: "
+            "check the name or the network."
+        ) from error
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FoveateError(f"There is no device {str(device)!r} on this machine.") from error
+    return place
+
+
+def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype | str:
+    if dtype is None:
+        return torch.bfloat16 if place.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise FoveateError(
+            f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or 'auto'."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Turn what transformers raises on loading into one sentence; the rest stays in the cause."""
+    try:
+        yield
+    except FoveateError:
+        raise
+    except Exception as error:  # damaged files and missing packages raise nearly anything
+        text = str(error)
+        if "trust_remote_code" in text or "custom code" in text:
+            reason = "it needs code of its own: load it yourself and pass VLM(model, processor)"
+        elif "does not recognize this architecture" in text:
+            version = transformers.__version__
+            reason = f"transformers {version} does not know its architecture: upgrade it"
+        else:
+            reason = " ".join(text.split("\n\n")[0].split()).rstrip(".") or type(error).__name__
+        raise FoveateError(f"{name} could not be loaded: {reason}.") from error

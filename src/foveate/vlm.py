@@ -1,0 +1,421 @@
+"""The front door: a model with its processor and chat template, asked about pictures.
+
+vlm = VLM.load("pocket")                             # or a hub name, or a saved folder
+vlm.ask("photo.jpg", "Is there a cup?", "clvs").text
+vlm.batch([("a.jpg", "What is this?"), ("b.jpg", "Is it red?")], "clvs(smoothing=0.7)")
+for piece in vlm.stream("photo.jpg", "Describe this image."): ...
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BatchFeature,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from .engine import attach
+from .images import ImageLike, decode_all
+from .loading import load
+from .method import FoveateError, Method, as_stack
+from .record import Record, Recorder
+from .vision import Grid, grids
+
+Methods = str | Method | Sequence[str | Method] | None
+"""Nothing, one method, or several, as text ("clvs(smoothing=0.7)+vcd") or as objects."""
+
+_ASKS_YES_OR_NO = re.compile(
+    r"yes or no|(?:^|[.!?:\n])\s*"
+    r"(?:is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must)"
+    r"(?:n['’]t)?\s[^.!?]*\?",
+    re.IGNORECASE,
+)
+
+
+def _stack(method: Methods) -> tuple[Method, ...]:
+    if method is None:
+        return ()
+    return as_stack(*([method] if isinstance(method, (str, Method)) else method))
+
+
+@dataclass
+class Chat:
+    """One user turn: pictures, then text. What `Method.rewrite` receives and returns."""
+
+    images: list[Image.Image]
+    text: str
+    system: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a method found out on the way, such as the box it cropped; back on `Answer.chat`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one chat."""
+
+    text: str
+    tokens: tuple[str, ...]
+    """The produced tokens, without the end token."""
+    probabilities: tuple[float, ...]
+    """The probability of each token when it was chosen, before temperature; empty with beams."""
+    yes: float | None
+    """P(yes) / (P(yes) + P(no)), all spellings, at the first token; None for other questions."""
+    timings: dict[str, float]
+    """Wall-clock seconds spent on `rewrite`, `prepare` and `generate`; a batch's divided by its
+    size."""
+    chat: Chat
+    """The prompt as the model saw it, after the methods' `rewrite`."""
+    record: Record | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.timings.values())
+
+    @property
+    def probability(self) -> float | None:
+        """Of "yes" against "no" or the reverse, where the answer is one of them; else the
+        geometric mean of the tokens' probabilities. None where there are none."""
+        first = re.match(r"\W*(yes|no)\b", self.text, re.IGNORECASE)
+        if self.yes is not None and first:
+            return self.yes if first[1].lower() == "yes" else 1 - self.yes
+        if not self.probabilities:
+            return None
+        logs = [math.log(max(p, 1e-45)) for p in self.probabilities]
+        return math.exp(sum(logs) / len(logs))
+
+
+class VLM:
+    """A vision-language model of transformers with the processor that belongs to it.
+
+    The tokenizer is set to pad on the left, as generation needs. One generation runs at a time:
+    calls from other threads wait, because a method changes the model while it is at work.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str = "") -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.name = name or model.config._name_or_path or type(model).__name__
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._one_at_a_time = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "pocket",
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: Any = None,
+        attn: str | None = None,
+    ) -> VLM:
+        """Load "pocket" (ships with foveate), a folder of `save_pretrained`, or a hub model.
+
+        `dtype`: a torch dtype or its name, "auto" for the checkpoint's; default bfloat16 on CUDA
+        and float32 elsewhere. `device`: default CUDA where there is one. `device_map`: spread over
+        devices instead (needs accelerate). `attn`: transformers' attention implementation.
+
+        Raises `FoveateError`: no such model, no weights, no vision, no such device, ...
+        """
+        model, processor = load(str(name), dtype, device, device_map, attn)
+        return cls(model, processor, str(name))
+
+    def ask(
+        self,
+        image: ImageLike | list[ImageLike] | None,
+        question: str,
+        method: Methods = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 64,
+        record: bool | Recorder = False,
+        **generation: Any,
+    ) -> Answer:
+        """One answer about one image, several (a list), or none.
+
+        `record=True` keeps the attention of the last query row of every layer and step on
+        `Answer.record`; pass a `Recorder` to choose. Decoding is greedy unless `generation`, which
+        goes to `model.generate`, says otherwise.
+        """
+        methods = _stack(method)
+        if record:
+            methods += (record if isinstance(record, Recorder) else Recorder(),)
+        chats = [self._chat(decode_all(image), question, system)]
+        return self._answer([chats], methods, max_new_tokens, generation)[0]
+
+    def batch(
+        self,
+        pairs: Sequence[tuple[ImageLike | list[ImageLike] | None, str]],
+        method: Methods = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 64,
+        **generation: Any,
+    ) -> list[Answer]:
+        """One answer per (image, question) pair, from one left-padded batch, in the same order."""
+        groups: dict[Any, list[Chat]] = {}  # all chats of one image are rewritten together
+        pictures: dict[Any, list[Image.Image]] = {}
+        order = []
+        for image, question in pairs:
+            key = str(image) if isinstance(image, (str, Path)) else id(image)
+            if key not in pictures:
+                pictures[key] = decode_all(image)
+            group = groups.setdefault(key, [])
+            order.append((key, len(group)))
+            group.append(self._chat(pictures[key], question, system))
+        if not order:
+            return []
+        found = iter(
+            self._answer(list(groups.values()), _stack(method), max_new_tokens, generation)
+        )
+        answers = {key: [next(found) for _ in group] for key, group in groups.items()}
+        return [answers[key][index] for key, index in order]
+
+    def stream(
+        self,
+        image: ImageLike | list[ImageLike] | None,
+        question: str,
+        method: Methods = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 64,
+        **generation: Any,
+    ) -> Iterator[str]:
+        """The text of `ask`, piece by piece, as it is produced.
+
+        Bad input raises here, not at the first piece. An error of the model is raised to whoever
+        iterates; leaving the loop early stops the model and waits until it has stopped.
+        """
+        methods = _stack(method)
+        chats = self._rewrite([self._chat(decode_all(image), question, system)], methods)
+        options = self._options(max_new_tokens, generation)
+        return self._pieces(self.inputs(chats), methods, options)
+
+    def inputs(self, chats: list[Chat]) -> BatchFeature:
+        """Chats as one left-padded batch of tensors on the model's device: `model(**inputs)`."""
+        texts = [self.prompt(chat) for chat in chats]
+        images = [chat.images for chat in chats]
+        bos = self.tokenizer.bos_token  # most templates write it themselves
+        try:
+            batch = self.processor(
+                text=texts,
+                images=images if any(images) else None,
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not (bos and texts[0].startswith(bos)),
+            )
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise FoveateError(f"This model's processor refuses the input: {reason}.") from error
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def prompt(self, chat: Chat) -> str:
+        """The chat in the model's own template, up to where the answer begins."""
+        turns = [
+            {
+                "role": "user",
+                "content": [{"type": "image"} for _ in chat.images]
+                + [{"type": "text", "text": chat.text}],
+            }
+        ]
+        if chat.system:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": chat.system}]})
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise FoveateError(
+                f"The processor of {self.name} has no chat template: set "
+                "`vlm.processor.chat_template` to one (a Jinja text)."
+            )
+        try:
+            text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise FoveateError(f"The chat template of {self.name} objects: {error}.") from error
+        if chat.system and chat.system.strip() not in text:
+            raise FoveateError(
+                f"The chat template of {self.name} drops system prompts: put it in the question."
+            )
+        return text
+
+    def grids(self, chat: Chat) -> list[Grid]:
+        """Where each image's visual tokens lie on it; refused where the layout is not known."""
+        sizes = [[image.size for image in chat.images]]
+        return grids(self.model, self.inputs([chat]).data, sizes, self.processor)[0]
+
+    def _chat(self, images: list[Image.Image], question: str, system: str | None) -> Chat:
+        if not question.strip():
+            raise FoveateError("The question is empty: ask something about the image.")
+        mark = getattr(self.processor, "image_token", None)
+        if mark and mark in question + (system or ""):
+            raise FoveateError(
+                f"The text contains {mark}, which stands for an image: leave it out."
+            )
+        return Chat(images, question.strip(), system)
+
+    def _answer(
+        self,
+        groups: list[list[Chat]],
+        methods: tuple[Method, ...],
+        max_new_tokens: int,
+        generation: dict[str, Any],
+    ) -> list[Answer]:
+        """Answers to groups of chats, flattened; each group is about one image."""
+        options = self._options(max_new_tokens, generation)
+        start = time.perf_counter()
+        chats = [chat for group in groups for chat in self._rewrite(group, methods)]
+        rewritten = time.perf_counter()
+        inputs = self.inputs(chats)
+        prepared = time.perf_counter()
+        watch = _Probabilities()
+        if options.get("num_beams", 1) == 1:
+            processors = [*options.get("logits_processor", []), watch]
+            options["logits_processor"] = LogitsProcessorList(processors)
+        out = self._generate(inputs, methods, {**options, "return_dict_in_generate": True})
+        ids = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        chosen = watch.finish(out.sequences)
+        timings = {
+            "rewrite": rewritten - start,
+            "prepare": prepared - rewritten,
+            "generate": time.perf_counter() - prepared,
+        }
+        timings = {name: seconds / len(chats) for name, seconds in timings.items()}
+        recorded = any(isinstance(method, Recorder) for method in methods)
+        record = Recorder.read(out.past_key_values) if recorded else None
+        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        answers = []
+        for row, chat in enumerate(chats):
+            length = next((i for i, t in enumerate(ids[row]) if t in ends), len(ids[row]))
+            kept = ids[row][:length]
+            answers.append(
+                Answer(
+                    text=self.tokenizer.decode(kept, skip_special_tokens=True).strip(),
+                    tokens=tuple(self.tokenizer.decode([token]) for token in kept),
+                    probabilities=tuple(chosen[row][:length]) if chosen else (),
+                    yes=self._yes(watch, row) if _ASKS_YES_OR_NO.search(chat.text) else None,
+                    timings=timings,
+                    chat=chat,
+                    record=record,
+                )
+            )
+        return answers
+
+    def _rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
+        for method in methods:
+            chats = method.rewrite(self, chats)
+        return chats
+
+    def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
+        if max_new_tokens < 1:
+            raise FoveateError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
+        if not options["do_sample"]:  # a checkpoint's sampling settings would only raise warnings
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        return {"pad_token_id": self.tokenizer.pad_token_id, **options}
+
+    def _generate(self, inputs: BatchFeature, methods: tuple[Method, ...], options: Any) -> Any:
+        with self._one_at_a_time, attach(self.model, methods):
+            return self.model.generate(**inputs, **options)
+
+    def _pieces(
+        self, inputs: BatchFeature, methods: tuple[Method, ...], options: dict[str, Any]
+    ) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop = _Stop()
+        criteria = StoppingCriteriaList([*options.get("stopping_criteria", []), stop])
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._generate(
+                    inputs,
+                    methods,
+                    {**options, "streamer": streamer, "stopping_criteria": criteria},
+                )
+            except BaseException as error:  # handed to whoever iterates
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, name="foveate-stream", daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.now = True
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[list[int], list[int]]:
+        """Ids of every single token that spells yes, and no."""
+        vocabulary = self.tokenizer.get_vocab()
+        yes, no = (
+            [
+                vocabulary[mark + spelling]
+                for mark in ("", "▁", "Ġ")  # how tokenizers write a leading space
+                for spelling in (word, word.capitalize(), word.upper())
+                if mark + spelling in vocabulary
+            ]
+            for word in ("yes", "no")
+        )
+        return yes, no
+
+    def _yes(self, watch: _Probabilities, row: int) -> float | None:
+        yes, no = self._spellings
+        if watch.first is None or not yes or not no:
+            return None
+        logs = watch.first[row]
+        return torch.sigmoid(logs[yes].logsumexp(0) - logs[no].logsumexp(0)).item()
+
+
+class _Probabilities(LogitsProcessor):
+    """Keeps the probability of every token that was chosen, instead of all logits."""
+
+    first: Tensor | None = None
+    """Log-probabilities (B, V) of the first token."""
+
+    def __init__(self) -> None:
+        self.latest: Tensor | None = None
+        self.chosen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.latest is not None:
+            self.chosen.append(self.latest.gather(1, input_ids[:, -1:]))
+        self.latest = scores.float().log_softmax(-1)
+        if self.first is None:
+            self.first = self.latest
+        return scores
+
+    def finish(self, sequences: Tensor) -> list[list[float]]:
+        """Probabilities (B, produced tokens), or nothing where nobody asked."""
+        if self.latest is None:
+            return []
+        last = self.latest.gather(1, sequences[:, -1:].to(self.latest.device))
+        return torch.cat([*self.chosen, last], 1).exp().tolist()
+
+
+class _Stop(StoppingCriteria):
+    """Ends the generation after the current token once `now` is set."""
+
+    now = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.now, device=input_ids.device)
