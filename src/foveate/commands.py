@@ -29,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train_app, name="train")
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="pocket, a saved model's folder, or a hub name.")
 ]
@@ -51,6 +54,12 @@ class Habit(StrEnum):
     """Which scenes to draw: as in training, against it, or half and half."""
 
     WITH, AGAINST, BOTH = "with", "against", "both"
+
+
+class Stage(StrEnum):
+    """The pocket model's training, in order."""
+
+    TOWER, CAPTION, OPEN, YESNO = "tower", "caption", "open", "yesno"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,7 +114,6 @@ def ask(
 
     Seconds are measured after one token has been produced to warm up.
     """
-    stacks = [as_stack(m) for m in method or SIDE_BY_SIDE]
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:
@@ -113,6 +121,7 @@ def ask(
 
         check_path(show)
     picture = _picture(image)
+    stacks = [as_stack(m) for m in method or SIDE_BY_SIDE]
     vlm = _load(model, device=device, dtype=dtype)
     vlm.ask(picture, question, system=system, max_new_tokens=1)
     answers = [
@@ -220,6 +229,32 @@ def demo(
             _draw_attention(vlm, question.text, answers, folder / "attention.png")
     _print(table)
     print(f"scene: {folder / 'scene.png'}\nattention: {folder / 'attention.png'}")
+
+
+@train_app.command("pocket")
+def train_pocket(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints, logs and the trained stages.")
+    ] = None,
+    until: Annotated[Stage, typer.Option(help="Last stage to train.")] = Stage.YESNO,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, scenes and questions.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+    evaluate: Annotated[
+        bool, typer.Option(help="Then measure it on fresh scenes; without --out, the shipped one.")
+    ] = False,
+) -> None:
+    """Train the pocket model from nothing: the tower, captions, open questions, yes/no."""
+    from . import train
+    from .pocket.build import WEIGHTS
+
+    if out is None and not evaluate:
+        raise FoveateError("Say where to train with --out, or measure the shipped one: --evaluate.")
+    folder = WEIGHTS
+    if out is not None:
+        folder = train.train_pocket(_folder(out), until.value, seed=seed, resume=resume)
+        print(f"{until.value}: {folder}")
+    if evaluate:
+        print(train.format_report(train.evaluate_pocket(folder)))
 
 
 def _six_questions(seed: int) -> tuple[Any, list[Any]]:

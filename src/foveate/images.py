@@ -45,8 +45,6 @@ def decode(source: ImageLike) -> Image.Image:
 
     Raises `FoveateError` for everything that is not a whole picture.
     """
-    import torch  # slow, and needed here alone
-
     if isinstance(source, Image.Image):
         with _one_sentence("The image"):
             return _upright_rgb(source, "The image")
@@ -58,6 +56,8 @@ def decode(source: ImageLike) -> Image.Image:
         return _read(bytes(source), "The image")
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    import torch  # slow, and needed here alone
+
     if isinstance(source, torch.Tensor):
         return _from_array(_channels_last(source.detach().cpu()))
     raise FoveateError(

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from .vision import Grid
 
 COLORS = "inferno"
+PAD, GAP, ROW_GAP = 0.25, 0.1, 0.66  # inches
 INK, PAPER, QUIET = "#1b1b1f", "#ffffff", "#6a6a75"
 HOW_TO_READ = (
-    "Every small picture is one layer of the language model, in the order they work. Bright: this "
-    "part of the picture weighs much in the next word. The percentage says how much of all "
-    "attention goes to the picture; the rest goes to the words."
+    "Each small picture is one layer of the language model, from its first to its last. The "
+    "brighter a square, the more the model looks there while it writes its answer. The percentage "
+    "is how much of its attention goes to the picture at all; the rest goes to the words. Within "
+    "a layer, colours mean the same in every row."
 )
+CUT_AWAY = " Pale parts are cut away before the model sees the picture."
 
 
 @dataclass(frozen=True)
@@ -94,80 +97,103 @@ def show_attention(
     shares = [look.attention.float().sum(-1)[columns].tolist() for look in looks]
     tops = [max(float(np.percentile([m[c] for m in maps], 99)), 1e-12) for c in range(len(columns))]
 
-    title = textwrap.wrap(" ".join(question.split()), 90)
-    title = [*title[:3], "..."] if len(title) > 4 else title
-    head = 0.75 + 0.27 * len(title)
-    foot, pad, gap, row_gap = 0.95, 0.25, 0.12, 0.62
-    full = (2 * pad + (width + gap) * (len(columns) + 1) + 0.15, 0.0)
-    notes = textwrap.wrap(HOW_TO_READ, int(full[0] * 11.5))
-    foot += 0.19 * len(notes)
-    total = (full[0], head + foot + len(looks) * (height + row_gap))
-    figure = figure_class()(figsize=total, dpi=150, facecolor=PAPER)
-
-    def axes(left: float, top: float, wide: float, high: float) -> Any:
-        """Axes placed in inches from the upper left corner."""
-        x, y = left / total[0], 1 - (top + high) / total[1]
-        return figure.add_axes((x, y, wide / total[0], high / total[1]))
-
-    def write(left: float, top: float, text: str, **style: Any) -> None:
-        style = {"va": "top", "color": INK, "parse_math": False, **style}
-        figure.text(left / total[0], 1 - top / total[1], text, **style)
-
-    write(pad, pad, "\n".join(title), size=15, weight="bold", linespacing=1.25)
-    back = _backdrop(image)
+    page = _Page(
+        wide=2 * PAD + width + 0.15 + (width + GAP) * len(columns),
+        head=_wrapped(question, 2 * PAD + (width + GAP) * (len(columns) + 1), 8.3, most=3),
+        rows=len(looks),
+        row=height + ROW_GAP,
+        notes=HOW_TO_READ + (CUT_AWAY if grid.box != (0.0, 0.0, 1.0, 1.0) else ""),
+    )
+    scale = 480 / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    back = _greys(image)
     for row, look in enumerate(looks):
-        top = head + row * (height + row_gap) + 0.3
-        write(pad, top - 0.28, _short(f"{look.title}: {look.answer}", 110), size=11, weight="bold")
-        panel = axes(pad, top, width, height)
+        top = page.top(row)
+        said = textwrap.shorten(f"{look.title}: {look.answer}", int(page.wide * 10))
+        page.write(PAD, top - 0.3, said, size=11, weight="bold")
+        panel = page.axes(PAD, top, width, height)
         panel.imshow(np.asarray(image))
         _bare(panel)
         for c, column in enumerate(columns):
-            panel = axes(pad + 0.15 + (width + gap) * (c + 1), top, width, height)
-            panel.imshow(back)
-            _overlay(panel, maps[row][c] / tops[c], image, grid)
+            panel = page.axes(PAD + 0.15 + (width + GAP) * (c + 1), top, width, height)
+            panel.imshow(_lit(back, maps[row][c] / tops[c], grid.box))
             panel.set_xlabel(
-                f"layer {layers[column]}   {shares[row][c]:.0%}", size=8.5, color=QUIET, labelpad=3
+                f"layer {layers[column]}: {shares[row][c]:.0%}", size=8.5, color=QUIET, labelpad=3
             )
             _bare(panel)
-    bottom = head + len(looks) * (height + row_gap)
-    _scale(axes(pad, bottom + 0.12, 3.2, 0.14), axes)
-    write(pad, bottom + 0.62, "\n".join(notes), size=8.5, color=QUIET, linespacing=1.35)
-    figure.savefig(path, facecolor=PAPER)
+    _scale(page.axes(PAD, page.bottom + 0.05, min(3.2, page.wide - 2 * PAD), 0.14))
+    page.write(PAD, page.bottom + 0.52, page.notes, size=8.5, color=QUIET, linespacing=1.35)
+    page.figure.savefig(path, facecolor=PAPER)
     return path
 
 
-def _overlay(panel: Any, heat: np.ndarray, image: Image.Image, grid: Grid) -> None:
-    """Heat (rows, cols), 0 to 1, in colour over the part of the image that the grid covers."""
+class _Page:
+    """A figure measured in inches from its upper left corner: a head, rows of panels, notes."""
+
+    def __init__(self, wide: float, head: list[str], rows: int, row: float, notes: str) -> None:
+        self.wide, self.row = wide, row
+        self.head = 0.55 + 0.28 * len(head) + 0.2
+        self.bottom = self.head + rows * row - 0.15
+        lines = _wrapped(notes, wide, 13.0)
+        self.notes = "\n".join(lines)
+        self.high = self.bottom + 0.75 + 0.17 * len(lines)
+        self.figure = figure_class()(figsize=(self.wide, self.high), dpi=150, facecolor=PAPER)
+        self.write(PAD, PAD, "\n".join(head), size=15, weight="bold", linespacing=1.25)
+
+    def top(self, row: int) -> float:
+        """Of the panels of a row."""
+        return self.head + row * self.row
+
+    def axes(self, left: float, top: float, wide: float, high: float) -> Any:
+        box = (left / self.wide, 1 - (top + high) / self.high, wide / self.wide, high / self.high)
+        return self.figure.add_axes(box)
+
+    def write(self, left: float, top: float, text: str, **style: Any) -> None:
+        style = {"va": "top", "color": INK, "parse_math": False, **style}
+        self.figure.text(left / self.wide, 1 - top / self.high, text, **style)
+
+
+def _wrapped(text: str, wide: float, letters: float, most: int = 99) -> list[str]:
+    """Lines of about `letters` letters per inch; beyond `most` lines the rest is left out."""
+    return textwrap.wrap(
+        " ".join(text.split()),
+        int((wide - 2 * PAD) * letters),
+        max_lines=most,
+        placeholder=" ...",
+    )
+
+
+def _lit(back: np.ndarray, heat: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Greys (H, W, 3) with heat (rows, cols) in colour over `box`, and pale outside of it."""
     from matplotlib import colormaps
 
-    left, top, right, bottom = grid.box
-    extent = (
-        left * image.width - 0.5,
-        right * image.width - 0.5,
-        bottom * image.height - 0.5,
-        top * image.height - 0.5,
-    )
-    heat = heat.clip(0, 1)
-    colors = colormaps[COLORS](heat)
-    colors[..., 3] = 0.35 + 0.45 * heat
-    panel.imshow(colors, extent=extent, interpolation="nearest")
-    panel.set_xlim(-0.5, image.width - 0.5)
-    panel.set_ylim(image.height - 0.5, -0.5)
+    high, wide = back.shape[:2]
+    left, top, right, bottom = box
+    y = np.arange(round(top * high), max(round(bottom * high), round(top * high) + 1))
+    x = np.arange(round(left * wide), max(round(right * wide), round(left * wide) + 1))
+    heat = heat.clip(0, 1)[(y - y[0]) * len(heat) // len(y)][
+        :, (x - x[0]) * heat.shape[1] // len(x)
+    ]
+    alpha = 0.55 + 0.3 * heat[..., None]
+    lit = 0.3 * back + 0.7
+    seen = np.ix_(y, x)
+    lit[seen] = (1 - alpha) * back[seen] + alpha * colormaps[COLORS](heat)[..., :3]
+    return lit
 
 
-def _backdrop(image: Image.Image) -> np.ndarray:
-    """The image in pale greys, so that colour means attention and nothing else."""
+def _greys(image: Image.Image) -> np.ndarray:
+    """The image without its colours, which here mean attention and nothing else; (H, W, 3)."""
     grey = np.asarray(image.convert("L"), float) / 255
     low, high = np.percentile(grey, [1, 99])
     grey = ((grey - low) / max(high - low, 0.05)).clip(0, 1)
-    return np.repeat((0.15 + 0.7 * grey)[..., None], 3, axis=2)
+    return np.repeat((0.1 + 0.9 * grey)[..., None], 3, axis=2)
 
 
-def _scale(panel: Any, axes: Any) -> None:
+def _scale(panel: Any) -> None:
     ramp = np.linspace(0, 1, 256)[None]
     panel.imshow(ramp, cmap=COLORS, aspect="auto", extent=(0, 1, 0, 1))
     panel.set_yticks([])
-    panel.set_xticks([0, 1], ["no attention", "most of this layer, in any row"], size=8.5)
+    panel.set_xticks([0, 1], ["no attention", "the most in that layer"], size=8.5)
     panel.tick_params(length=0, colors=QUIET)
     for side in panel.spines.values():
         side.set_visible(False)
@@ -180,7 +206,3 @@ def _bare(panel: Any) -> None:
     panel.set_yticks([])
     for side in panel.spines.values():
         side.set_visible(False)
-
-
-def _short(text: str, most: int) -> str:
-    return textwrap.shorten(text, most, placeholder=" ...")

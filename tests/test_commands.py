@@ -1,0 +1,302 @@
+"""The command line: tables, JSON, pictures; and for every mistake one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate import __version__, commands, doctor
+from foveate.plots import Look, evenly, show_attention
+from foveate.pocket import questions
+from foveate.vision import Grid
+from tests import tiny
+from tests.test_images import png_header
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    values = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            commands.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call
+
+
+def one_sentence(result: tuple[int, str, str]) -> str:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("foveate: ")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
+    return err
+
+
+# ------------------------------------------------------------------------------------- ask
+
+
+def test_ask_compares_vanilla_and_clvs(run, folder, photo):
+    code, out, err = run("ask", photo, "Is there a cat?", "--model", folder, "--max-new-tokens", 3)
+    assert (code, err) == (0, "")
+    lines = [line for line in out.splitlines() if "│" in line]
+    assert [line.split("│")[1].strip() for line in lines] == ["vanilla", "clvs"]
+
+
+def test_ask_with_methods_of_ones_choice_in_json(run, folder, photo):
+    wanted = ["clvs(smoothing=0.6, stop_threshold=0.0)", "vanilla"]
+    options = [x for method in wanted for x in ("--method", method)]
+    asked = ("ask", photo, "Is there a cat?", "--model", folder, "--max-new-tokens", 4)
+    code, out, err = run(*asked, *options, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["question"] == "Is there a cat?"
+    assert [answer["method"] for answer in found["answers"]] == wanted
+    for answer in found["answers"]:
+        assert len(answer["tokens"]) == len(answer["probabilities"]) == 4
+        assert 0 < answer["yes"] < 1
+        assert 0 < answer["probability"] < 1
+        assert answer["seconds"] > 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_ask_shows_the_attention(run, folder, photo, tmp_path, flags):
+    path = tmp_path / "look.png"
+    asked = ("ask", photo, "red", "--model", folder, "--max-new-tokens", 2, "--show", path)
+    code, out, _ = run(*asked, *flags)
+    assert code == 0
+    assert (str(path) in out) == (not flags)
+    with Image.open(path) as picture:
+        assert picture.width > picture.height > 300
+
+
+def test_ask_about_a_drawn_scene(run, folder):
+    asked = ("ask", "demo", "red", "--model", folder, "--max-new-tokens", 1, "--method", "vanilla")
+    assert run(*asked)[0] == 0
+
+
+def test_a_note_is_one_line_on_stderr(run, folder, tmp_path):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    path = tmp_path / "moving.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    asked = ("ask", path, "red", "--model", folder, "--max-new-tokens", 1, "--method", "vanilla")
+    code, out, err = run(*asked, "--json")
+    assert code == 0
+    assert json.loads(out)
+    assert err == f"foveate: note: {path} has several frames: the first is used.\n"
+
+
+def bad_image(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.png"
+    whole = folder / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(whole)
+    if kind == "truncated":
+        path.write_bytes(whole.read_bytes()[:2000])
+    elif kind == "text":
+        path.write_text("no picture")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "enormous":
+        path.write_bytes(png_header(20_000, 20_000))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "empty", "enormous"])
+def test_bad_images(run, tmp_path, kind):
+    path = bad_image(kind, tmp_path)
+    assert str(path) in one_sentence(run("ask", path, "Is there a cat?"))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "1"])
+@pytest.mark.parametrize("size", [(1, 1), (50, 30)])
+def test_unusual_images_are_answered(run, folder, tmp_path, mode, size):
+    path = tmp_path / ("odd.tif" if mode == "CMYK" else "odd.png")
+    Image.new(mode, size).save(path)
+    asked = ("ask", path, "red", "--model", folder, "--max-new-tokens", 1, "--method", "vanilla")
+    code, _, err = run(*asked)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("demo", " "), "question is empty"),
+        (("demo", "red", "--method", "clvz"), "did you mean 'clvs'"),
+        (("demo", "red", "--method", "clvs(smothing=0.5)"), "did you mean 'smoothing'"),
+        (("demo", "red", "--method", "clvs(smoothing=high)"), "smoothing must be a number"),
+        (("demo", "red", "--method", "clvs(("), "Cannot read"),
+        (("demo", "red", "--model", "poket"), "did you mean 'pocket'"),
+        (("demo", "red", "--model", "/nowhere/at/all"), "no model or folder"),
+        (("demo", "red", "--model", str(Path(__file__).parent)), "no config.json"),
+        (("demo", "red", "--show", "look.xyz"), "cannot be drawn"),
+        (("demo", "red", "--show", "/nowhere/look.png"), "no folder /nowhere"),
+    ],
+)
+def test_mistakes_of_ask(run, arguments, expected):
+    assert expected in one_sentence(run("ask", *arguments))
+
+
+def test_mistakes_that_need_the_model(run, folder, photo):
+    asked = ("ask", photo, "red", "--model", folder)
+    assert "at least 1" in one_sentence(run(*asked, "--max-new-tokens", 0))
+    assert "no device" in one_sentence(run(*asked, "--device", "cuda:99"))
+    assert "no dtype" in one_sentence(run(*asked, "--dtype", "float99"))
+    assert "layer 9 does not exist" in one_sentence(run(*asked, "--method", "clvs(layers=(9,))"))
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commands, "_picture", broken)
+    with pytest.raises(ZeroDivisionError):
+        commands.main(["ask", "demo", "red"])
+
+
+# --------------------------------------------------------------------------- other commands
+
+
+def test_methods(run, folder):
+    code, out, _ = run("methods")
+    assert code == 0
+    assert "clvs" in out
+    assert "layers=None" in out
+    code, out, _ = run("methods", "--model", folder)
+    assert code == 0
+    assert "layers=0..5" in out
+    assert "no config.json" in one_sentence(run("methods", "--model", Path(__file__).parent))
+
+
+def test_doctor_says_what_is_wrong_by_its_exit_code(run, monkeypatch):
+    good = doctor.Line("pocket model", "answers", True)
+    monkeypatch.setattr(doctor, "_pocket", lambda: good)
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert f"foveate: {__version__}" in out
+    assert "family llava: usable" in out
+    assert "family qwen2_5_vl" in out
+    bad = doctor.Line("pocket model", "is missing", False)
+    monkeypatch.setattr(doctor, "_pocket", lambda: bad)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "BAD pocket model: is missing" in out
+
+
+def test_doctor_asks_the_pocket_model(monkeypatch, folder, tmp_path):
+    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", folder)
+    assert doctor._pocket().good
+    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", tmp_path)
+    assert doctor._pocket().good is False
+
+
+def test_draw(run, tmp_path):
+    code, out, _ = run("draw", 2, "--out", tmp_path / "scenes", "--seed", 5, "--habit", "against")
+    assert code == 0
+    assert str(tmp_path / "scenes") in out
+    rows = (tmp_path / "scenes" / "scenes.jsonl").read_text().splitlines()
+    assert [json.loads(row)["scene"]["seed"] - questions.FIRST_HELD_OUT for row in rows] == [5, 6]
+    (tmp_path / "file").touch()
+    assert "cannot be made" in one_sentence(run("draw", 1, "--out", tmp_path / "file"))
+    assert run("draw", 0, "--out", tmp_path)[0] == 2
+    assert run("draw", 1, "--out", tmp_path, "--habit", "sometimes")[0] == 2
+
+
+def test_demo(run, folder, tmp_path):
+    code, out, err = run("demo", "--model", folder, "--out", tmp_path, "--seed", 1)
+    assert (code, err) == (0, "")
+    assert out.count("(0.") >= 12  # six questions, two methods, a probability each
+    for name in ("scene.png", "attention.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 100
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_demo_finds_six_different_questions_on_any_scene(seed):
+    _, asked = commands._six_questions(seed)
+    assert len({question.text for question in asked}) == 6
+
+
+def test_train_wants_a_folder(run):
+    assert "--out" in one_sentence(run("train", "pocket"))
+    assert run("train", "pocket", "--out", "x", "--until", "dinner")[0] == 2
+
+
+def test_version_and_usage(run):
+    assert run("--version") == (0, f"foveate {__version__}\n", "")
+    code, _, err = run("frobnicate")
+    assert code == 2
+    assert "No such command" in err
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    heavy = "import sys, foveate.commands; print({'torch', 'transformers', 'PIL'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_installed_command_fails_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "foveate.commands", "ask", "nowhere.png", "Is there a cat?"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert one_sentence((done.returncode, done.stdout, done.stderr)) == (
+        "foveate: There is no image nowhere.png: check the path.\n"
+    )
+
+
+# ------------------------------------------------------------------------------- the picture
+
+
+@pytest.mark.parametrize("size", [(96, 96), (1200, 90), (60, 900), (8, 8)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_pictures_of_any_shape_and_any_number_of_rows(tmp_path, size, rows):
+    attention = torch.rand(32, 12)
+    looks = [Look(f"method {i}", "yes $5$ _no_ " * 30, attention) for i in range(rows)]
+    question = "Is there a $cup$ in the picture? " * 20
+    grid = Grid(3, 4, box=(0.2, 0.0, 0.8, 1.0))
+    path = tmp_path / "look.png"
+    show_attention(Image.new("RGB", size, "red"), question, looks, range(32), grid, path)
+    with Image.open(path) as picture:
+        assert 400 < picture.width < 4000
+        assert 300 < picture.height < 4000
+
+
+def test_a_brighter_square_is_where_more_attention_goes(tmp_path):
+    """One token of four draws everything: its quarter of the panel is the bright one."""
+    from foveate.plots import _greys, _lit
+
+    back = _greys(Image.new("RGB", (40, 40), "gray"))
+    lit = _lit(back, np.array([[0.0, 1.0], [0.1, 0.0]]), (0.0, 0.0, 1.0, 1.0)).mean(-1)
+    quarters = lit.reshape(2, 20, 2, 20).mean((1, 3))
+    assert quarters[0, 1] > 1.5 * quarters[1, 0] > 1.5 * quarters[0, 0]
+    cut = _lit(back, np.zeros((2, 2)), (0.25, 0.0, 0.75, 1.0)).mean(-1)
+    assert cut[:, :10].min() > 0.6 > cut[:, 10:30].max()
+
+
+def test_layers_are_spread_evenly():
+    assert evenly(32, 7) == [0, 5, 10, 16, 21, 26, 31]
+    assert evenly(3, 7) == [0, 1, 2]
+    assert evenly(1, 7) == [0]
