@@ -174,7 +174,7 @@ def _attention(base: Attention, implementation: str) -> Attention:
         if ctx is not None:
             edits = ctx.stack.edits[cast(int, module.layer_idx)]
             acting = [(i, ctx.rows(i, new)) for i in edits if ctx.acts(i)]
-        count = max((r for _, r in acting), default=0)
+        count = max([0] + [rows for _, rows in acting])
         if ctx is None or count == 0:
             return run(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:

@@ -197,16 +197,15 @@ class _Engine:
             other = self.contrast(model, ctx, kwargs, cache)
         if ctx.phase == "prefix":
             return out
-        last = old = out.logits[:, -1]
-        for i in self.stack.at("logits"):
-            if ctx.acts(i):
-                method = ctx.use(i)
-                edited = method.logits(last, other if i == self.owner else None, ctx)
+        editors = [i for i in self.stack.at("logits") if ctx.acts(i)]
+        if editors:
+            last = old = out.logits[:, -1]
+            for i in editors:
+                edited = ctx.use(i).logits(last, other if i == self.owner else None, ctx)
                 last = ctx.keep(i, edited, last)
-        if last is not old:
-            out.logits = torch.cat([out.logits[:, :-1], last[:, None].to(old.dtype)], 1)
-        if ctx.phase != "decode":
-            ctx.phase = "decode"
+            if last is not old:
+                out.logits = torch.cat([out.logits[:, :-1], last[:, None].to(old.dtype)], 1)
+        ctx.phase = "decode"
         return out
 
     def contrast(

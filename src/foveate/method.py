@@ -62,11 +62,11 @@ class Method:
 
     stages: ClassVar[frozenset[str]] = frozenset()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.stages = frozenset(s for s in STAGES if getattr(cls, s) is not getattr(Method, s))
         name = cls.__dict__.get("name", "")
-        if not name:
+        if not name or not register:
             return
         if not name.isidentifier() or name in RESERVED:
             raise FoveateError(f"A method cannot be called {name!r}: choose another identifier.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recorder(Method):
+class Recorder(Method, register=False):
     """Keep the last row's attention of chosen layers and steps; never a full map.
 
     Put it last in the stack to see what the other methods made of the weights::

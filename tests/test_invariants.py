@@ -1,0 +1,250 @@
+"""What holds for every registered method on every family; a new method is tested by existing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig
+
+from foveate import Method, Recorder, enhance, prefill
+from foveate.context import attention_layers
+from foveate.method import from_json, methods, parse, text, to_json
+from tests import models
+
+TOKENS = 6
+METHODS = [cls for cls in methods().values() if "rewrite" not in cls.stages] + [Recorder]
+
+
+@pytest.fixture(params=METHODS, ids=lambda cls: cls.name)
+def method(request: pytest.FixtureRequest) -> Method:
+    """Every registered method in turn, and the recorder, with the parameters of `example`."""
+    return request.param(**request.param.example)
+
+
+def logits(model: Any, inputs: dict[str, Tensor], method: Method | None, **options: Any) -> Tensor:
+    """(tokens, B, V): raw logits of greedy generation."""
+    with torch.no_grad(), enhance(model, *([method] if method else [])):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=TOKENS,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+    return torch.stack(out.logits)
+
+
+def forward(model: Any, inputs: dict[str, Tensor], *stack: Method | str, **options: Any) -> Any:
+    with torch.no_grad(), enhance(model, *stack):
+        return model(**inputs, **options)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return (a - b).abs().max().item() < tolerance
+
+
+# 1
+def test_neutral_parameters_are_the_plain_model(method: Method, family: str, model: Any) -> None:
+    inputs = models.inputs(family, batch=3)
+    plain = forward(model, inputs).logits
+    if method.name == "recorder":
+        assert close(forward(model, inputs, method).logits, plain)
+        return
+    assert method.neutral, "a method says which parameters make it the plain model"
+    neutral = type(method)(**method.neutral)
+    assert torch.equal(forward(model, inputs, neutral).logits, plain)
+    assert not torch.equal(forward(model, inputs, method).logits, plain)
+
+
+# 2
+def test_leaving_restores_the_model(method: Method, family: str, model: Any) -> None:
+    inputs = models.inputs(family, batch=3)
+    plain, state = forward(model, inputs).logits, _state(model)
+    forward(model, inputs, method)
+    assert _state(model) == state
+    assert torch.equal(forward(model, inputs).logits, plain)
+    with pytest.raises(ValueError, match="mark"), enhance(model, method):  # noqa: PT012 - leaves after a forward
+        model(**inputs)
+        raise ValueError("mark")
+    assert _state(model) == state
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
+def _state(model: Any) -> Any:
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
+        for m in model.modules()
+    ]
+    return hooks, model.get_decoder().config._attn_implementation, model.config._attn_implementation
+
+
+# 3
+def test_other_rows_are_untouched(method: Method, family: str, model: Any) -> None:
+    inputs = models.inputs(family, "images")
+    plain, edited = forward(model, inputs).logits, forward(model, inputs, method).logits
+    if method.rows == "all" or not method.shares_prefix:
+        pytest.skip("declares that it changes image rows")
+    count = 1
+    if method.rows == "text":
+        count = int((inputs["input_ids"] == models.IMAGE).flip(1).int().argmax())
+    assert torch.equal(plain[:, :-count], edited[:, :-count])
+
+
+# 4
+def test_weights_are_finite_and_sum_to_one(method: Method, family: str, model: Any) -> None:
+    layers = method.resolve(model).layers
+    recorder = Recorder(heads="all", layers=layers)
+    stack = [recorder] if method.name == "recorder" else [method, recorder]
+    out = forward(model, models.inputs(family, "mixed", batch=3), *stack)
+    rows = Recorder.read(out.past_key_values).values[0]
+    assert rows.isfinite().all()
+    assert (rows >= 0).all()
+    if method.row_sum_one:
+        assert close(rows.sum(-1), torch.ones(()))
+
+
+# 5
+@pytest.mark.parametrize("kind", ["image", "mixed"])
+def test_padded_batch_equals_single_runs(
+    method: Method, family: str, model: Any, kind: str
+) -> None:
+    batch = logits(model, models.inputs(family, kind, batch=3), method)
+    for row in range(3):
+        if kind == "mixed" and row == 1 and method.needs_image:
+            single = logits(model, models.inputs(family, kind, row=row), None)
+        else:
+            single = logits(model, models.inputs(family, kind, row=row), method)
+        assert close(batch[:, row], single[:, 0], 2e-5)
+
+
+# 6
+def test_static_cache_equals_dynamic(method: Method, family: str, model: Any) -> None:
+    inputs = models.inputs(family, batch=3)
+    static = logits(model, inputs, method, cache_implementation="static")
+    assert close(static, logits(model, inputs, method), 2e-5)
+
+
+# 7
+def test_decoding_compiles_to_one_graph(method: Method, family: str, model: Any) -> None:
+    if method.stages & {"contrast", "rewrite"} or method.name == "recorder":
+        pytest.skip("runs a second stream or keeps a record, which are not one static graph")
+    graphs, compiled = compile_decoding(family, method)
+    # the hook on the top model is a frame of its own, and a graph where it edits logits
+    assert graphs == plain_graphs(family) + ("logits" in method.stages)
+    if family != "gemma3":  # its sliding layers count in Python: five graphs in six plain tokens
+        assert plain_graphs(family) == 1
+    assert close(compiled, logits(model, models.inputs(family, batch=3), method), 2e-5)
+
+
+def compile_decoding(family: str, method: Method | None) -> tuple[int, Tensor]:
+    config = CompileConfig(fullgraph=True, backend="eager", dynamic=False)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"cache_implementation": "static", "compile_config": config}
+    out = logits(models.build(family), models.inputs(family, batch=3), method, **options)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], out
+
+
+@functools.cache
+def plain_graphs(family: str) -> int:
+    return compile_decoding(family, None)[0]
+
+
+# 8
+def test_a_second_request_equals_a_fresh_process(method: Method, family: str) -> None:
+    first, second = models.inputs(family, "images"), models.inputs(family, "image", row=1)
+    used, fresh = models.build(family, fresh=True), models.build(family, fresh=True)
+    with torch.no_grad(), enhance(used, method):
+        used.generate(**first, max_new_tokens=3)
+        again = used(**second).logits
+    assert torch.equal(again, forward(fresh, second, method).logits)
+
+
+# 9
+def test_every_stage_fires_at_every_layer_and_step(
+    method: Method, family: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    for stage in method.stages & {"scores", "weights", "before", "logits"}:
+        original = getattr(type(method), stage)
+
+        def counted(self: Any, *args: Any, _stage: str = stage, _call: Any = original) -> Any:
+            calls[_stage] += 1
+            return _call(self, *args)
+
+        monkeypatch.setattr(type(method), stage, counted)
+    logits(model, models.inputs(family), method)
+    depth = model.get_decoder().config.num_hidden_layers
+    each = {"before": depth + 1, "logits": 1}
+    layers = len(method.resolve(model).layers or ())
+    for stage in method.stages & {"scores", "weights", "before", "logits"}:
+        assert calls[stage] == TOKENS * each.get(stage, layers), stage
+
+
+# 10
+@pytest.mark.filterwarnings("ignore:The prompt has no image")
+def test_text_only_input_is_plain(method: Method, family: str, model: Any) -> None:
+    inputs = models.inputs(family, "text", batch=3)
+    edited, plain = logits(model, inputs, method), logits(model, inputs, None)
+    if method.needs_image:
+        assert torch.equal(edited, plain)
+    elif method.name == "recorder":
+        assert close(edited, plain)
+    else:
+        assert edited.isfinite().all()
+
+
+# 11
+def test_a_shared_prefix_equals_single_prompts(method: Method, family: str, model: Any) -> None:
+    if not method.shares_prefix:
+        pytest.skip("declares that it does not share prefixes")
+    prefix = models.inputs(family, "prefix")
+    sliding = len(attention_layers(model)) < model.get_decoder().config.num_hidden_layers
+    # a sliding window counts the padding between prefix and question, also in the plain model
+    batches = [(0, 1), (1, 1), (2, 1)] if sliding else [(0, 3)]
+    rows = []
+    with torch.no_grad(), enhance(model, method):
+        cache = prefill(model, prefix)
+        for row, batch in batches:
+            fork = copy.deepcopy(cache)
+            fork.batch_repeat_interleave(batch)
+            suffix = models.inputs(family, "suffix", row=row, batch=batch)
+            mask, noted = suffix["attention_mask"], cache.foveate.positions
+            positions = noted.max() + 1 + (mask.cumsum(1) - 1).clamp(min=0)
+            if noted.shape[0] == 3:
+                positions = positions.expand(3, -1, -1)
+            whole = torch.cat([prefix["attention_mask"].expand(batch, -1), mask], 1)
+            suffix |= {"attention_mask": whole, "position_ids": positions}
+            rows += model(**suffix, past_key_values=fork).logits[:, -1]
+        assert cache.foveate.phase == "prefix", "a fork left the original alone"
+    for row in range(3):
+        single = forward(model, models.inputs(family, "shared", row=row), method)
+        assert close(rows[row], single.logits[0, -1])
+
+
+# 12
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_no_nan(method: Method, family: str, dtype: torch.dtype) -> None:
+    model = models.build(family, dtype=dtype)
+    inputs = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in models.inputs(family, "mixed", batch=3).items()
+    }
+    assert logits(model, inputs, method).isfinite().all()
+
+
+# 13
+def test_text_and_json_round_trips(method: Method) -> None:
+    if method.name == "recorder":
+        pytest.skip("has no text form: it is for code that reads what it kept")
+    assert parse(text([method])) == (method,)
+    assert from_json(json.loads(json.dumps(to_json([method])))) == (method,)
