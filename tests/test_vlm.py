@@ -68,6 +68,18 @@ def test_a_batch_mixes_prompts_with_and_without_images(vlm):
     assert vlm.batch([]) == []
 
 
+@pytest.mark.filterwarnings("ignore:The prompt has no image")
+@pytest.mark.parametrize("family", tiny.PROCESSORS)
+@pytest.mark.parametrize("method", [None, "clvs"])
+def test_other_families_come_through_the_same_door(family, method):
+    vlm = tiny.vlm(family)
+    pairs = [*PAIRS, (None, "w30 w31")]
+    for (image, question), answer in zip(
+        pairs, vlm.batch(pairs, method, max_new_tokens=4), strict=True
+    ):
+        same(answer, vlm.ask(image, question, method, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stream_says_what_ask_says(vlm, method):
     for image, question in PAIRS:
@@ -151,6 +163,11 @@ def test_generation_options_reach_the_model(vlm):
     assert beams.text
     assert beams.probabilities == ()
     assert beams.probability is None
+
+
+def test_several_answers_to_one_question_are_refused(vlm):
+    with pytest.raises(FoveateError, match="num_return_sequences"):
+        vlm.ask(*PAIRS[0], num_return_sequences=2, num_beams=2)
 
 
 def test_a_system_prompt_comes_first(vlm, monkeypatch):

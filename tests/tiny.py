@@ -1,65 +1,117 @@
-"""The tiny LLaVA of `tests.models` with a processor and chat template, in memory or as a folder."""
+"""Tiny models of `tests.models` with real processors and a chat template, in memory or saved.
+
+Families whose processors also take videos need torchvision and are left to tests that feed tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    GenerationConfig,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
 )
 
 from foveate.vlm import VLM
 from tests import models as families
 
-TEMPLATE = (
-    "{{ bos_token }}{% for turn in messages %}{{ turn.role + ' : ' }}{% for part in turn.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
 WORDS = "<pad> <s> </s> <image> <unk> yes no Yes NO user assistant system : ? is there a cat red"
+SIDE = {"height": 16, "width": 16}
 
 
-def processor() -> LlavaProcessor:
+def template(image: str = "<image>") -> str:
+    """Role, colon, a mark per picture, text; the start token comes from the tokenizer's name."""
+    return (
+        "{{ bos_token }}{% for turn in messages %}{{ turn.role + ' : ' }}"
+        "{% for part in turn.content %}"
+        f"{{{{ '{image} ' if part.type == 'image' else part.text + ' ' }}}}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+
+
+def tokenizer(**special: str) -> tf.PreTrainedTokenizerFast:
     """Words, and for every other id of the model's vocabulary a made-up one."""
     words = WORDS.split()
     words += [f"w{i}" for i in range(len(words), families.VOCAB)]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=core,
         unk_token="<unk>",
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>", **special},
         model_input_names=["input_ids", "attention_mask"],
     )
-    side = {"height": 16, "width": 16}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer=fast,
+
+
+def llava() -> tf.ProcessorMixin:
+    return tf.LlavaProcessor(
+        tf.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE),
+        tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
+        chat_template=template(),
     )
 
 
-def vlm() -> VLM:
-    return VLM(families.build("llava", fresh=True), processor(), "tiny")
+def llava_next() -> tf.ProcessorMixin:
+    pinpoints = families.PINPOINTS
+    return tf.LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size=SIDE, crop_size=SIDE, image_grid_pinpoints=pinpoints),
+        tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template(),
+    )
+
+
+def gemma3() -> tf.ProcessorMixin:
+    return tf.Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 24, "width": 24}),
+        tokenizer(boi_token="w20", eoi_token="w21"),
+        chat_template=template("w20"),
+        image_seq_length=9,
+    )
+
+
+def idefics3() -> tf.ProcessorMixin:
+    return tf.Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+        tokenizer(),
+        image_seq_len=4,
+        chat_template=template(),
+    )
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "llava_next": llava_next,
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+}
+
+
+def vlm(family: str = "llava") -> VLM:
+    processor = llava() if family == "llava" else PROCESSORS[family]()
+    model = families.build(family, fresh=True)
+    if len(processor.tokenizer) > families.VOCAB:  # Idefics3 brings words of its own
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    return VLM(model, processor, family)
 
 
 def save(folder: Path) -> Path:
-    """The whole as `save_pretrained` leaves it."""
+    """The tiny LLaVA as `save_pretrained` leaves it."""
     model = families.build("llava", fresh=True)
-    model.generation_config = GenerationConfig(pad_token_id=families.PAD)
+    model.generation_config = tf.GenerationConfig(pad_token_id=families.PAD)
     model.save_pretrained(folder)
-    processor().save_pretrained(folder)
+    llava().save_pretrained(folder)
     return folder

@@ -267,7 +267,7 @@ class VLM:
             raise FoveateError(
                 f"The text contains {mark}, which stands for an image: leave it out."
             )
-        return Chat(images, question.strip(), system)
+        return Chat(list(images), question.strip(), system)
 
     def _answer(
         self,
@@ -284,7 +284,7 @@ class VLM:
         inputs = self.inputs(chats)
         prepared = time.perf_counter()
         watch = _Probabilities()
-        if options.get("num_beams", 1) == 1:
+        if (options.get("num_beams") or self.model.generation_config.num_beams or 1) == 1:
             processors = [*options.get("logits_processor", []), watch]
             options["logits_processor"] = LogitsProcessorList(processors)
         out = self._generate(inputs, methods, {**options, "return_dict_in_generate": True})
@@ -319,12 +319,17 @@ class VLM:
 
     def _rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
         for method in methods:
-            chats = method.rewrite(self, chats)
+            if not method.is_neutral:
+                chats = method.rewrite(self, chats)
         return chats
 
     def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
         if max_new_tokens < 1:
             raise FoveateError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        if generation.get("num_return_sequences", 1) != 1:
+            raise FoveateError(
+                "One answer per question: ask again instead of num_return_sequences."
+            )
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
         if not options["do_sample"]:  # a checkpoint's sampling settings would only raise warnings
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
