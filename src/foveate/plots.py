@@ -171,13 +171,12 @@ def _lit(back: np.ndarray, heat: np.ndarray, box: tuple[float, float, float, flo
     left, top, right, bottom = box
     y = np.arange(round(top * high), max(round(bottom * high), round(top * high) + 1))
     x = np.arange(round(left * wide), max(round(right * wide), round(left * wide) + 1))
-    heat = heat.clip(0, 1)[(y - y[0]) * len(heat) // len(y)][
-        :, (x - x[0]) * heat.shape[1] // len(x)
-    ]
-    alpha = 0.55 + 0.3 * heat[..., None]
+    heat = heat.clip(0, 1)
+    cells = np.ix_((y - y[0]) * len(heat) // len(y), (x - x[0]) * heat.shape[1] // len(x))
+    alpha, color = (0.55 + 0.3 * heat[..., None])[cells], colormaps[COLORS](heat)[cells][..., :3]
     lit = 0.3 * back + 0.7
     seen = np.ix_(y, x)
-    lit[seen] = (1 - alpha) * back[seen] + alpha * colormaps[COLORS](heat)[..., :3]
+    lit[seen] = (1 - alpha) * back[seen] + alpha * color
     return lit
 
 
