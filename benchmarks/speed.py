@@ -1,0 +1,544 @@
+"""What a method costs: plain SDPA, foveate and eager attention, interleaved in one run.
+
+    python benchmarks/speed.py                               # CLVS without and with its stop test
+    python benchmarks/speed.py --sizes 0.5b --method clvs --method "clvs(unified_positions=False)"
+
+Every repetition measures plain SDPA and one row back to back (A B A B ...), so that whatever else
+the machine is doing hits both; what counts is the median of these ratios, with its quartiles. Eager
+attention is the row that published implementations of such methods run on.
+
+* prefill: seconds of one forward over the prompt. The random models have a vision tower 32 wide, so
+  that the language model is all that is measured; on the pocket model the real tower is included.
+* decode: milliseconds per token of single-token forwards on the filled cache (no tokenizer, no
+  sampling; one lookup of the next token).
+* peak: weights plus the most memory that tensors hold at once during a prefill and two decode
+  steps. On CUDA ``max_memory_allocated``. On CPU every allocation and release of PyTorch's
+  allocator, as its profiler records them: exact, but without scratch space that BLAS takes for
+  itself, equal in all rows. "working" is the part beyond the weights: KV cache and activations.
+* stop test: rows that call the output embeddings before the last layer (CLVS's uncertainty) are
+  also compared with "one plain token + tested layers x one product with the output embeddings".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.initialization import no_init_weights
+
+import foveate
+from foveate import FoveateError
+from foveate.method import parse, text
+
+METHODS = ("clvs(stop_threshold=0)", "clvs")
+PLAIN, EAGER = "sdpa", "eager"
+STRETCHES = 5  # decode pairs per prefill pair, on the caches that this pair filled
+MIB = 2**20
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A model with one prompt, and what to know about them."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    note: str
+
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 152_000,
+    "tie_word_embeddings": True,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32_064,
+}
+TINY = QWEN | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+}
+
+
+def llava(
+    text_config: dict[str, Any], device: torch.device, dtype: torch.dtype, side: int = 24
+) -> Subject:
+    """A random LLaVA-1.5 shape: side x side visual tokens and 64 of text."""
+    tower = _tower(side)
+    config = transformers.LlavaConfig(
+        text_config=text_config,
+        vision_config=tower,
+        image_token_index=3,
+        image_seq_length=side**2,
+        vision_feature_layer=-1,
+    )
+    model = _random(config, device, dtype)
+    pixels = torch.randn(1, 3, tower["image_size"], tower["image_size"])
+    return _prompt(model, {"pixel_values": pixels.to(device, dtype)}, side**2 + 64)
+
+
+def llava_next(
+    text_config: dict[str, Any], device: torch.device, dtype: torch.dtype, length: int = 2900
+) -> Subject:
+    """A random LLaVA-NeXT shape: a whole picture and its 2 x 2 tiles, `length` tokens in all."""
+    tower = _tower(24)
+    size = tower["image_size"]
+    config = transformers.LlavaNextConfig(
+        text_config=text_config,
+        vision_config=tower,
+        image_token_index=3,
+        image_grid_pinpoints=[[2 * size, 2 * size]],
+        vision_feature_layer=-1,
+    )
+    model = _random(config, device, dtype)
+    picture = {
+        "pixel_values": torch.randn(1, 5, 3, size, size).to(device, dtype),
+        "image_sizes": torch.tensor([[2 * size - 8, 2 * size]], device=device),
+    }
+    return _prompt(model, picture, length)
+
+
+def pocket(device: torch.device, dtype: torch.dtype) -> Subject:
+    """The shipped model, on a drawn scene and a question."""
+    from foveate.pocket import world
+    from foveate.pocket.build import WEIGHTS, load_pocket
+
+    if not list(WEIGHTS.glob("*.safetensors")):
+        raise FileNotFoundError("the pocket model's weights are not there (foveate train pocket)")
+    model, processor = load_pocket()
+    content = [{"type": "image"}, {"type": "text", "text": "Is there a car in the image?"}]
+    chat = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    picture = world.draw(world.sample(0))
+    inputs = dict(processor(images=[picture], text=[prompt], return_tensors="pt").to(device))
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    return Subject(model.to(device, dtype), inputs, _note(model, inputs))
+
+
+SIZES: dict[str, Callable[[torch.device, torch.dtype], Subject]] = {
+    "pocket": pocket,
+    "0.5b": lambda device, dtype: llava(QWEN, device, dtype),
+    "0.5b-32k": lambda device, dtype: llava(QWEN | {"vocab_size": 32_064}, device, dtype),
+    "next": lambda device, dtype: llava_next(QWEN, device, dtype),
+    "7b": lambda device, dtype: llava(LLAMA, device, dtype),
+    "tiny": lambda device, dtype: llava(TINY, device, dtype, side=6),  # to try the script out
+}
+
+
+def _tower(side: int) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 4 * side,
+        "patch_size": 4,
+    }
+
+
+def _random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of this configuration with unit-variance random maps, filled in seconds."""
+    torch.manual_seed(0)
+    with no_init_weights(), device:
+        kind = transformers.AutoModelForImageTextToText
+        model = kind.from_config(config, dtype=dtype, attn_implementation=PLAIN)
+    model.tie_weights()
+    for p in model.parameters():
+        if p.dim() < 2:
+            p.data.fill_(1.0)  # gains; where it is a bias, one that changes nothing of the cost
+        else:
+            width = (3 / p[0].numel()) ** 0.5
+            p.data.uniform_(-width, width)
+    return model.eval()
+
+
+def _prompt(model: Any, picture: dict[str, Tensor], length: int) -> Subject:
+    """BOS and system text, the picture, a question: `length` tokens."""
+    with torch.no_grad():
+        features = model.model.get_image_features(**picture, return_dict=True).pooler_output
+    visual = sum(f.shape[:-1].numel() for f in features)
+    ids = torch.randint(10, 400, (1, length), device=model.device)
+    start = min(35, length - visual - 1)
+    ids[:, start : start + visual] = model.config.image_token_id
+    inputs = {"input_ids": ids, **picture}
+    return Subject(model, inputs, _note(model, inputs))
+
+
+def _note(model: Any, inputs: dict[str, Tensor]) -> str:
+    ids, config = inputs["input_ids"], model.get_decoder().config
+    visual = int((ids == model.config.image_token_id).sum())
+    return (
+        f"{model.num_parameters() / 1e6:,.0f} M parameters, {config.num_hidden_layers} layers, "
+        f"vocabulary {config.vocab_size:,}, prompt of {ids.shape[1]:,} tokens, {visual:,} visual, "
+        f"{str(model.dtype).removeprefix('torch.')}"
+    )
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def row(model: Any, name: str) -> Iterator[None]:
+    """The model as row `name` runs it."""
+    if name == EAGER:
+        decoder = model.get_decoder()
+        decoder.set_attn_implementation(EAGER)
+        try:
+            yield
+        finally:
+            decoder.set_attn_implementation(PLAIN)
+    elif name == PLAIN:
+        yield
+    else:
+        with foveate.enhance(model, name):
+            yield
+
+
+def prefill(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Tensor]:
+    """One forward over the prompt: the cache and the next token (1, 1)."""
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    return out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+
+def decode(model: Any, cache: Any, token: Tensor, steps: int) -> None:
+    """`steps` single-token forwards."""
+    for _ in range(steps):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+
+
+def timed(model: Any, call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def peak(model: Any, call: Callable[[], Any]) -> int:
+    """Bytes that tensors hold at most during `call`, beyond those that they held before."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        held += change
+        most = max(most, held)
+    return most
+
+
+def measure(subject: Subject, names: list[str], repetitions: int, tokens: int) -> dict[str, Any]:
+    """Samples of every row beside plain SDPA: seconds, seconds per token, bytes."""
+    model, inputs = subject.model, subject.inputs
+    head = model.get_output_embeddings()
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def trial() -> None:
+        decode(model, *prefill(model, inputs), 2)
+
+    stored = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    memory: dict[str, int] = {}
+    for name in (PLAIN, *names):  # this is the warm-up, too
+        gc.collect()
+        with row(model, name):
+            memory[name] = peak(model, trial)
+    rows: dict[str, Any] = {
+        name: {"prefill": [], "decode": [], "head": [], "tested": []} for name in names
+    }
+    hidden = torch.randn(1, 1, head.weight.shape[1], dtype=model.dtype, device=model.device)
+    handle = head.register_forward_hook(count)
+    try:
+        for _ in range(repetitions):
+            for name in names:
+                pair, states = [], {}
+                for each in (PLAIN, name):
+                    with row(model, each):
+                        seconds, states[each] = timed(model, lambda: prefill(model, inputs))
+                    pair.append(seconds)
+                rows[name]["prefill"].append(pair)
+                for _ in range(STRETCHES):
+                    pair = []
+                    for each in (PLAIN, name):
+                        cache, token = states[each]
+                        with row(model, each):
+                            calls = 0
+                            run = lambda: decode(model, cache, token, tokens)  # noqa: B023, E731
+                            pair.append(timed(model, run)[0] / tokens)
+                    rows[name]["decode"].append(pair)
+                    rows[name]["tested"].append(calls / tokens - 1)
+                    product = timed(model, lambda: linear(hidden, head.weight))[0]
+                    rows[name]["head"].append(product)
+    finally:
+        handle.remove()
+    return {"note": subject.note, "weights": sum(stored.values()), "memory": memory, "rows": rows}
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return {"median": middle, "low": low, "high": high}
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """Medians of the samples, and of the ratios within pairs, per row."""
+    out: dict[str, Any] = {}
+    for name, samples in found["rows"].items():
+        entry: dict[str, Any] = {}
+        for phase in ("prefill", "decode"):
+            plain, own = zip(*samples[phase], strict=True)
+            entry[phase] = {
+                "plain": statistics.median(plain),
+                "own": statistics.median(own),
+                "ratio": spread([b / a for a, b in samples[phase]]),
+            }
+        before = found["memory"][PLAIN] + found["weights"]
+        now = found["memory"][name] + found["weights"]
+        entry["peak"] = {"plain": before, "own": now, "ratio": now / before}
+        entry["working"] = {
+            "plain": found["memory"][PLAIN],
+            "own": found["memory"][name],
+            "ratio": found["memory"][name] / found["memory"][PLAIN],
+        }
+        if any(samples["tested"]):
+            triples = list(zip(samples["decode"], samples["head"], samples["tested"], strict=True))
+            entry["test"] = {
+                "layers": statistics.mean(samples["tested"]),
+                "product": statistics.median(samples["head"]),
+                "share": spread([head / plain for (plain, _), head, _ in triples]),
+                "ratio": spread([own / (plain + n * head) for (plain, own), head, n in triples]),
+            }
+        out[name] = entry
+    if EAGER in out:
+        eager = found["rows"][EAGER]["prefill"]
+        for name in found["rows"]:
+            if name == EAGER:
+                continue
+            own = found["rows"][name]["prefill"]
+            gains = [(e / p) / (b / a) for (p, e), (a, b) in zip(eager, own, strict=True)]
+            out[name]["faster_than_eager"] = spread(gains)
+    return out
+
+
+def tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, cells) of every table of the report."""
+    tests: list[list[str]] = []
+    for size, found in sizes.items():
+        result = found["figures"]
+        columns = [
+            "",
+            "prefill s",
+            "/ sdpa",
+            "decode ms",
+            "/ sdpa",
+            "peak MiB",
+            "/ sdpa",
+            "working",
+        ]
+        cells = [[PLAIN, *_cells(next(iter(result.values())), "plain")]]
+        cells += [[name, *_cells(entry, "own")] for name, entry in result.items()]
+        if any("faster_than_eager" in entry for entry in result.values()):
+            columns.append("prefill: eager /")
+            cells[0].append("")
+            for line, entry in zip(cells[1:], result.values(), strict=True):
+                gain = entry.get("faster_than_eager")
+                line.append(_ratio(gain) if gain else "")
+        yield f"{size}: {found['note']}", columns, cells
+        for name, entry in result.items():
+            if test := entry.get("test"):
+                figures = [f"{test['product'] * 1e3:.2f}", _ratio(test["share"])]
+                tested = [f"{test['layers']:.1f}", _ratio(test["ratio"])]
+                tests.append([size, name, *figures, *tested])
+    if tests:
+        columns = ["", "", "product ms", "/ plain token", "tested layers"]
+        columns.append("decode / (sdpa + layers x product)")
+        yield "stop test: products with the output embeddings", columns, tests
+
+
+def _cells(entry: dict[str, Any], whose: str) -> list[str]:
+    def ratio(part: str) -> str:
+        found = 1.0 if whose == "plain" else entry[part]["ratio"]
+        return f"{found:.3f}" if isinstance(found, float) else _ratio(found)
+
+    return [
+        f"{entry['prefill'][whose]:.3f}",
+        ratio("prefill"),
+        f"{entry['decode'][whose] * 1e3:.2f}",
+        ratio("decode"),
+        f"{entry['peak'][whose] / MIB:,.1f}",
+        ratio("peak"),
+        f"{entry['working'][whose] / MIB:,.1f}",
+    ]
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report, as the Markdown file holds it."""
+    about = report["about"]
+    parts = [f"# Speed on {about['machine']}", ""]
+    parts += [f"* {key}: {value}" for key, value in about.items()]
+    parts += ["", "Ratios are medians over pairs measured back to back, with quartiles.", ""]
+    parts += [str(__doc__)[str(__doc__).index("* prefill") :]]
+    for title, columns, cells in tables(report["sizes"]):
+        parts += [f"## {title}", ""]
+        parts += [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def environment(device: torch.device, started: str) -> dict[str, Any]:
+    """Where and when this was measured."""
+    name = platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpus.exists():
+        models = (
+            x.split(":")[1].strip() for x in cpus.read_text().splitlines() if "model name" in x
+        )
+        name = next(models, name)
+    load = [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    return {
+        "machine": name,
+        "command": shlex.join(["python", *sys.argv]),
+        "started": started,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load average at the end (1, 5, 15 minutes)": load,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, foveate {foveate.__version__}",
+    }
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Plain SDPA, foveate and eager, in one run.")
+    default = "pocket,0.5b,0.5b-32k,next" + (",7b" if cuda else "")
+    parser.add_argument("--sizes", default=default, help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--method", action="append", help="text form of a method; repeatable")
+    parser.add_argument("--repetitions", type=int, default=5, help="prefill pairs per row")
+    parser.add_argument("--tokens", type=int, default=4, help="decoded tokens per measurement")
+    parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 elsewhere")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--out", type=Path, help="path of the results, without extension")
+    args = parser.parse_args(given)
+    for size in args.sizes.split(","):
+        if size not in SIZES:
+            parser.error(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    if args.repetitions < 1 or args.tokens < 1:
+        parser.error("--repetitions and --tokens must be 1 or more")
+    name = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+    args.dtype = getattr(torch, name, None)
+    if not (isinstance(args.dtype, torch.dtype) and args.dtype.is_floating_point):
+        parser.error(f"there is no dtype {name!r}; use float32, bfloat16 or float16")
+    try:
+        args.method = [text(parse(method)) for method in args.method or METHODS]
+    except FoveateError as error:
+        parser.error(str(error))
+    args.out = args.out or Path(__file__).parent / "results" / f"speed-{args.device.type}"
+    return args
+
+
+def main(given: list[str] | None = None) -> int:
+    args, console = arguments(given), Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    rows = [*dict.fromkeys(m for m in args.method if m != "vanilla"), EAGER]
+    report: dict[str, Any] = {"about": {}, "sizes": {}}
+    for size in args.sizes.split(","):
+        try:
+            subject = SIZES[size](args.device, args.dtype)
+        except FileNotFoundError as missing:
+            console.print(f"{size} is left out: {missing}.")
+            continue
+        console.print(f"{size}: {subject.note} ...")
+        try:
+            with torch.no_grad():
+                samples = measure(subject, rows, args.repetitions, args.tokens)
+        except FoveateError as error:
+            console.print(str(error))
+            return 2
+        note = samples.pop("note")
+        report["sizes"][size] = {"note": note, "figures": figures(samples), "samples": samples}
+    report["about"] = environment(args.device, started)
+    for title, columns, cells in tables(report["sizes"]):
+        table = Table(*columns, title=title)
+        for line in cells:
+            table.add_row(*line)
+        console.print(table)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", markdown(report))):
+        path = args.out.with_name(args.out.name + suffix)
+        path.write_text(content + "\n")
+        console.print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
