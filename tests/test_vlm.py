@@ -108,6 +108,7 @@ def test_probabilities_are_those_of_the_model(vlm):
     yes = sum(rows[0][vlm.tokenizer.convert_tokens_to_ids(w)].item() for w in ("yes", "Yes"))
     no = sum(rows[0][vlm.tokenizer.convert_tokens_to_ids(w)].item() for w in ("no", "NO"))
     assert answer.yes == pytest.approx(yes / (yes + no), abs=1e-6)
+    assert answer.yes != pytest.approx(0.5, abs=1e-3)
     assert answer.seconds == pytest.approx(sum(answer.timings.values()))
 
 

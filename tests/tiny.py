@@ -20,7 +20,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from foveate.vlm import VLM
 from tests import models as families
 
-WORDS = "<pad> <s> </s> <image> <unk> yes no Yes NO user assistant system : ? is there a cat red"
+WORDS = "<pad> <s> </s> <image> <unk> user assistant system : ? yes no Yes NO is there a cat red"
+assert WORDS.split().index("yes") == families.FIRST_TEXT  # the model writes words from here on
 SIDE = {"height": 16, "width": 16}
 
 
