@@ -15,7 +15,7 @@ from PIL import Image
 
 from foveate import __version__, commands, doctor
 from foveate.plots import Look, evenly, show_attention
-from foveate.pocket import questions
+from foveate.pocket import build, questions
 from foveate.vision import Grid
 from tests import tiny
 from tests.test_images import png_header
@@ -154,6 +154,7 @@ def test_unusual_images_are_answered(run, folder, tmp_path, mode, size):
         (("demo", "red", "--model", str(Path(__file__).parent)), "no config.json"),
         (("demo", "red", "--show", "look.xyz"), "cannot be drawn"),
         (("demo", "red", "--show", "/nowhere/look.png"), "no folder /nowhere"),
+        (("demo", "red", "--show", str(Path(__file__).parent)), "cannot be drawn"),
     ],
 )
 def test_mistakes_of_ask(run, arguments, expected):
@@ -264,6 +265,16 @@ def test_the_installed_command_fails_in_one_sentence(tmp_path):
     assert one_sentence((done.returncode, done.stdout, done.stderr)) == (
         "foveate: There is no image nowhere.png: check the path.\n"
     )
+
+
+@pytest.mark.skipif(
+    not any(build.WEIGHTS.glob("*.safetensors")), reason="the pocket model is not trained"
+)
+def test_the_shipped_model_is_what_runs_by_default(run, tmp_path):
+    code, out, err = run("ask", "demo", "Is there a car in the image?", "--json")
+    assert (code, err) == (0, "")
+    assert {answer["answer"] for answer in json.loads(out)["answers"]} <= {"yes", "no"}
+    assert run("doctor")[0] == 0
 
 
 # ------------------------------------------------------------------------------- the picture

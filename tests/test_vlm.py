@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -334,10 +334,15 @@ def test_the_hub_is_asked_once(monkeypatch):
     def unknown(*_, **__):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
+    def odd(*_, **__):
+        raise HfHubHTTPError.__new__(HfHubHTTPError)
+
     monkeypatch.setattr(loading.HfApi, "model_info", unreachable)
     refused("hub cannot be reached", "nobody/nothing")
     monkeypatch.setattr(loading.HfApi, "model_info", unknown)
     refused("hub has no model", "nobody/nothing")
+    monkeypatch.setattr(loading.HfApi, "model_info", odd)
+    assert loading._locate("nobody/nothing") == ("nobody/nothing", False)
 
 
 def test_incomplete_folders(folder, tmp_path):

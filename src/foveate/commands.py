@@ -141,6 +141,7 @@ def ask(
         print(json.dumps({"model": model, "image": image, "question": question, "answers": found}))
     else:
         table = _table("method", "answer", "probability", "seconds")
+        table.caption = "Probability: of yes against no; of other answers, the mean per token."
         for name, answer in zip(names, answers, strict=True):
             table.add_row(name, answer.text, _number(answer.probability), f"{answer.seconds:.2f}")
         _print(table)
@@ -347,6 +348,8 @@ def _folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FoveateError(f"The folder {path} cannot be made: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise FoveateError(f"The folder {path} cannot be written to: give another.")
     return path
 
 

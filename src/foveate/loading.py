@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .method import FoveateError
@@ -124,6 +124,8 @@ def _offline(name: str) -> bool:
         raise FoveateError(f"The hub has no model {name!r} that you may see: {HINT}.") from error
     except HFValidationError as error:
         raise FoveateError(f"{name!r} is not the name of a model: {HINT}.") from error
+    except HfHubHTTPError:  # it answered, if oddly, as some mirrors do: let transformers try
+        return False
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE: kinds vary
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return True

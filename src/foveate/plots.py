@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +59,11 @@ def check_path(path: Path) -> None:
     kinds = sorted(figure_class()().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds:
         raise FoveateError(f"{path} cannot be drawn: end its name in .png, .pdf, .svg or .jpg.")
-    if not path.absolute().parent.is_dir():
-        raise FoveateError(f"There is no folder {path.absolute().parent}: make it first.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FoveateError(f"There is no folder {folder}: make it first.")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise FoveateError(f"{path} cannot be written: give another path.")
 
 
 def evenly(count: int, most: int) -> list[int]:
