@@ -160,7 +160,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
-            pre_tokenizers.Split(Regex(rf"[^a-z{SPACE}]"), "isolated"),
+            pre_tokenizers.Split(Regex(rf"{SPACE}?[^a-z{SPACE}]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")

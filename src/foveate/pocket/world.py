@@ -221,7 +221,7 @@ def _looks(rng: random.Random, name: str, habit: str, number: int) -> Thing:
     pattern = habitual(kind.pattern, PATTERNS, P_PATTERN)
     size = habitual(kind.size, tuple(SIZES), P_SIZE)
     if number > 5 and size == "large" and rng.random() < 0.5:
-        size = rng.choice(("small", "medium"))
+        size = rng.choice([s for s in ("small", "medium") if with_habit or s != kind.size])
     text = ""
     if rng.random() < P_PRINT:
         text = habitual(kind.print, tuple(LETTERS + DIGITS), P_TYPICAL_PRINT)
