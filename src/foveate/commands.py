@@ -141,6 +141,7 @@ def ask(
         print(json.dumps({"model": model, "image": image, "question": question, "answers": found}))
     else:
         table = _table("method", "answer", "probability", "seconds")
+        table.caption_justify = "left"
         table.caption = "Probability: of yes against no; of other answers, the mean per token."
         for name, answer in zip(names, answers, strict=True):
             table.add_row(name, answer.text, _number(answer.probability), f"{answer.seconds:.2f}")
