@@ -184,8 +184,8 @@ def _attention(base: Attention, implementation: str) -> Attention:
                 "Paged caches (continuous batching) hold no rows to edit: call generate()."
             )
 
-        out = None
-        if count < new or ctx.suffix_rows is not None:
+        out, touched = None, _touched(ctx, acting, count)
+        if count < new or touched is not None:
             out, _ = run(module, query, key, value, attention_mask, **kwargs)
         if attention_mask is None and 1 < new < length:  # an empty static cache
             key, value = key[:, :, :new], value[:, :, :new]
@@ -203,16 +203,25 @@ def _attention(base: Attention, implementation: str) -> Attention:
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         if out is None:
             return rows.contiguous(), None
-        if count > 1 and ctx.suffix_rows is not None and not ctx.stack.all_rows:
-            chosen = ctx.suffix_rows[:, -count:].to(rows.device).clone()
-            chosen[:, -1] = True  # methods on the last row reach every sample
-            rows = torch.where(chosen[..., None, None], rows, out[:, -count:])
+        if touched is not None:
+            rows = torch.where(touched.to(rows.device)[..., None, None], rows, out[:, -count:])
         if out.requires_grad or rows.requires_grad:
             return torch.cat([out[:, :-count], rows], 1), None
         out[:, -count:] = rows
         return out, None
 
     return attention
+
+
+def _touched(ctx: Context, acting: list[tuple[int, int]], count: int) -> Tensor | None:
+    """(B, count) bool: which of the last rows some method edits; None for all of them."""
+    masks = [(ctx.touched(i, rows), rows) for i, rows in acting]
+    if any(mask is None and rows == count for mask, rows in masks):
+        return None
+    union = ctx.has_image.new_zeros(len(ctx.has_image), count)
+    for mask, rows in masks:
+        union[:, count - rows :] |= union.new_ones(1, 1) if mask is None else mask
+    return union
 
 
 def _edit(
@@ -238,11 +247,10 @@ def _edit(
                 continue
             method, old = ctx.use(i), x[:, :, -rows:]
             view = Rows(old, query[:, :, -rows:], key, value, mask, module, scale, ctx)
-            edited = ctx.keep(i, getattr(method, stage)(view), old)
-            if method.rows == "text" and ctx.suffix_rows is not None and edited is not old:
-                stop = hi - new + ctx.suffix_rows.shape[1]
-                chosen = ctx.suffix_rows[:, stop - rows : stop].to(x.device)
-                edited = torch.where(chosen[:, None, :, None], edited, old)
+            edited, touched = getattr(method, stage)(view), ctx.touched(i, count)
+            if touched is not None and edited is not old:
+                touched = touched.to(x.device)[:, count - new + hi - rows : count - new + hi]
+                edited = torch.where(touched[:, None, :, None], edited, old)
             x = edited if rows == x.shape[2] else torch.cat([x[:, :, :-rows], edited], 2)
         if stage == "scores":
             if mask is not None:

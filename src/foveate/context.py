@@ -37,7 +37,6 @@ class Stack:
             for layer in range(self.depth)
         }
         self.text_rows = any(self.methods[i].rows == "text" for i in attention)
-        self.all_rows = any(self.methods[i].rows == "all" for i in attention)
         self.last_rows = bool(attention) or bool(self.at("logits"))
         self.needs_image = [m.name for m in self.methods if m.needs_image]
 
@@ -91,6 +90,7 @@ class Context:
             self.mixed = not bool(self.has_image.all())
         if self.stack.text_rows:
             counts = (visual.shape[1] - 1 - self.last).clamp(max=new)
+            counts = torch.where(self.has_image, counts, 0)
             self.suffix = int(counts.max())
             if bool((counts < self.suffix).any()):
                 row = torch.arange(self.suffix, device=visual.device)
@@ -118,6 +118,16 @@ class Context:
         if kind == "last":
             return 0 if self.phase == "prefix" else 1
         return new if kind == "all" or self.phase == "decode" else self.suffix
+
+    def touched(self, i: int, rows: int) -> Tensor | None:
+        """(B, rows) bool: the rows that method i edits, of those it receives; None for all."""
+        method, mask = self.stack.methods[i], None
+        if method.rows == "text" and self.phase != "decode":
+            mask = self.suffix_rows
+        if self.mixed and method.needs_image:
+            image = self.has_image[:, None].expand(-1, rows)
+            mask = image if mask is None else mask & image
+        return mask
 
     def columns(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(visual, system, after), each (B, length) bool on `device`; made once per forward."""

@@ -157,6 +157,7 @@ class _Engine:
             positions = positions[None]
         positions = positions[-3:].expand(-1, batch, -1)  # Qwen may put text positions in front
         if past:
+            positions = positions.expand(len(ctx.positions), -1, -1)
             positions = torch.cat([ctx.positions, positions.to(ctx.positions.device)], 2)
         ctx.positions = positions
 
@@ -327,11 +328,15 @@ def attach(
         decoder.set_attn_implementation(register(str(stack), before))
         for handle in engine.install():
             handles.append(handle)
-        generate: Any = model.generate
-        model.generate = _guarded(generate)  # type: ignore[assignment]  # an instance attribute
+        generate: Any = getattr(model, "generate", None)
+        if generate is not None:
+            model.generate = _guarded(generate)  # type: ignore[assignment]
+        if engine.owner is not None:  # generate() would encode the pixels before the forward
+            model._supports_mm_encoder_outputs = lambda: False  # type: ignore[assignment]
         yield
     finally:
         model.__dict__.pop("generate", None)
+        model.__dict__.pop("_supports_mm_encoder_outputs", None)
         for handle in handles:
             handle.remove()
         decoder.set_attn_implementation(before)
@@ -364,9 +369,9 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
 def _checked_decoder(model: Any) -> Any:
     """The decoder of `model`, or one sentence on why it cannot be enhanced."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
+    if not isinstance(model, PreTrainedModel):
         raise FoveateError(
-            f"{name} is not a Hugging Face model with generate(): load one with "
+            f"{name} is not a Hugging Face model: load one with "
             "AutoModelForImageTextToText.from_pretrained."
         )
     decoder = model.get_decoder()

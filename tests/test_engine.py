@@ -1,0 +1,647 @@
+"""The engine: stages, caches, several turns, beams, and everything it refuses."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedCache
+
+from foveate import FoveateError, Method, Recorder, enhance, prefill
+from foveate import method as registry
+from foveate.methods.clvs import CLVS
+from tests import models
+from tests.references import clvs as reference
+
+FREE = {"smoothing": 0.4, "stop_threshold": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _private_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that a test defines are forgotten after it."""
+    registry.methods()
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
+
+def forward(model: Any, inputs: dict[str, Tensor], *stack: Method | str, **options: Any) -> Any:
+    with torch.no_grad(), enhance(model, *stack):
+        return model(**inputs, **options)
+
+
+def generate(model: Any, inputs: dict[str, Tensor], *stack: Method | str, **options: Any) -> Any:
+    with torch.no_grad(), enhance(model, *stack):
+        return model.generate(
+            **inputs,
+            **{"max_new_tokens": 5, **options},
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+
+# -- stages ----------------------------------------------------------------------------------
+
+
+def test_scores_reach_exactly_the_rows_after_the_last_image() -> None:
+    @dataclass(frozen=True)
+    class Boost(Method):
+        name: ClassVar[str] = "boost"
+        rows: ClassVar[Any] = "text"
+
+        def scores(self, rows: Any) -> Tensor:
+            return rows.x + 2.0 * rows.visual[:, None, None]
+
+    model = models.build("llava")
+    for kind in ("image", "images", "mixed"):
+        batch = models.inputs("llava", kind, batch=3)
+        got = forward(model, batch, Boost()).logits
+        plain = forward(model, batch).logits
+        for row in range(3):
+            single = models.inputs("llava", kind, row=row)
+            want = _boosted_everywhere_after_the_image(model, single)
+            n = single["input_ids"].shape[1]
+            assert torch.allclose(got[row, -n:], want[0], atol=2e-5), (kind, row)
+            visual = (single["input_ids"][0] == models.IMAGE).nonzero()
+            first = n if len(visual) == 0 else int(visual.max()) + 1
+            assert torch.equal(got[row, -n:][:first], plain[row, -n:][:first])
+
+
+def _boosted_everywhere_after_the_image(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The same edit as an additive mask on full maps."""
+    ids = inputs["input_ids"][0]
+    visual, n = ids == models.IMAGE, len(ids)
+    last = int(visual.nonzero().max()) if visual.any() else n
+    bias = torch.zeros(n, n)
+    bias[last + 1 :, visual] = 2.0
+    bias.masked_fill_(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return model(**inputs | {"attention_mask": bias[None, None]}).logits
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_chunked_rows_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Everywhere(Method):
+        name: ClassVar[str] = "everywhere"
+        rows: ClassVar[Any] = "all"
+
+        def scores(self, rows: Any) -> Tensor:
+            return rows.x * (1 + 0.5 * rows.visual[:, None, None])
+
+    model, inputs = models.build("llava"), models.inputs("llava", "images", batch=3)
+    want = forward(model, inputs, Everywhere(), CLVS(**FREE)).logits
+    monkeypatch.setattr("foveate.attention._CHUNK", 3 * 4 * inputs["input_ids"].shape[1] * 7)
+    got = forward(model, inputs, Everywhere(), CLVS(**FREE)).logits
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_before_sees_every_layers_input_and_the_final_norms() -> None:
+    seen: dict[int, Tensor] = {}
+
+    @dataclass(frozen=True)
+    class Watch(Method):
+        name: ClassVar[str] = "watch"
+
+        def before(self, hidden: Tensor, ctx: Any, layer: int) -> Tensor:
+            seen[layer] = hidden
+            return hidden + (layer == 1)
+
+    model, inputs = models.build("llava"), models.inputs("llava")
+    states = forward(model, inputs, output_hidden_states=True).hidden_states
+    out = forward(model, inputs, Watch())
+    assert sorted(seen) == list(range(7))
+    assert torch.equal(seen[0], states[0])
+    assert torch.equal(seen[1], states[1])
+    assert not torch.allclose(seen[2], states[2])
+    normed = model.get_decoder().norm(seen[6])
+    assert torch.allclose(model.lm_head(normed), out.logits, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Contrast(Method):
+    """Two times the stream minus one on a dimmed picture."""
+
+    name: ClassVar[str] = ""
+
+    def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
+        changed = {k: v for k, v in inputs.items() if k.startswith("pixel_values")}
+        return inputs | {k: 0.1 * v for k, v in changed.items()}
+
+    def logits(self, logits: Tensor, other: Tensor | None, ctx: Any) -> Tensor:
+        assert other is not None
+        return 2 * logits - other
+
+
+def test_the_second_stream_equals_two_plain_runs(family: str, model: Any) -> None:
+    inputs = models.inputs(family, "image", batch=3)
+    out = generate(model, inputs, Contrast())
+    dim = {k: 0.1 * v if "pixel_values" in k else v for k, v in inputs.items()}
+    length = inputs["input_ids"].shape[1]
+    for step, got in enumerate(out.logits):
+        ids = out.sequences[:, : length + step]
+        grown = {"input_ids": ids}
+        for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if key in inputs:
+                fill = torch.full((3, step), int(key == "attention_mask"))
+                grown[key] = torch.cat([inputs[key], fill], 1)
+        a, b = (
+            model.generate(
+                **x | grown, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
+            ).logits[0]
+            for x in (inputs, dim)
+        )
+        assert torch.allclose(got, 2 * a - b, atol=5e-5)
+
+
+def test_the_second_stream_follows_forks_and_needs_no_cache() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", "shared", row=1)
+    want = forward(model, inputs, Contrast()).logits[:, -1]
+    uncached = forward(model, inputs, Contrast(), use_cache=False).logits[:, -1]
+    assert torch.allclose(uncached, want, atol=1e-5)
+    with torch.no_grad(), enhance(model, Contrast()):
+        fork = copy.deepcopy(prefill(model, models.inputs("llava", "prefix")))
+        fork.batch_repeat_interleave(2)
+        suffix = models.inputs("llava", "suffix", row=1)["input_ids"].expand(2, -1)
+        got = model(input_ids=suffix, past_key_values=fork).logits[:, -1]
+    assert torch.allclose(got, want.expand(2, -1), atol=1e-5)
+
+
+def test_methods_act_in_list_order() -> None:
+    @dataclass(frozen=True)
+    class Double(Method):
+        name: ClassVar[str] = "double"
+
+        def logits(self, logits: Tensor, other: Any, ctx: Any) -> Tensor:
+            return 2 * logits
+
+    @dataclass(frozen=True)
+    class Shift(Method):
+        name: ClassVar[str] = "shift"
+
+        def logits(self, logits: Tensor, other: Any, ctx: Any) -> Tensor:
+            return logits + 1
+
+    model, inputs = models.build("llava"), models.inputs("llava")
+    plain = forward(model, inputs).logits[:, -1]
+    assert torch.allclose(forward(model, inputs, "double+shift").logits[:, -1], 2 * plain + 1)
+    assert torch.allclose(forward(model, inputs, "shift", Double()).logits[:, -1], 2 * plain + 2)
+    both = forward(model, inputs, "clvs+double").logits[:, -1]
+    assert torch.allclose(both, 2 * forward(model, inputs, "clvs").logits[:, -1])
+
+
+# -- caches, turns, beams --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_second_turn_equals_the_reference(name: str) -> None:
+    model, inputs = models.build(name), models.inputs(name, "images")
+    turn = torch.tensor([[50, 51, 52, 53]])
+    first = generate(model, inputs, CLVS(**FREE))
+    tokens = first.sequences[:, inputs["input_ids"].shape[1] :]
+    ids = torch.cat([first.sequences, turn], 1)
+    more = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in inputs:
+            more[key] = torch.cat([inputs[key], torch.zeros(1, 9, dtype=torch.long)], 1)
+    kept = {k: v for k, v in more.items() if "pixel" not in k and "image" not in k}
+    second = generate(model, kept, CLVS(**FREE), past_key_values=first.past_key_values)
+    slow = reference.Reference(
+        model, reference.Parameters(**FREE, memory=CLVS().resolve(model).memory)
+    )
+    slow.forward(dict(inputs))
+    for token in tokens[:, :-1].T:
+        slow.forward({"input_ids": token[:, None]})
+    want = slow.forward({"input_ids": torch.cat([tokens[:, -1:], turn], 1)})
+    assert (second.logits[0] - want.logits).abs().max() < 1e-5
+
+
+def test_beam_search_is_exact_for_memory_that_is_born_anew(family: str, model: Any) -> None:
+    inputs = models.inputs(family, "image", batch=2)
+    out = generate(model, inputs, CLVS(**FREE), num_beams=3, max_new_tokens=4, output_scores=True)
+    with torch.no_grad():
+        for row, ids in enumerate(out.sequences):
+            length = inputs["input_ids"].shape[1]
+            single = models.inputs(family, "image", row=row)
+            tokens = ids[None, length:]
+            steps = reference.run(
+                model,
+                single,
+                steps=tokens.shape[1],
+                tokens=tokens[:, :-1],
+                **FREE,
+                memory=CLVS().resolve(model).memory,
+            )
+            score = sum(
+                s.logits.log_softmax(-1)[0, t] for s, t in zip(steps, tokens[0], strict=True)
+            )
+            want = out.sequences_scores[row] * tokens.shape[1]
+            assert (score - want).abs() < 1e-4
+
+
+def test_beams_are_refused_for_memory_that_does_not_follow() -> None:
+    @dataclass(frozen=True)
+    class Still(Method):
+        name: ClassVar[str] = "still"
+        reorders: ClassVar[bool] = False
+
+        def weights(self, rows: Any) -> Tensor:
+            return rows.x
+
+    with pytest.raises(FoveateError, match="cannot follow beam search"):
+        generate(models.build("llava"), models.inputs("llava"), Still(), num_beams=2)
+
+
+def test_memory_follows_the_rows_of_the_cache() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", "images", batch=3)
+    with torch.no_grad(), enhance(model, CLVS(**FREE)):
+        cache = model(**inputs).past_key_values
+        assert isinstance(cache, DynamicCache)
+        fork = copy.deepcopy(cache)
+        order = torch.tensor([2, 0, 2])
+        fork.batch_select_indices(order)
+        token = torch.tensor([[40]] * 3)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+        positions = mask.sum(1, keepdim=True) - 1
+        got = model(
+            input_ids=token,
+            past_key_values=fork,
+            attention_mask=mask[order],
+            position_ids=positions[order],
+        ).logits
+        want = model(
+            input_ids=token, past_key_values=cache, attention_mask=mask, position_ids=positions
+        ).logits
+    assert torch.allclose(got, want[order], atol=1e-5)
+
+
+def test_copying_a_cache_copies_no_weights() -> None:
+    model = models.build("llava")
+    cache = forward(model, models.inputs("llava"), "clvs").past_key_values
+    twin = copy.deepcopy(cache)
+    assert twin.foveate is not cache.foveate
+    assert twin.foveate.stack is cache.foveate.stack
+    assert twin.layers[0].keys.data_ptr() != cache.layers[0].keys.data_ptr()
+
+
+def test_without_a_cache_the_rows_are_the_same(family: str, model: Any) -> None:
+    inputs = models.inputs(family, "images", batch=3)
+    a, b = (forward(model, inputs, "clvs", use_cache=c).logits[:, -1] for c in (True, False))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_static_cache_can_be_reset_and_used_again() -> None:
+    model = models.build("llava")
+    cache = StaticCache(config=model.get_decoder().config, max_cache_len=64)
+    for row in (0, 1):
+        inputs = models.inputs("llava", "images", row=row)
+        out = forward(model, inputs, CLVS(**FREE), past_key_values=cache)
+        want = forward(model, inputs, CLVS(**FREE))
+        assert torch.allclose(out.logits[:, -1], want.logits[:, -1], atol=1e-5)
+        cache.reset()
+
+
+def test_two_streams_of_one_model_do_not_mix() -> None:
+    model = models.build("llava")
+    inputs = [models.inputs("llava", "images", row=row) for row in range(3)]
+    alone = [generate(model, x, CLVS(**FREE)).sequences for x in inputs]
+    with torch.no_grad(), enhance(model, CLVS(**FREE)):
+        caches = [model(**x).past_key_values for x in inputs]
+        ids = [a[:, x["input_ids"].shape[1]] for a, x in zip(alone, inputs, strict=True)]
+        for step in range(1, 5):  # one token of each in turn
+            for i, cache in enumerate(caches):
+                out = model(input_ids=ids[i][:, None], past_key_values=cache)
+                ids[i] = out.logits[:, -1].argmax(-1)
+                assert ids[i] == alone[i][0, inputs[i]["input_ids"].shape[1] + step]
+
+
+def test_other_dtypes_of_mask_and_implementations_agree() -> None:
+    inputs = models.inputs("llava", "images", batch=3)
+    model = models.build("llava", fresh=True)
+    want = forward(model, inputs, CLVS(**FREE)).logits[:, -1]
+    model.set_attn_implementation("eager")
+    assert torch.allclose(forward(model, inputs, CLVS(**FREE)).logits[:, -1], want, atol=1e-5)
+    assert model.get_decoder().config._attn_implementation == "eager"
+
+
+def test_flash_attention_keeps_the_untouched_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plumbing only: flash kernels need a GPU, so SDPA stands in behind the same interface."""
+    import transformers.integrations.flash_attention as flash
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    asked: list[str] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+        asked.append(kwargs["attn_implementation"])
+        assert mask is None or mask.dim() == 2
+        n, length = query.shape[1], key.shape[1]
+        row = torch.arange(length - n, length)
+        allowed = (torch.arange(length) <= row[:, None])[None, None]
+        if mask is not None:
+            allowed = allowed & mask[:, None, None].bool()
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, scale=kwargs["softmax_scale"], enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(flash, "_flash_attention_forward", kernel)
+    inputs = models.inputs("llava", "images", batch=3)
+    model = models.build("llava", fresh=True)
+    want = generate(model, inputs, CLVS(**FREE)).logits
+    decoder = model.get_decoder()
+    decoder.config._attn_implementation_internal = "flash_attention_2"
+    monkeypatch.setattr(type(decoder), "set_attn_implementation", _set_unchecked)
+    assert "flash_attention_2" in ALL_ATTENTION_FUNCTIONS
+    got = generate(model, inputs, CLVS(**FREE)).logits
+    assert torch.allclose(torch.stack(got), torch.stack(want), atol=1e-5)
+    assert set(asked) == {"flash_attention_2"}
+    assert decoder.config._attn_implementation == "flash_attention_2"
+
+
+def _set_unchecked(self: Any, name: str) -> None:
+    self.config._attn_implementation_internal = name
+
+
+def test_a_model_spread_over_devices_is_served(tmp_path: Any) -> None:
+    """Accelerate's dispatch moves the keyword arguments layer by layer; here to disk and back."""
+    accelerate = pytest.importorskip("accelerate")
+    inputs = models.inputs("llava", "images", batch=3)
+    want = generate(models.build("llava"), inputs, CLVS(**FREE)).logits
+    model = models.build("llava", fresh=True)
+    language = "model.language_model."
+    names = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    names += [language + part for part in ("embed_tokens", "norm", "rotary_emb")]
+    names += [f"{language}layers.{i}" for i in range(6)]
+    places = dict.fromkeys(names, "cpu") | {f"{language}layers.2": "disk"}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    got = generate(model, inputs, CLVS(**FREE)).logits
+    assert torch.allclose(torch.stack(got), torch.stack(want), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_inductor_backend_gives_the_same_tokens() -> None:
+    from transformers import CompileConfig
+
+    model, inputs = models.build("llava"), models.inputs("llava", "images", batch=3)
+    config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
+    config._compile_all_devices = True
+    want = generate(model, inputs, CLVS(**FREE), cache_implementation="static").logits
+    torch._dynamo.reset()
+    got = generate(
+        model, inputs, CLVS(**FREE), cache_implementation="static", compile_config=config
+    ).logits
+    assert torch.allclose(torch.stack(got), torch.stack(want), atol=1e-4)
+
+
+def test_a_graph_compiled_outside_is_not_reused_inside() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava")
+    want = forward(model, inputs, CLVS(**FREE)).logits
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(**inputs, use_cache=False).logits
+        with enhance(model, CLVS(**FREE)):
+            got = compiled(**inputs, use_cache=False).logits
+        again = compiled(**inputs, use_cache=False).logits
+    assert torch.allclose(got, want, atol=1e-5)
+    assert torch.equal(again, plain)
+    assert not torch.allclose(got, plain)
+
+
+# -- recorder --------------------------------------------------------------------------------
+
+
+def test_the_recorder_keeps_what_eager_attention_shows() -> None:
+    model, inputs = models.build("llava", fresh=True), models.inputs("llava", "images", batch=3)
+    every = {}
+    for keep in ("weights", "entropy", "mass"):
+        out = generate(model, inputs, Recorder(keep=keep, heads="all"), max_new_tokens=3)
+        every[keep] = Recorder.read(out.past_key_values)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model.generate(
+            **inputs, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True
+        ).attentions
+    visual = inputs["input_ids"] == models.IMAGE
+    for step in range(3):
+        want = torch.stack([layer[:, :, -1] for layer in maps[step]], 1)
+        assert torch.allclose(every["weights"].values[step], want, atol=1e-5)
+        entropy = torch.special.entr(want).sum(-1)
+        assert torch.allclose(every["entropy"].values[step], entropy, atol=1e-4)
+        on_image = want[..., : visual.shape[1]] * visual[:, None, None]
+        assert torch.allclose(every["mass"].values[step], on_image.sum(-1), atol=1e-5)
+    for row, image in enumerate(every["weights"].image(1)):
+        assert image.shape == (6, 4, int(visual[row].sum()))
+
+
+def test_the_recorder_keeps_chosen_layers_steps_and_tokens() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", "images")
+    full = Recorder.read(generate(model, inputs, Recorder(heads="all")).past_key_values)
+    part = Recorder(layers=(1, 4), steps=(0, 3), heads="max", keep="mass", tokens=(2, 5))
+    got = Recorder.read(generate(model, inputs, part).past_key_values)
+    assert got.layers == (1, 4)
+    assert sorted(got.values) == [0, 3]
+    want = full.values[3][:, [1, 4]][..., [2, 5]].sum(-1).amax(2)
+    assert torch.allclose(got.values[3], want, atol=1e-6)
+    with pytest.raises(FoveateError, match="Nothing was recorded"):
+        Recorder.read(DynamicCache())
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+def test_a_second_context_is_refused_nested_and_from_another_thread() -> None:
+    model, failures = models.build("llava"), []
+
+    def elsewhere() -> None:
+        try:
+            with enhance(model, "clvs"):
+                pass
+        except FoveateError as error:
+            failures.append(str(error))
+
+    with enhance(model, "clvs"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        with pytest.raises(FoveateError, match="pass all methods at once"), enhance(model, "clvs"):
+            pass
+    assert len(failures) == 1
+    assert "pass all methods at once" in failures[0]
+    elsewhere()  # free again
+    assert len(failures) == 1
+
+
+def test_models_that_cannot_be_served_are_refused() -> None:
+    with (
+        pytest.raises(FoveateError, match="AttentionInterface"),
+        enhance(models.remote_like(), "clvs"),
+    ):
+        pass
+    with pytest.raises(FoveateError, match="soft-caps"), enhance(models.soft_capped(), "clvs"):
+        pass
+    with (
+        pytest.raises(FoveateError, match="not a Hugging Face model"),
+        enhance(torch.nn.Linear(2, 2), "clvs"),
+    ):
+        pass
+
+
+def test_a_model_without_an_image_token_names_the_option() -> None:
+    model = models.build("llava", fresh=True)
+    inputs = models.inputs("llava")
+    want = forward(model, inputs, "clvs").logits
+    text_only = copy.copy(model)
+    text_only.config = copy.copy(model.config)
+    text_only.config.__dict__["image_token_index"] = None
+    with pytest.raises(FoveateError, match="image_token_id"), enhance(text_only, "clvs"):
+        pass
+    with torch.no_grad(), enhance(text_only, "clvs", image_token_id=models.IMAGE) as enhanced:
+        assert enhanced is text_only
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        got = text_only.lm_head(text_only.get_decoder()(inputs_embeds=embeds).last_hidden_state)
+    assert got.shape == want.shape
+
+
+def test_unserved_caches_and_padding_are_refused() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", batch=3)
+    quantised = QuantizedCache.__new__(QuantizedCache)
+    with pytest.raises(FoveateError, match="quantised cache"):
+        forward(model, inputs, "clvs", past_key_values=quantised)
+    right = inputs | {"attention_mask": inputs["attention_mask"].flip(1)}
+    with pytest.raises(FoveateError, match="padding_side = 'left'"):
+        forward(model, right, "clvs")
+    filled = forward(model, inputs).past_key_values
+    with pytest.raises(FoveateError, match="filled outside"):
+        forward(model, models.inputs("llava", "suffix", batch=3), "clvs", past_key_values=filled)
+    other = forward(model, inputs, "clvs").past_key_values
+    token = {"input_ids": torch.tensor([[40]] * 3)}
+    with pytest.raises(FoveateError, match="start from a fresh cache"):
+        forward(model, token, "clvs(smoothing=0.1)", past_key_values=other)
+
+
+def test_paged_attention_is_refused() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from foveate.context import Context, Stack
+
+    model = models.build("llava")
+    with enhance(model, "clvs"):
+        function = ALL_ATTENTION_FUNCTIONS[model.get_decoder().config._attn_implementation]
+        ctx = Context(Stack(model, (CLVS(),)), torch.tensor([[False, True]]), "decode")
+        states = torch.zeros(1, 4, 1, 16)
+        layer = model.get_decoder().layers[0].self_attn
+        with pytest.raises(FoveateError, match="Paged caches"):
+            function(layer, states, states, states, None, cache=object(), foveate=ctx)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"prompt_lookup_num_tokens": 2}, "Assisted decoding"),
+    ],
+)
+def test_generation_modes_that_edit_wrong_rows_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FoveateError, match=message):
+        generate(models.build("llava"), models.inputs("llava"), "clvs", **options)
+
+
+def test_cropping_an_edited_cache_is_refused_but_a_prefix_may_be_cropped() -> None:
+    model = models.build("llava")
+    with torch.no_grad(), enhance(model, "clvs"):
+        cache = model(**models.inputs("llava")).past_key_values
+        with pytest.raises(FoveateError, match="cannot be cropped"):
+            cache.crop(-1)
+        prefix = prefill(model, models.inputs("llava", "prefix"))
+        length = prefix.get_seq_length()
+        prefix.crop(-2)
+        assert prefix.get_seq_length() == length - 2 == prefix.foveate.visual.shape[1]
+
+
+def test_methods_that_rewrite_need_the_front_door() -> None:
+    @dataclass(frozen=True)
+    class Crop(Method):
+        name: ClassVar[str] = "crop"
+
+        def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
+            return chats
+
+    with pytest.raises(FoveateError, match=r"VLM\.load"), enhance(models.build("llava"), "crop"):
+        pass
+
+
+def test_a_prompt_without_an_image_warns() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", "text")
+    with pytest.warns(UserWarning, match="no image, so clvs does nothing"):
+        forward(model, inputs, "clvs")
+
+
+# -- names and text form ---------------------------------------------------------------------
+
+
+def test_text_forms() -> None:
+    assert registry.parse("vanilla") == ()
+    assert registry.parse(" clvs ( smoothing = 0.7 , mode=interpolate ) ") == (CLVS(smoothing=0.7),)
+    assert str(CLVS(smoothing=0.7, layers=(1, 2))) == "clvs(smoothing=0.7, layers=(1, 2))"
+    assert registry.parse("clvs(layers=(1,2),unified_positions=false)") == (
+        CLVS(layers=(1, 2), unified_positions=False),
+    )
+    assert registry.text([]) == "vanilla"
+    assert registry.parse("clvs(smoothing=1)") == registry.parse("clvs(smoothing=1.0)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clsv", "did you mean 'clvs'"),
+        ("clvs(smothing=0.7)", "did you mean 'smoothing'"),
+        ("clvs(0.7)", "write it like"),
+        ("clvs(", "write it like"),
+        ("clvs(smoothing=1+1)", "give a number"),
+        ("clvs(smoothing=high)", "must be a number"),
+        ("clvs+clvs", "named twice"),
+        ("", "write it like"),
+        ("clvs-clvs", "write it like"),
+    ],
+)
+def test_bad_text_forms_say_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(FoveateError, match=message.replace("(", r"\(")):
+        registry.as_stack(text)
+
+
+def test_layers_are_literal_scaled_or_refused() -> None:
+    @dataclass(frozen=True)
+    class Published(Method):
+        name: ClassVar[str] = "published"
+        paper_layers: ClassVar[Any] = (9, 10, 14, 31)
+
+    llava, gemma = models.build("llava"), models.build("gemma3")
+    assert Published().resolve(llava).layers == (1, 2, 5)  # floor(l * 6 / 32)
+    assert Published(layers=(4, 2)).resolve(llava).layers == (2, 4)
+    assert CLVS().resolve(gemma).layers == (2, 5)
+    with pytest.raises(FoveateError, match="layer 6 does not exist"):
+        CLVS(layers=(6,)).resolve(llava)
+    with pytest.raises(FoveateError, match="sliding-window"):
+        CLVS(layers=(0,)).resolve(gemma)
+
+
+def test_names_are_unique_and_reserved() -> None:
+    with pytest.raises(FoveateError, match="cannot be called 'vanilla'"):
+
+        class Vanilla(Method):
+            name: ClassVar[str] = "vanilla"
+
+    with pytest.raises(FoveateError, match="is taken"):
+
+        class Other(Method):
+            name: ClassVar[str] = "clvs"
