@@ -1,0 +1,42 @@
+# Two commands are all a newcomer needs: make demo, make test.
+
+# What to install as torch. On Linux without a GPU, to avoid gigabytes of CUDA libraries:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test test-slow lint speed clean
+
+demo: $(VENV)/.installed
+	$(BIN)/foveate demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: $(VENV)/.testing
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.testing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+speed: $(VENV)/.testing
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV) demo
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[plot]"
+	touch $@
+
+$(VENV)/.testing: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[plot,train]" --group dev
+	touch $@
