@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,9 @@ class LanguageLesson(nn.Module):
         seen = self.projector(batch["features"].to(self.projector.linear_1.weight.dtype))
         embeds = self.decoder.embed_tokens(ids)
         embeds = embeds.masked_scatter((ids == self.image_token)[..., None], seen.to(embeds.dtype))
+        prefix = int((segments[0] == 0).sum())
+        unseen = ~chunk_mask(segments, prefix).flatten(0, 1)
+        bias = torch.zeros(unseen.shape, device=ids.device).masked_fill(unseen, -1e4)
         config = self.decoder.config
         usual, config._attn_implementation = config._attn_implementation, PACKED
         try:
@@ -291,7 +294,7 @@ class LanguageLesson(nn.Module):
                 inputs_embeds=embeds,
                 position_ids=batch["positions"],
                 use_cache=False,
-                packed=(prefix := int((segments[0] == 0).sum()), chunk_mask(segments, prefix)),
+                packed=(prefix, bias),
             ).last_hidden_state
         finally:
             config._attn_implementation = usual
@@ -299,17 +302,18 @@ class LanguageLesson(nn.Module):
 
 # Attention of packed sequences. A mask over all pairs would do; but a question sees the shared
 # start and itself, so questions are cut into chunks that see the start, the chunk before and
-# their own: half the work.
+# their own. Plain products, because the CPU's fused kernel takes longer to differentiate when
+# heads are this small.
 PACKED = "foveate_packed"
 CHUNK = lessons.CHUNK
 
 
 def chunk_mask(segments: Tensor, prefix: int) -> Tensor:
-    """bool (B * chunks, 1, CHUNK, prefix + 2 CHUNK), True = attend."""
+    """bool (B, chunks, CHUNK, prefix + 2 CHUNK), True = attend."""
     own = segments[:, prefix:].unflatten(1, (-1, CHUNK))
     before = F.pad(own[:, :-1], (0, 0, 1, 0), value=-2)
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=segments.device).tril()
-    mask = torch.cat(
+    return torch.cat(
         [
             own.new_ones(*own.shape, prefix, dtype=torch.bool),
             own[..., None] == before[:, :, None],
@@ -317,7 +321,6 @@ def chunk_mask(segments: Tensor, prefix: int) -> Tensor:
         ],
         dim=-1,
     )
-    return mask.flatten(0, 1)[:, None]
 
 
 def packed_attention(
@@ -326,15 +329,21 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
+    scaling: float = 1.0,
     packed: tuple[int, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Exact attention for `Packer` sequences; query (B, H, S, D), key and value (B, Hkv, S, D)."""
     assert packed is not None
-    prefix, mask = packed
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    start = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
+    prefix, bias = packed
+    query, key = query.to(value.dtype) * scaling, key.to(value.dtype)
+    group = query.shape[1] // key.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (N, H, R, D), k and v (N, Hkv, K, D), bias (N | 1, R, K): one product per group."""
+        rows = q.unflatten(1, (-1, group)).flatten(2, 3)
+        scores = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)) + bias[:, None, None]
+        return (scores.flatten(2, 3).softmax(-1) @ v).unflatten(2, (group, -1)).flatten(1, 2)
 
     def chunks(x: Tensor) -> Tensor:
         return x[:, :, prefix:].unflatten(2, (-1, CHUNK)).transpose(1, 2)  # (B, n, H, CHUNK, D)
@@ -345,7 +354,9 @@ def packed_attention(
         before = F.pad(own[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
         return torch.cat([shared, before, own], dim=3).flatten(0, 1)
 
-    rest = attend(chunks(query).flatten(0, 1), context(key), context(value), attn_mask=mask)
+    future = torch.full((1, prefix, prefix), -1e4, dtype=value.dtype, device=value.device).triu(1)
+    start = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], future)
+    rest = attend(chunks(query).flatten(0, 1), context(key), context(value), bias.to(value.dtype))
     rest = rest.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([start, rest], dim=2).transpose(1, 2).contiguous(), None
 
@@ -394,7 +405,7 @@ def train_pocket(
     model, processor = build.build_pocket(seed, **(shape or {}))
     pool = lessons.Pool(out / "pool", scenes, windows, seed).build()
     held = lessons.Pool(
-        out / "held", min(150, scenes), min(80, windows), seed, questions.FIRST_HELD_OUT
+        out / "held", min(64, scenes), min(48, windows), seed, questions.FIRST_HELD_OUT
     ).build()
     for stage in STAGES[: STAGES.index(until) + 1]:
         ended = out / f"{stage}.pt"

@@ -107,6 +107,7 @@ class Pool:
         note = self.folder / "pool.json"
         paths = [self.folder / "pixels.npy", self.folder / "owners.npy"]
         if not (note.exists() and json.loads(note.read_text()) == about):
+            (self.folder / "features.npy").unlink(missing_ok=True)  # of older pictures
             shapes = [(len(self), build.SIZE, build.SIZE, 3), (len(self), SIDE * SIDE)]
             arrays = [
                 np.lib.format.open_memmap(p, "w+", np.uint8, s)
