@@ -25,6 +25,7 @@ prompt, and says so through ``batch_num_images``.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,8 @@ def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict
         "input_ids": ids,
         "attention_mask": (torch.arange(width)[None] >= pads[:, None]).long(),
     }
-    if spec.type_ids:
+    # Qwen of early transformers 5 finds its pictures by their start token instead
+    if spec.type_ids in inspect.signature(spec.cls.forward).parameters:
         out[spec.type_ids] = (ids == IMAGE).long()
     pictures = [tensors for _, row_pictures in prompts for tensors in row_pictures]
     if pictures and spec.per_row:

@@ -111,17 +111,24 @@ class Rows:
         args = (kind,) if typed else ()
         cos, sin = rotary(self.x, delta if delta.shape[0] == 3 else delta[0], *args)
         scale = getattr(rotary, f"{kind}_attention_scaling" if typed else "attention_scaling", 1.0)
+        if cos.dim() == 4:  # early transformers 5 leaves the mixing of M-RoPE to the attention
+            section = 2 * self.ctx.stack.decoder.config.rope_parameters["mrope_section"]
+            cos, sin = (
+                torch.cat([m[i % 3] for i, m in enumerate(t.split(section, -1))], -1)
+                for t in (cos, sin)
+            )
         return cos / scale, sin / scale
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Apply a `rotation` to (B, *, N, D) rotary states; computed in float32, dtype kept."""
         source = sys.modules[type(self.module).__module__]
         cos, sin = rotation
-        args: tuple[Any, ...] = (x.float(), x[:, :0].float(), cos, sin)
-        if cos.dim() == 4:  # older M-RoPE code mixes the three parts here
-            section = self.ctx.stack.decoder.config.rope_parameters["mrope_section"]
-            return source.apply_multimodal_rotary_pos_emb(*args, section)[0].to(x.dtype)
-        return source.apply_rotary_pos_emb(*args)[0].to(x.dtype)
+        apply = getattr(source, "apply_rotary_pos_emb", None)
+        if apply is None:
+            turned = x * cos[:, None] + source.rotate_half(x.float()) * sin[:, None]
+        else:
+            turned = apply(x.float(), x[:, :0].float(), cos, sin)[0]
+        return turned.to(x.dtype)
 
 
 def register(stack: str, implementation: str) -> str:

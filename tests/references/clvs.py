@@ -100,8 +100,9 @@ def prompt_positions(model: PreTrainedModel, seen: dict[str, Tensor]) -> Tensor:
     mask = seen["attention_mask"]
     if "image_grid_thw" not in seen:
         return (mask.cumsum(-1) - 1).clamp(min=0)[None]
+    known = inspect.signature(model.model.get_rope_index).parameters
     keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    return model.model.get_rope_index(**{key: seen[key] for key in keys})[0]
+    return model.model.get_rope_index(**{key: seen[key] for key in keys if key in known})[0]
 
 
 class Reference:
@@ -168,11 +169,13 @@ class Reference:
         config = self.decoder.config
         attention = self.decoder.layers[0].self_attn
         modeling = sys.modules[type(attention).__module__]
-        rotate = modeling.apply_rotary_pos_emb
+        names = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")  # the latter till 5.0
+        name = next(name for name in names if hasattr(modeling, name))
+        rotate = getattr(modeling, name)
 
-        def remember(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
-            self.before_rope = (rotate, q, k)
-            return rotate(q, k, *rest, **options)
+        def remember(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Any:
+            self.before_rope = (lambda q, k, cos, sin: rotate(q, k, cos, sin, *rest), q, k)
+            return rotate(q, k, cos, sin, *rest)
 
         ALL_ATTENTION_FUNCTIONS.register(NAME, self.attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
@@ -187,7 +190,7 @@ class Reference:
             for index, layer in enumerate(self.decoder.layers)
         ]
         try:
-            with mock.patch.object(modeling, "apply_rotary_pos_emb", remember):
+            with mock.patch.object(modeling, name, remember):
                 yield
         finally:
             config._attn_implementation = before
@@ -266,7 +269,7 @@ class Reference:
         keys = self.raw_keys[sample : sample + 1]
         last = query[sample : sample + 1, :, -1:]
         _, keys = rotate(keys, keys, cos, sin)
-        last, _ = rotate(last, last, cos[:, -1:], sin[:, -1:])
+        last, _ = rotate(last, last, cos[..., -1:, :], sin[..., -1:, :])
         keys = keys.repeat_interleave(last.shape[1] // keys.shape[1], 1)
         return (last.float() @ keys.float().transpose(2, 3))[0, :, 0]
 
