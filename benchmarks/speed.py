@@ -472,6 +472,13 @@ def environment(device: torch.device, started: str) -> dict[str, Any]:
     }
 
 
+def save(report: dict[str, Any], out: Path) -> None:
+    """Write `out`.json, with every sample, and `out`.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", markdown(report))):
+        out.with_name(out.name + suffix).write_text(content + "\n")
+
+
 def arguments(given: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Plain SDPA, foveate and eager, in one run.")
@@ -526,17 +533,15 @@ def main(given: list[str] | None = None) -> int:
             return 2
         note = samples.pop("note")
         report["sizes"][size] = {"note": note, "figures": figures(samples), "samples": samples}
-    report["about"] = environment(args.device, started)
+        report["about"] = environment(args.device, started)
+        save(report, args.out)  # after every size: a long run may be stopped
     for title, columns, cells in tables(report["sizes"]):
         table = Table(*columns, title=title)
         for line in cells:
             table.add_row(*line)
         console.print(table)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", markdown(report))):
-        path = args.out.with_name(args.out.name + suffix)
-        path.write_text(content + "\n")
-        console.print(f"written: {path}")
+    if report["sizes"]:
+        console.print(f"written: {args.out}.json and .md")
     return 0
 
 
