@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import enhance, prefill
     from .method import FoveateError, Method
+    from .method import methods as list_methods
     from .record import Recorder
     from .vlm import VLM
 
 __version__ = "0.1.0"
-__all__ = ["VLM", "FoveateError", "Method", "Recorder", "enhance", "prefill"]
+__all__ = ["VLM", "FoveateError", "Method", "Recorder", "enhance", "list_methods", "prefill"]
 
-_home = {
-    "enhance": "engine",
-    "prefill": "engine",
-    "Method": "method",
-    "FoveateError": "method",
-    "Recorder": "record",
-    "VLM": "vlm",
+_home = {  # imported when first asked for
+    "enhance": ("engine", "enhance"),
+    "prefill": ("engine", "prefill"),
+    "Method": ("method", "Method"),
+    "list_methods": ("method", "methods"),
+    "FoveateError": ("method", "FoveateError"),
+    "Recorder": ("record", "Recorder"),
+    "VLM": ("vlm", "VLM"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _home:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_home[name]}", __name__), name)
+    module, found = _home[name]
+    return getattr(import_module(f".{module}", __name__), found)

@@ -117,7 +117,7 @@ class Rows:
                 torch.cat([m[i % 3] for i, m in enumerate(t.split(section, -1))], -1)
                 for t in (cos, sin)
             )
-        return cos / scale, sin / scale
+        return (cos / scale).to(self.x.device), (sin / scale).to(self.x.device)
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Apply a `rotation` to (B, *, N, D) rotary states; computed in float32, dtype kept."""
@@ -245,15 +245,17 @@ def _edit(
 ) -> Tensor:
     """Attention output (B, H, hi - lo, D) of the query rows [lo, hi) with the methods applied."""
     new = query.shape[2]
-    query = query[:, :, lo:hi]
+    query = query if hi - lo == new else query[:, :, lo:hi]
     x = _scores(query, key, scale)
     for stage in ("scores", "weights"):
         for i, count in acting:
             rows = hi - max(lo, new - count)
             if rows <= 0 or stage not in ctx.stack.methods[i].stages:
                 continue
-            method, old = ctx.use(i), x[:, :, -rows:]
-            view = Rows(old, query[:, :, -rows:], key, value, mask, module, scale, ctx)
+            method, old, asked = ctx.use(i), x, query
+            if rows < x.shape[2]:
+                old, asked = x[:, :, -rows:], query[:, :, -rows:]
+            view = Rows(old, asked, key, value, mask, module, scale, ctx)
             edited, touched = getattr(method, stage)(view), ctx.touched(i, count)
             if touched is not None and edited is not old:
                 touched = touched.to(x.device)[:, count - new + hi - rows : count - new + hi]
@@ -264,16 +266,19 @@ def _edit(
                 lowest = torch.finfo(x.dtype).min
                 x = x.masked_fill(~mask, lowest) if mask.dtype == torch.bool else x + mask
             x = x.softmax(-1)
-    batch, heads, rows, _ = x.shape
-    grouped = x.to(value.dtype).view(batch, key.shape[1], -1, key.shape[2])
-    return (grouped @ value).view(batch, heads, rows, -1)
+    batch, heads, rows, columns = x.shape
+    grouped = x.to(value.dtype).reshape(batch * value.shape[1], -1, columns)
+    return torch.bmm(grouped, value.flatten(0, 1)).view(batch, heads, rows, -1)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Scaled dot products (B, H, R, K) float32 without expanding key/value heads."""
     batch, heads, rows, width = query.shape
-    grouped = (query * scale).reshape(batch, key.shape[1], -1, width)
-    return (grouped @ key.transpose(2, 3)).float().view(batch, heads, rows, -1)
+    grouped = query.reshape(batch * key.shape[1], -1, width)
+    turned = key.flatten(0, 1).transpose(1, 2)  # a view: cached keys lie batch by head
+    unread = query.new_empty(1, 1, 1)  # as beta is 0
+    x = torch.baddbmm(unread, grouped, turned, beta=0, alpha=scale)
+    return x.float().view(batch, heads, rows, -1)
 
 
 def _row_mask(

@@ -85,7 +85,7 @@ class Context:
         self.mixed = False
         self.empty = not bool(self.has_image.any())
         self.suffix, self.suffix_rows = new, None
-        self.step: dict[Any, tuple[Tensor, ...]] = {}
+        self.renew()
         if not self.empty:
             self.mixed = not bool(self.has_image.all())
         if self.stack.text_rows:
@@ -98,12 +98,21 @@ class Context:
 
     def use(self, i: int) -> Method:
         """Method i of the stack, with its own `plan` and `memory` in place."""
-        self.plan, self.memory = self.stack.plans[i], self.memories[i]
+        self.acting, self.plan, self.memory = i, self.stack.plans[i], self.memories[i]
         return self.stack.methods[i]
 
     def acts(self, i: int) -> bool:
-        """Whether method i does anything on this batch."""
-        return not (self.empty and self.stack.methods[i].needs_image)
+        """Whether method i does anything, on this batch and still in this forward."""
+        return i not in self.resting and not (self.empty and self.stack.methods[i].needs_image)
+
+    def rest(self) -> None:
+        """The acting method does nothing more in this forward: the layers above run plain."""
+        self.resting |= {self.acting}
+
+    def renew(self) -> None:
+        """A forward begins."""
+        self.step: dict[Any, tuple[Tensor, ...]] = {}
+        self.resting: frozenset[int] = frozenset()
 
     def keep(self, i: int, new: Tensor, old: Tensor) -> Tensor:
         """`new`, but `old` for the samples without an image where the method needs one."""
@@ -159,7 +168,7 @@ class Context:
             setattr(new, name, None if value is None else take(value))
         new.positions = take(self.positions.transpose(0, 1)).transpose(0, 1)
         new.memories = tuple(_map(m, take) for m in self.memories)
-        new.step = {}
+        new.renew()
         new.other = None if self.other is None else self.other.copy(index)
         return new
 

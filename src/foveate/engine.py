@@ -83,7 +83,7 @@ class _Engine:
         else:
             ctx.stack = self.stack
             if new == 1 and ctx.phase == "decode":
-                ctx.step = {}
+                ctx.renew()
             else:
                 self.extend(ctx, kwargs, cache)
         return (), kwargs | {"foveate": ctx}

@@ -162,22 +162,24 @@ class CLVS(Method):
     def weights(self, rows: Rows) -> Tensor:
         x, memory = rows.x, rows.memory
         pooled = x.amax(1, keepdim=True) if self.pool == "max" else x.mean(1, keepdim=True)
-        visual = rows.visual[:, None, None]
         if rows.layer == rows.plan.first:
-            memory["share"] = torch.where(visual, self.smoothing, 1.0)  # (B, 1, 1, K)
-            memory["vision"] = pooled * visual
+            # (B, 1, 1, K): what the memory weighs in visual columns; nothing elsewhere
+            share = 1 - self.smoothing if self.mode == "interpolate" else self.smoothing - 1
+            memory["share"] = rows.visual[:, None, None].float() * share
+            memory["vision"] = pooled
             memory.pop("active", None)
             return x
         share, vision = memory["share"].to(x.device), memory["vision"].to(x.device)
         used = vision
         if self.memory_norm:
-            used = vision / vision.sum(-1, keepdim=True).clamp(min=1e-12)
+            total = (vision * rows.visual[:, None, None]).sum(-1, keepdim=True)
+            used = vision / total.clamp(min=1e-12)
         if self.mode == "interpolate":
-            smoothed = torch.addcmul(used * (1 - self.smoothing), x, share)
+            smoothed = torch.lerp(x, used, share)
         else:
-            smoothed = x + (self.smoothing - 1) * used
+            smoothed = torch.addcmul(x, used, share)
         smoothed = smoothed / smoothed.sum(-1, keepdim=True)
-        memory["vision"] = torch.lerp(pooled * visual, vision, self.memory)  # type: ignore[arg-type]
+        memory["vision"] = torch.lerp(pooled, vision, self.memory)  # type: ignore[arg-type]
         if "active" in memory:
             smoothed = torch.where(memory["active"].to(x.device)[:, None, None, None], smoothed, x)
         return smoothed
@@ -188,11 +190,12 @@ class CLVS(Method):
         if layer - 1 not in ctx.plan.tested or ctx.phase == "prefix":
             return hidden
         memory = ctx.memory
-        active = memory.get("active")
-        if active is not None and not torch.compiler.is_compiling() and not bool(active.any()):
-            return hidden
-        uncertain = self.uncertainty(hidden[:, -1], ctx.plan) >= self.stop_threshold
-        memory["active"] = uncertain if active is None else active.to(uncertain.device) & uncertain
+        active = self.uncertainty(hidden[:, -1], ctx.plan) >= self.stop_threshold
+        if "active" in memory:
+            active &= memory["active"].to(active.device)
+        memory["active"] = active
+        if not torch.compiler.is_compiling() and not bool(active.any()):  # a wait for the device
+            ctx.rest()
         return hidden
 
     def uncertainty(self, hidden: Tensor, plan: SimpleNamespace) -> Tensor:
