@@ -81,8 +81,9 @@ def show_attention(
 ) -> Path:
     """Write `image` with every look's attention drawn on it: a row per look, a column per layer.
 
-    All looks share one colour scale within a layer, so that rows can be compared: its top is the
-    99th percentile of that layer's weights in all rows, as single tokens often draw very much.
+    All looks share one colour scale within a layer, so that rows can be compared: from the 1st to
+    the 99th percentile of that layer's weights in all rows, as single tokens often draw very much.
+    Where weights differ by less than a quarter, colours do not exaggerate it.
 
     Args:
         image: as the model saw it.
@@ -99,7 +100,11 @@ def show_attention(
     columns = evenly(len(layers), max(3, min(7, int(14 / width))))
     maps = [np.asarray(grid.heat(look.attention.float().cpu()))[columns] for look in looks]
     shares = [look.attention.float().sum(-1)[columns].tolist() for look in looks]
-    tops = [max(float(np.percentile([m[c] for m in maps], 99)), 1e-12) for c in range(len(columns))]
+    ranges = []
+    for c in range(len(columns)):
+        low, high = np.percentile([m[c] for m in maps], [1, 99])
+        low = min(low, 0.75 * high)
+        ranges.append((low, max(high - low, 1e-12)))
 
     page = _Page(
         wide=2 * PAD + width + 0.15 + (width + GAP) * len(columns),
@@ -120,7 +125,8 @@ def show_attention(
         _bare(panel)
         for c, column in enumerate(columns):
             panel = page.axes(PAD + 0.15 + (width + GAP) * (c + 1), top, width, height)
-            panel.imshow(_lit(back, maps[row][c] / tops[c], grid.box))
+            low, span = ranges[c]
+            panel.imshow(_lit(back, (maps[row][c] - low) / span, grid.box))
             panel.set_xlabel(
                 f"layer {layers[column]}: {shares[row][c]:.0%}", size=8.5, color=QUIET, labelpad=3
             )
@@ -196,7 +202,7 @@ def _scale(panel: Any) -> None:
     ramp = np.linspace(0, 1, 256)[None]
     panel.imshow(ramp, cmap=COLORS, aspect="auto", extent=(0, 1, 0, 1))
     panel.set_yticks([])
-    panel.set_xticks([0, 1], ["no attention", "the most in that layer"], size=8.5)
+    panel.set_xticks([0, 1], ["least in its layer", "most in its layer"], size=8.5)
     panel.tick_params(length=0, colors=QUIET)
     for side in panel.spines.values():
         side.set_visible(False)
