@@ -192,6 +192,16 @@ def test_two_turns_in_a_row_are_packed_as_the_template_writes_them() -> None:
     assert learnt == [*build.encode(processor, "yes"), end, *build.encode(processor, "red"), end]
 
 
+def test_the_state_before_yes_and_no_is_kept(tmp_path: Path) -> None:
+    folder = train.train_pocket(tmp_path, "yesno", **RUN)
+    before, _ = build.load_open(folder)
+    alone, _ = build.load_pocket(tmp_path / "open")
+    after, _ = build.load_pocket(folder)
+    state, open_state, last = before.state_dict(), alone.state_dict(), after.state_dict()
+    assert all(torch.equal(state[k], open_state[k]) for k in state)
+    assert any(not torch.equal(state[k], last[k]) for k in state)
+
+
 def test_padding_teaches_nothing() -> None:
     _, processor = build.build_pocket(**TINY)
     packed = lessons.Packer(processor).pack((0,), [])

@@ -4,6 +4,7 @@
     build_pocket(seed=0, **shape) -> (model, processor)  # untrained, fp32
     save_pocket(model, processor, folder)                # fp16 safetensors, loads as fp32
     load_pocket(folder=WEIGHTS) -> (model, processor)
+    load_open(folder=WEIGHTS) -> (model, processor)      # as it was before yes/no training
     encode(processor, text) -> list[int]                 # a piece of a prompt, no <s> added
 
 The saved folder is plain `transformers`: AutoModelForImageTextToText and AutoProcessor load it
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -276,3 +278,24 @@ def load_pocket(folder: Path | str = WEIGHTS) -> tuple[LlavaForConditionalGenera
     """The saved model (fp32, eval mode) and its processor, through plain transformers."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+OPEN = "open.safetensors"  # beside the model: what differs before yes/no training
+
+
+def save_open(state: dict[str, torch.Tensor], folder: Path | str) -> None:
+    """Keep an earlier state's projector and language model as fp16; the tower is the same."""
+    kept = {
+        k: v.half().contiguous()
+        for k, v in state.items()
+        if "vision_tower" not in k and k != "lm_head.weight"
+    }
+    save_file(kept, Path(folder) / OPEN)
+
+
+def load_open(folder: Path | str = WEIGHTS) -> tuple[LlavaForConditionalGeneration, Any]:
+    """The model after captions and open questions, which further training starts from."""
+    model, processor = load_pocket(folder)
+    found = model.load_state_dict(load_file(Path(folder) / OPEN), strict=False)
+    assert not found.unexpected_keys
+    return model, processor
