@@ -170,8 +170,16 @@ def test_the_second_stream_follows_forks_and_needs_no_cache() -> None:
         fork = copy.deepcopy(prefill(model, models.inputs("llava", "prefix")))
         fork.batch_repeat_interleave(2)
         suffix = models.inputs("llava", "suffix", row=1)["input_ids"].expand(2, -1)
+        padded = torch.nn.functional.pad(suffix, (3, 0))
+        mask = torch.ones(2, fork.get_seq_length() + padded.shape[1], dtype=torch.long)
+        mask[:, fork.get_seq_length() :][:, :3] = 0
+        positions = fork.get_seq_length() + torch.arange(-3, suffix.shape[1]).clamp(min=0)
+        twin = copy.deepcopy(fork)
         got = model(input_ids=suffix, past_key_values=fork).logits[:, -1]
+        more = {"attention_mask": mask, "position_ids": positions.expand(2, -1)}
+        behind = model(input_ids=padded, past_key_values=twin, **more).logits[:, -1]
     assert torch.allclose(got, want.expand(2, -1), atol=1e-5)
+    assert torch.allclose(behind, want.expand(2, -1), atol=1e-5)
 
 
 def test_methods_act_in_list_order() -> None:
@@ -297,6 +305,18 @@ def test_without_a_cache_the_rows_are_the_same(family: str, model: Any) -> None:
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_gradients_pass_and_the_loss_takes_no_notice() -> None:
+    model, inputs = models.build("llava", fresh=True), models.inputs("llava", "images", batch=3)
+    with enhance(model, CLVS(**FREE)):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
+    logits = forward(model, inputs, CLVS(**FREE)).logits
+    labels = inputs["input_ids"][:, 1:].flatten()
+    want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
+    assert torch.allclose(loss, want, atol=1e-5)
+
+
 def test_a_static_cache_can_be_reset_and_used_again() -> None:
     model = models.build("llava")
     cache = StaticCache(config=model.get_decoder().config, max_cache_len=64)
@@ -407,7 +427,7 @@ def test_a_graph_compiled_outside_is_not_reused_inside() -> None:
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         plain = compiled(**inputs, use_cache=False).logits
-        with enhance(model, CLVS(**FREE)):
+        with enhance(compiled, CLVS(**FREE)):
             got = compiled(**inputs, use_cache=False).logits
         again = compiled(**inputs, use_cache=False).logits
     assert torch.allclose(got, want, atol=1e-5)
@@ -488,7 +508,7 @@ def test_models_that_cannot_be_served_are_refused() -> None:
     with pytest.raises(FoveateError, match="soft-caps"), enhance(models.soft_capped(), "clvs"):
         pass
     with (
-        pytest.raises(FoveateError, match="not a Hugging Face model"),
+        pytest.raises(FoveateError, match="not a transformers model"),
         enhance(torch.nn.Linear(2, 2), "clvs"),
     ):
         pass

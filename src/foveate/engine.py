@@ -239,13 +239,13 @@ class _Engine:
             if any(k.startswith("pixel_values") for k in inputs):
                 changed = ctx.use(owner).contrast(inputs, ctx) or inputs
                 ids = changed["input_ids"]
+            tail = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].long()
+            noted = stream.ctx.positions
+            if stream.mask is None and mask is not None:
+                stream.mask = tail.new_ones(len(ids), noted.shape[2])
             if stream.mask is not None:
-                tail = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
                 stream.mask = torch.cat([stream.mask, tail.to(stream.mask.dtype)], 1)
-            steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-            if stream.mask is not None and mask is not None and ids.shape[1] > 1:
-                steps = mask[:, -ids.shape[1] :].long().cumsum(1).clamp(min=1)
-            positions = stream.ctx.positions[:, :, -1:] + steps
+            positions = noted[:, :, -1:] + tail.cumsum(1).clamp(min=1)
             changed = {
                 **changed,
                 "attention_mask": stream.mask,
@@ -306,6 +306,7 @@ def attach(
     model: PreTrainedModel, methods: tuple[Method, ...], image_token_id: int | None = None
 ) -> Iterator[None]:
     """`enhance` for methods whose `rewrite`, if any, has been run by the caller."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     methods = tuple(m for m in methods if not m.is_neutral)
     if not methods:
         yield
@@ -371,8 +372,8 @@ def _checked_decoder(model: Any) -> Any:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise FoveateError(
-            f"{name} is not a Hugging Face model: load one with "
-            "AutoModelForImageTextToText.from_pretrained."
+            f"{name} is not a transformers model: pass the model that "
+            "AutoModelForImageTextToText.from_pretrained returns, without any wrapper around it."
         )
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers") or not decoder._can_set_attn_implementation():
