@@ -188,9 +188,9 @@ class Packed:
 
 
 # share of the yes/no pairs per category, in whole scenes and in windows
-PAIRS = {"existence": 4, "attribute": 7, "number": 2, "relation": 9, "position": 2, "print": 0.6}
-PAIRS_WINDOW = {"existence": 3, "attribute": 4, "number": 1, "relation": 3, "position": 1,
-                "print": 6}  # fmt: skip
+PAIRS = {"existence": 8, "attribute": 6, "number": 4, "relation": 6, "position": 2, "print": 1.5}
+PAIRS_WINDOW = {"existence": 4, "attribute": 3, "number": 1, "relation": 2, "position": 1,
+                "print": 7}  # fmt: skip
 
 
 class Packer:
@@ -272,7 +272,7 @@ class Packer:
             if rng.random() < (0.3 if stage == "open" else 0.15):
                 asked.append(questions.caption(view, rng, short=rng.random() < 0.4))
             for _ in range(26 if stage == "open" else 8):
-                if not close.whole and rng.random() < 0.25:
+                if not close.whole and rng.random() < 0.35:
                     asked.append(questions.opened(close, rng, "print"))
                 else:
                     asked.append(questions.opened(view, rng))
