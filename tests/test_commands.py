@@ -235,6 +235,14 @@ def test_demo(run, folder, tmp_path):
             assert picture.width > 100
 
 
+def test_the_drawn_scene_is_asked_also_beside_the_demos_folder(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("ask", "demo", "red", "--model", folder, "--max-new-tokens", 1)
+    assert code == 0
+    assert "clvs" in out
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_demo_finds_six_different_questions_on_any_scene(seed):
     _, asked = commands._six_questions(seed)

@@ -278,7 +278,7 @@ def _six_questions(seed: int) -> tuple[Any, list[Any]]:
 def _picture(name: str) -> Any:
     from .images import decode
 
-    if name == "demo" and not Path(name).exists():
+    if name == "demo" and not Path(name).is_file():
         from .pocket import questions, world
 
         return world.draw(world.sample(questions.FIRST_HELD_OUT))
