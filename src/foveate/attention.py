@@ -202,8 +202,7 @@ def _attention(base: Attention, implementation: str) -> Attention:
         pieces = []
         for lo in range(new - count, new, size):
             hi = min(lo + size, new)
-            part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, lo - new + count :]
-            part = part if part is None else part[:, :, : hi - lo]
+            part = None if mask is None else mask[:, :, lo - new + count : hi - new + count]
             pieces.append(
                 _edit(ctx, module, acting, query, key, value, part, scale, lo, hi).transpose(1, 2)
             )

@@ -82,12 +82,10 @@ class Context:
         self.last = columns.amax(1) - 1  # (B,), -1 without an image
         self.has_image = self.last >= 0
         self.first = torch.where(self.has_image, visual.int().argmax(1), visual.shape[1])
-        self.mixed = False
         self.empty = not bool(self.has_image.any())
+        self.mixed = not self.empty and not bool(self.has_image.all())
         self.suffix, self.suffix_rows = new, None
         self.renew()
-        if not self.empty:
-            self.mixed = not bool(self.has_image.all())
         if self.stack.text_rows:
             counts = (visual.shape[1] - 1 - self.last).clamp(max=new)
             counts = torch.where(self.has_image, counts, 0)
