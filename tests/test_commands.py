@@ -185,7 +185,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(commands, "_picture", broken)
+    monkeypatch.setattr(commands.ask, "read_picture", broken)
     with pytest.raises(ZeroDivisionError):
         commands.main(["ask", "demo", "red"])
 
@@ -263,7 +263,7 @@ def test_the_drawn_scene_is_asked_also_beside_the_demos_folder(run, folder, tmp_
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_demo_finds_six_different_questions_on_any_scene(seed):
-    _, asked = commands._six_questions(seed)
+    _, asked = commands.demo._six_questions(seed)
     assert len({question.text for question in asked}) == 6
 
 

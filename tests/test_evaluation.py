@@ -535,7 +535,7 @@ BENCH = "pocket(questions=2, categories=('existence-random', 'attribute'))"
 def test_eval_on_drawn_scenes(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands._Progress, "EVERY", 0.0)
+    monkeypatch.setattr(commands.common.Progress, "EVERY", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "run"
     code, printed, told = command("eval", BENCH, "--out", out, "--device", "cpu")
@@ -565,7 +565,7 @@ def test_eval_stopped_by_hand(
 
     given = ("eval", BENCH, "--out", tmp_path, "--method", "vanilla", "--device", "cpu")
     with monkeypatch.context() as patched:
-        patched.setattr(commands._Progress, "__call__", stop)
+        patched.setattr(commands.common.Progress, "__call__", stop)
         code, _, told = command(*given)
     assert code == 130
     assert told == "foveate: stopped; the same command goes on from here\n"

@@ -1,0 +1,63 @@
+"""The `foveate` command: one file here is one command, found by walking this folder.
+
+Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..method import FoveateError
+from .common import note
+
+# of the help; commands that are not named here follow by name
+ORDER = ("ask", "methods", "doctor", "heads", "draw", "demo", "eval", "sweep", "report", "train")
+
+app = typer.Typer(
+    help="Ask a vision-language model about an image, plain and with visual-attention methods.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="foveate")
+        warnings.showwarning = note
+        try:
+            app(arguments)
+        except FoveateError as error:
+            print(f"foveate: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"foveate {__version__}")
+        raise typer.Exit
+
+
+def _register() -> None:
+    """Import every file here: each adds its command to `app`."""
+    names = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    for name in dict.fromkeys((*ORDER, *names)):
+        importlib.import_module(f"{__name__}.{name}")
+
+
+_register()

@@ -1,0 +1,5 @@
+"""`python -m foveate.commands` is the `foveate` command."""
+
+from . import main
+
+main()

@@ -1,0 +1,108 @@
+"""`foveate ask`: one question about an image, with every method given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..method import FoveateError, as_stack, methods, text
+from . import app
+from .common import (
+    SIDE_BY_SIDE,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    draw_attention,
+    load,
+    new_table,
+    print_table,
+    read_picture,
+    rounded,
+    serves,
+)
+
+if TYPE_CHECKING:
+    from ..vlm import Answer
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelOption = "pocket",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ...; repeat it to compare, or "
+            "all. Default: vanilla and clvs."
+        ),
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Draw each method's attention into this picture.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask one question about an image, with every method given, and compare the answers.
+
+    Seconds are measured after one token has been produced to warm up.
+    """
+    if not question.strip():
+        raise FoveateError("The question is empty: ask something about the image.")
+    if show:
+        from ..plots import check_path
+
+        check_path(show)
+    picture = read_picture(image)
+    chosen = method or list(SIDE_BY_SIDE)
+    stacks = [as_stack(m) for m in chosen if m != "all"]
+    vlm = load(model, device=device, dtype=dtype)
+    if "all" in chosen:
+        known = [(), *((cls(),) for cls in methods().values())]
+        stacks += [stack for stack in known if stack not in stacks and serves(vlm.model, stack)]
+    vlm.ask(picture, question, system=system, max_new_tokens=1)
+    answers = [
+        vlm.ask(
+            picture,
+            question,
+            stack,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            record=show is not None,
+        )
+        for stack in stacks
+    ]
+    names = [text(stack) for stack in stacks]
+    if as_json:
+        found = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
+        print(json.dumps({"model": model, "image": image, "question": question, "answers": found}))
+    else:
+        table = new_table("method", "answer", "probability", "seconds")
+        table.caption_justify = "left"
+        table.caption = "Probability: of yes against no; of other answers, the mean per token."
+        for name, answer in zip(names, answers, strict=True):
+            table.add_row(name, answer.text, rounded(answer.probability), f"{answer.seconds:.2f}")
+        print_table(table)
+    if show:
+        draw_attention(vlm, question, dict(zip(names, answers, strict=True)), show)
+        if not as_json:
+            print(f"attention: {show}")
+
+
+def _as_dict(name: str, answer: Answer) -> dict[str, Any]:
+    return {
+        "method": name,
+        "answer": answer.text,
+        "probability": answer.probability,
+        "yes": answer.yes,
+        "tokens": answer.tokens,
+        "probabilities": answer.probabilities,
+        "seconds": answer.seconds,
+        "timings": answer.timings,
+    }

@@ -1,0 +1,203 @@
+"""What several commands share: options, loading, tables, progress, the picture of attention."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ..method import FoveateError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..record import Record
+    from ..vlm import VLM, Answer
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="pocket, a saved model's folder, or a hub name.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
+# of runs over benchmarks
+DataRootOption = Annotated[
+    Path | None, typer.Option(help="Folder with your data sets; default: from the hub.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Only the first so many questions of every split.")
+]
+BatchSizeOption = Annotated[str, typer.Option(help="Questions at a time, or auto.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(help="i/n, from 0/n: every n-th image. Default: RANK and WORLD_SIZE, if set."),
+]
+DrawnOption = Annotated[int, typer.Option(min=0, help="For methods that draw at random.")]
+ResumeOption = Annotated[bool, typer.Option(help="Go on with the records in --out.")]
+
+SIDE_BY_SIDE = ("vanilla", "clvs")  # what is compared where nobody chose
+
+
+def note(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"foveate: note: {message}", file=sys.stderr)
+
+
+def quiet() -> None:
+    """No progress bars for models that load in a moment, nor where nobody watches."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load(name: str, **options: Any) -> VLM:
+    from ..vlm import VLM
+
+    quiet()
+    return VLM.load(name, **options)
+
+
+def serves(model: Any, stack: tuple[Any, ...]) -> bool:
+    """Whether the methods can be had on this model; says why not."""
+    try:
+        for method in stack:
+            method.resolve(model)
+    except FoveateError as error:
+        note(f"left out: {error}")
+        return False
+    return True
+
+
+def read_picture(name: str) -> Any:
+    from ..images import decode
+
+    if name == "demo" and not Path(name).is_file():
+        from ..pocket import questions, world
+
+        return world.draw(world.sample(questions.FIRST_HELD_OUT))
+    return decode(name)
+
+
+def make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FoveateError(f"The folder {path} cannot be made: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise FoveateError(f"The folder {path} cannot be written to: give another.")
+    return path
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """The number of a shard and of how many, from ``i/n`` or as torchrun and Slurm scripts say."""
+    if text is None:
+        text = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise FoveateError(f"Cannot read the shard {text!r}: write it like 0/8, the first of 8.")
+    return int(number), int(count)
+
+
+def own_card(shard: str | None) -> str | None:
+    """The GPU of this process among those that RANK counts."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", "")
+    mine = shard is None and local.isdecimal() and torch.cuda.is_available()
+    return f"cuda:{local}" if mine else None
+
+
+def read_batch_size(text: str) -> int | None:
+    if text != "auto" and not text.isdecimal():
+        raise FoveateError(f"Cannot read the batch size {text!r}: give a number, or auto.")
+    return None if text == "auto" else int(text)
+
+
+class Progress:
+    """How far an evaluation is, on stderr: a bar for who watches, else a line now and then."""
+
+    EVERY = 30.0  # seconds between lines
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.bar = Bar(
+            BarColumn(), TextColumn("{task.description}", markup=False), console=self.console
+        )
+        self.task = self.bar.add_task("looking at the data")
+        if self.console.is_terminal:
+            self.bar.start()
+        self.start, self.told, self.before = time.monotonic(), time.monotonic(), -1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if self.before < 0:  # what an earlier start has answered
+            self.before, self.start = done - 1, now
+        rate = (done - self.before) / max(now - self.start, 1e-3)
+        line = f"{done:,} of {total:,} questions, {rate:.1f}/s, {what}"
+        self.bar.update(self.task, completed=done, total=total, description=line)
+        if not self.console.is_terminal and now - self.told > self.EVERY:
+            self.told = now
+            print(f"foveate: {line}", file=sys.stderr, flush=True)
+
+
+def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
+    """Attention to the first image, mean over the answer's tokens."""
+    import torch
+
+    from ..plots import Look, show_attention
+
+    looks, layers = [], tuple[int, ...]()
+    for name, answer in answers.items():
+        record = cast("Record", answer.record)
+        steps = [record.image(step)[0] for step in range(max(1, len(answer.tokens)))]
+        looks.append(Look(name, said(answer), torch.stack(steps).mean(0)))
+        layers = record.layers
+    chat = next(iter(answers.values())).chat
+    show_attention(chat.images[0], question, looks, layers, vlm.grids(chat)[0], path)
+
+
+def said(answer: Answer) -> str:
+    return f"{answer.text} ({rounded(answer.probability)})"
+
+
+def rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def brief(value: Any) -> str:
+    """A parameter's value; a run of layers as its ends."""
+    whole = isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+    if whole and len(value) > 3 and value == (*range(value[0], value[-1] + 1),):
+        return f"{value[0]}..{value[-1]}"
+    return repr(value)
+
+
+def new_table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:  # a file has room
+        console.width = max(console.width, 160)
+    console.print(table)

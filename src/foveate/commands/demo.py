@@ -1,0 +1,73 @@
+"""`foveate demo`: a drawn scene, six questions, and where the model looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import app
+from .common import (
+    SIDE_BY_SIDE,
+    ModelOption,
+    draw_attention,
+    load,
+    make_folder,
+    new_table,
+    print_table,
+    said,
+)
+
+SIX = (  # category and answer of the demo's questions
+    ("existence", "yes"),
+    ("existence", "no"),
+    ("attribute", "yes"),
+    ("relation", "no"),
+    ("attribute", None),
+    ("number", None),
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Another scene.")] = 0,
+    model: ModelOption = "pocket",
+) -> None:
+    """Draw a scene, ask six questions about it with vanilla and CLVS, and show the attention."""
+    from ..pocket import world
+
+    scene, asked = _six_questions(seed)
+    folder = make_folder(out)
+    picture = world.draw(scene)
+    picture.save(folder / "scene.png")
+    vlm = load(model)
+    vlm.ask(picture, asked[0].text, max_new_tokens=1)
+    table = new_table("question", "truth", *SIDE_BY_SIDE)
+    for number, question in enumerate(asked):
+        answers = {
+            m: vlm.ask(picture, question.text, m, max_new_tokens=16, record=number == 0)
+            for m in SIDE_BY_SIDE
+        }
+        table.add_row(question.text, question.answer, *(said(a) for a in answers.values()))
+        if number == 0:
+            draw_attention(vlm, question.text, answers, folder / "attention.png")
+    print_table(table)
+    print(f"scene: {folder / 'scene.png'}\nattention: {folder / 'attention.png'}")
+
+
+def _six_questions(seed: int) -> tuple[Any, list[Any]]:
+    """A held-out scene, and one question of each of six kinds about it."""
+    import random
+
+    from ..pocket import questions, world
+
+    scene = world.sample(questions.FIRST_HELD_OUT + seed)
+    asked = questions.exam(scene, random.Random(seed))
+    found: list[Any] = []
+    for kind in SIX:
+        fitting = [q for q in asked if (q.category, q.label) == kind]
+        rest = fitting or [q for q in asked if q not in found]
+        found.append(rest[0])
+    return scene, found

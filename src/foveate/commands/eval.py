@@ -1,0 +1,157 @@
+"""`foveate eval`: all questions of benchmarks, with every method given."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..method import FoveateError, as_stack, methods
+from . import app
+from .common import (
+    SIDE_BY_SIDE,
+    BatchSizeOption,
+    DataRootOption,
+    DeviceOption,
+    DrawnOption,
+    DtypeOption,
+    LimitOption,
+    ModelOption,
+    Progress,
+    ResumeOption,
+    ShardOption,
+    load,
+    new_table,
+    own_card,
+    print_table,
+    read_batch_size,
+    read_shard,
+    serves,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Engine(StrEnum):
+    """Who answers the questions of an evaluation: this process, or workers of Ray Data."""
+
+    PLAIN, RAY = "plain", "ray"
+
+
+@app.command("eval")
+def evaluate(
+    bench: Annotated[
+        list[str],
+        typer.Argument(metavar="BENCH...", help="Text forms: pocket, pope(source=gqa), ..."),
+    ],
+    out: Annotated[Path, typer.Option(help="The run's folder: records.jsonl, results.json.")],
+    model: ModelOption = "pocket",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="As in ask; repeat it, or all. Default: vanilla and clvs."),
+    ] = None,
+    data_root: DataRootOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = "auto",
+    shard: ShardOption = None,
+    seed: DrawnOption = 0,
+    resume: ResumeOption = True,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Share nothing between questions: slow.")
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="plain: this process; ray: the workers of Ray Data.")
+    ] = Engine.PLAIN,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of ray, a model in each. Default: one per GPU.")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: an equal share.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: 1 where there is.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask all questions of benchmarks with every method given, and score the answers.
+
+    Stop it whenever you like, also by force: the same command goes on.
+    """
+    from ..benchmark import parse
+
+    benchmarks = [b for given in bench for b in parse(given)]
+    part, size = read_shard(shard), read_batch_size(batch_size)
+    chosen = method or list(SIDE_BY_SIDE)
+    stacks = [as_stack(m) for m in chosen if m != "all"]
+    options: dict[str, Any] = {
+        "root": data_root,
+        "limit": limit,
+        "batch_size": size,
+        "shard": part,
+        "seed": seed,
+        "share": not one_by_one,
+        "resume": resume,
+    }
+    vlm: Any
+    run: Callable[..., dict[str, Any]]
+    if engine is Engine.RAY:
+        from ..loading import outline
+        from ..scale import evaluate as run
+        from ..vlm import VLM
+
+        vlm = functools.partial(VLM.load, model, device=device, dtype=dtype)
+        gpus = 0.0 if device == "cpu" and gpus is None else gpus
+        options |= {"workers": workers, "cpus": cpus, "gpus": gpus}
+    elif workers or cpus is not None or gpus is not None:
+        raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
+    else:
+        from ..evaluation import evaluate as run
+
+        vlm = load(model, device=device or own_card(shard), dtype=dtype)
+    if "all" in chosen:
+        whole = outline(model) if engine is Engine.RAY else vlm.model
+        known = [(), *((cls(),) for cls in methods().values())]
+        stacks += [stack for stack in known if stack not in stacks and serves(whole, stack)]
+    try:
+        with Progress() as watch, contextlib.redirect_stdout(sys.stderr):  # Ray prints, too
+            results = run(benchmarks, vlm, stacks, out, watch=watch, **options)
+    except KeyboardInterrupt:
+        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for b in benchmarks:
+        _print_scores(b, results["benchmarks"][str(b)]["methods"])
+    home = out if part[1] == 1 else out / f"shard-{part[0]}-of-{part[1]}"
+    print(f"results: {home / 'results.json'}; more: foveate report {out}")
+
+
+def _print_scores(b: Any, entries: dict[str, Any]) -> None:
+    """The benchmark's own table of every method, and what its reader must know."""
+    from math import isnan, nan
+
+    for name, entry in entries.items():
+        if entry["scores"]:
+            scores = {k: nan if v is None else v for k, v in entry["scores"].items()}
+            heads, rows = b.table(scores)
+            table = new_table(*heads)
+            table.title, table.title_justify = f"{b}, {name}", "left"
+            for cells in rows:
+                table.add_row(
+                    *(
+                        cell
+                        if isinstance(cell, str)
+                        else ""
+                        if isnan(cell)
+                        else f"{cell:.{b.digits}f}"
+                        for cell in cells
+                    )
+                )
+            print_table(table)
+        for line in entry["notes"]:
+            print(f"{b}, {name}: {line}")

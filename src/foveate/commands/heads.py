@@ -1,0 +1,102 @@
+"""`foveate heads`: which heads adhh should cut."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..method import FoveateError
+from . import app
+from .common import DeviceOption, DtypeOption, load, new_table, print_table
+
+
+@app.command()
+def heads(
+    model: Annotated[
+        str, typer.Argument(help="pocket, a saved model's folder, or a hub name.")
+    ] = "pocket",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images; the pocket model draws its own.")
+    ] = None,
+    objects: Annotated[
+        Path | None,
+        typer.Option(
+            help='What they show: lines of {"image": "a.jpg", "objects": ["cup", "dog"]}.'
+        ),
+    ] = None,
+    synonyms: Annotated[
+        Path | None,
+        typer.Option(help="Lines of `category, synonym, ...`; default: the words in --objects."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            "--scenes",
+            min=1,
+            help="How many images to use (default: all), or scenes to draw (default: 400).",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Heads to list; default: 20, but at most a tenth of all heads."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write; default: heads-MODEL.json.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Default: Please describe this image in detail.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 128,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Heads times tokens per forward: more need more memory.")
+    ] = 256,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Find the heads that favour words for things that are not there: the list for adhh.
+
+    The model describes every image; at each word for an object every head is removed in turn.
+    Stop it whenever you like: the same command goes on, from the .jsonl file beside --out.
+    """
+    from ..heads import PROMPT, find_heads, folder_samples, pocket_samples
+
+    if images and objects:
+        samples, vocabulary = folder_samples(images, objects, synonyms)
+        samples = samples[:limit]
+    elif images or objects or synonyms or model != "pocket":
+        raise FoveateError(
+            "Say what to describe and what it shows with --images FOLDER --objects FILE.jsonl: the "
+            "published lists come from 3000 images of COCO train2014 and the classes of their "
+            "instances."
+        )
+    else:
+        samples, vocabulary = pocket_samples(limit or 400)
+    path = out or Path(f"heads-{Path(model).resolve().name}.json")
+    given = {"images": images, "objects": objects, "synonyms": synonyms, "limit": limit,
+             "top-k": top_k, "prompt": prompt, "max-new-tokens": max_new_tokens,
+             "dtype": dtype}  # fmt: skip
+    found = find_heads(
+        load(model, device=device, dtype=dtype),
+        samples,
+        vocabulary,
+        path,
+        prompt=prompt or PROMPT,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        rows=rows,
+        command=shlex.join(
+            ["foveate", "heads", model]
+            + [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
+        ),
+    )
+    table = new_table("layer", "head", "score")
+    for layer, head in found["heads"]:
+        table.add_row(str(layer), str(head), f"{found['scores'][layer][head]:+.4f}")
+    print_table(table)
+    words = f"{found['hallucinated']} words hallucinated, {found['real']} real"
+    print(f"{found['images']} captions: {words}")
+    print(f"heads: {path}, for --method \"adhh(heads='{path}')\"")

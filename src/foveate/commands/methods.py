@@ -1,0 +1,65 @@
+"""`foveate methods`: the methods with their parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..method import FoveateError, methods
+from . import app
+from .common import brief, load, new_table, note, print_table
+
+
+@app.command("methods")
+def list_methods(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Fill in what the method uses on it.")
+    ] = None,
+) -> None:
+    """List the methods with their parameters; with --model, as resolved for that model."""
+    table = new_table("method", "parameters", "paper", "what it does")
+    chosen: dict[str, Any] = {name: cls() for name, cls in methods().items()}
+    if model:
+        chosen = _resolved(model, chosen)
+    for name, cls in methods().items():
+        lines = [chosen[name]]
+        if not isinstance(lines[0], str):
+            values = chosen[name].parameters()
+            if model and values["layers"] is None:  # it acts on no layer
+                del values["layers"]
+            lines = [f"{k}={brief(v)}" for k, v in values.items()]
+        about = (cls.__doc__ or "").strip().split("\n")[0]
+        table.add_row(name, "\n".join(lines), cls.paper and f"arXiv {cls.paper}", about)
+    print_table(table)
+
+
+def _resolved(name: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Method or refusal by name, as on the model `name`.
+
+    An outline of the model is enough for most; where a value depends on the weights (None is
+    left), they are loaded.
+    """
+    from ..loading import outline
+
+    def on(model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, method in chosen.items():
+            try:
+                found[key] = method.resolve(model)
+            except FoveateError as error:
+                found[key] = str(error)
+        return found
+
+    found = on(outline(name))
+    open_ends = [
+        f"{key}.{k}"
+        for key, method in found.items()
+        if not isinstance(method, str)
+        for k, v in method.parameters().items()
+        if v is None and k != "layers"
+    ]
+    if open_ends:
+        note(f"loading the weights of {name} for {', '.join(open_ends)}")
+        found = on(load(name).model)
+    return found

@@ -1,0 +1,118 @@
+"""`foveate sweep`: values of a method's parameters on a benchmark."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..method import FoveateError
+from . import app
+from .common import (
+    BatchSizeOption,
+    DataRootOption,
+    DeviceOption,
+    DrawnOption,
+    DtypeOption,
+    LimitOption,
+    ModelOption,
+    Progress,
+    ResumeOption,
+    ShardOption,
+    brief,
+    load,
+    make_folder,
+    new_table,
+    own_card,
+    print_table,
+    read_batch_size,
+    read_shard,
+)
+
+
+@app.command()
+def sweep(
+    method: Annotated[str, typer.Argument(help="The method to vary: clvs, clvs(top_k=5), ...")],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="smoothing=0.5,0.7,0.9 or smoothing=0.5..1.0/0.1; give it twice for a map."
+        ),
+    ],
+    bench: Annotated[str, typer.Option(help="One benchmark's text form: pocket, pope, ...")],
+    out: Annotated[Path, typer.Option(help="The run's folder; also sweep.json and sweep.png.")],
+    model: ModelOption = "pocket",
+    metric: Annotated[
+        str, typer.Option(help="accuracy over all questions, or a score of the benchmark's.")
+    ] = "accuracy",
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw into this file; default: sweep.png in --out.")
+    ] = None,
+    data_root: DataRootOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = "auto",
+    shard: ShardOption = None,
+    seed: DrawnOption = 0,
+    resume: ResumeOption = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Try values of a method's parameters on a benchmark, against vanilla, and draw the result.
+
+    One parameter gives a line with its interval, two give a map. Stop it whenever you like: the
+    same command goes on.
+    """
+    from ..benchmark import parse
+    from ..plots import check_path
+    from ..sweep import Grid
+    from ..sweep import sweep as run
+
+    grid, benchmarks = Grid.read(method, over), parse(bench)
+    if len(benchmarks) > 1:
+        raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")
+    part, size = read_shard(shard), read_batch_size(batch_size)
+    check_path(figure or make_folder(out) / "sweep.png")
+    vlm = load(model, device=device or own_card(shard), dtype=dtype)
+    try:
+        with Progress() as watch:
+            found = run(
+                grid,
+                benchmarks[0],
+                vlm,
+                out,
+                metric=metric,
+                figure=figure,
+                root=data_root,
+                limit=limit,
+                batch_size=size,
+                shard=part,
+                seed=seed,
+                resume=resume,
+                watch=watch,
+            )
+    except KeyboardInterrupt:
+        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    names = [axis.parameter for axis in found.axes]
+    table = new_table(*names, f"{metric}, {found.unit}", "difference", "95 % interval", "p (Holm)")
+    table.title, table.title_justify = f"{found.method}, {found.model}, {bench}", "left"
+    table.add_row("vanilla", *[""] * (len(names) - 1), f"{found.vanilla:.{found.digits}f}")
+    for point in found.points:
+        change, low, high = (
+            "" if value is None else f"{value:+.{found.digits}f}"
+            for value in (point.difference, point.low, point.high)
+        )
+        table.add_row(
+            *map(brief, point.values),
+            "" if point.value is None else f"{point.value:.{found.digits}f}",
+            change,
+            low and f"{low} to {high}",
+            "" if point.corrected is None else f"{point.corrected:.3g}",
+        )
+    print_table(table)
+    print(f"n = {found.questions} questions about {found.images} images, the same for all")
+    for note in found.notes:
+        print(note)
+    print(f"figure: {figure or out / 'sweep.png'}, numbers: {out / 'sweep.json'}")
