@@ -60,6 +60,8 @@ class Context:
         has_image: (B,) bool.
         ahead: next-token logits (B, V) of the plain pass that went ahead, where a method asks.
         paired: whether the model runs 2B rows, the second half of them the second stream.
+        notes: each row's notes of the chat it came from; empty without a front door.
+        contrast: pixels that `Chat.contrast` gives this batch for a second stream, else None.
         plan: what the acting method's `setup` returned.
         memory: the acting method's own dictionary. Values are tensors (batch-first), or lists and
             dictionaries of them; replace tensors, never change them in place.
@@ -68,9 +70,17 @@ class Context:
     plan: Any
     memory: dict[str, Any]
 
-    def __init__(self, stack: Stack, visual: Tensor, phase: str) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        visual: Tensor,
+        phase: str,
+        notes: list[dict[str, Any]] | None = None,
+        contrast: dict[str, Tensor] | None = None,
+    ) -> None:
         self.stack = stack
         self.phase = phase
+        self.notes, self.contrast = notes or [], contrast
         self.positions = visual.new_zeros((1, len(visual), 0), dtype=torch.long)
         self.memories: tuple[dict[str, Any], ...] = tuple({} for _ in stack.methods)
         self.other: Stream | None = None

@@ -49,8 +49,15 @@ _lock = threading.Lock()
 class _Engine:
     """The hooks of one `enhance` block."""
 
-    def __init__(self, stack: Stack, image_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        image_ids: tuple[int, ...],
+        notes: list[dict[str, Any]],
+        contrast: dict[str, Tensor] | None,
+    ) -> None:
         self.stack, self.image_ids = stack, image_ids
+        self.notes, self.views = notes, contrast
         self.befores = stack.at("before")
         self.thin = Switch()  # on while both streams are rows of the batch
         self.beside: tuple[dict[str, Any], int] | None = None  # what `second` is to run
@@ -110,11 +117,21 @@ class _Engine:
                 "fill it inside, with foveate.prefill() or by the first call."
             )
         self.refuse_right_padding(kwargs)
-        ctx = Context(self.stack, self.visual(kwargs), phase)
+        visual = self.visual(kwargs)
+        times = len(visual) // max(len(self.notes), 1)  # beams
+        notes = [own for own in self.notes for _ in range(times)]
+        views = self.views and {k: self.repeated(v, times) for k, v in self.views.items()}
+        ctx = Context(self.stack, visual, phase, notes, views)
         if cache is not None:
             adopt(cache, ctx)
         self.warn(ctx)
         return ctx
+
+    def repeated(self, pixels: Tensor, times: int) -> Tensor:
+        """Pixels with those of each prompt `times` over, as `generate` repeats its inputs."""
+        if len(self.notes) == 1:
+            return torch.cat([pixels] * times)
+        return pixels.repeat_interleave(times, 0)
 
     def extend(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> None:
         """More prompt on a filled cache: another turn, or the question after a prefix."""
@@ -467,9 +484,18 @@ def enhance(
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, methods: tuple[Method, ...], image_token_id: int | None = None
+    model: PreTrainedModel,
+    methods: tuple[Method, ...],
+    image_token_id: int | None = None,
+    notes: list[dict[str, Any]] | None = None,
+    contrast: dict[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """`enhance` for methods whose `rewrite`, if any, has been run by the caller."""
+    """`enhance` for methods whose `rewrite`, if any, has been run by the caller.
+
+    Args:
+        notes: one per prompt, for ``ctx.notes``. contrast: the prompts' pixels for a second
+            stream, as the processor returns them, for ``ctx.contrast``; only with notes.
+    """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     methods = tuple(m for m in methods if not m.is_neutral)
     if not methods:
@@ -487,7 +513,7 @@ def attach(
                 "methods at once, as in enhance(model, 'clvs', 'vcd')."
             )
         _enhanced.add(decoder)
-    engine, handles, extras = _Engine(stack, image_ids), [], ExitStack()
+    engine, handles, extras = _Engine(stack, image_ids, notes or [], contrast), [], ExitStack()
     before = decoder.config._attn_implementation
     try:
         decoder.set_attn_implementation(register(str(stack), before))

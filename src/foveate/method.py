@@ -51,8 +51,9 @@ class Method(Form):
     zero counts from the model's last layer, -1.
 
     Attributes:
-        layers: decoder layers (0-based) whose attention the method edits. ``None`` means the
-            class's `paper_layers`, else every full-attention layer; given explicitly, literal.
+        layers: decoder layers (0-based) whose attention the method edits or reads. ``None`` means
+            the published ones, of `presets` or `paper_layers`, else every full-attention layer;
+            given explicitly, literal.
     """
 
     layers: tuple[int, ...] | None = None
@@ -70,6 +71,8 @@ class Method(Form):
     decodes: ClassVar[bool] = True  # it edits the attention of generated tokens, too
     ahead: ClassVar[bool] = False  # its second stream runs before the main pass, prompts only
     pixels: ClassVar[bool] = True  # its second stream is made from pixel values
+    reads: ClassVar[bool] = False  # its `rewrite` reads the attention of `layers`
+    passes: ClassVar[str] = ""  # what it runs beside the answer, in words
 
     stages: ClassVar[frozenset[str]] = frozenset()
 
@@ -85,7 +88,11 @@ class Method(Form):
         """Once per `enhance`: whatever the other stages want to find as ``ctx.plan``."""
 
     def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
-        """Input stage: all chats about one image, before `enhance` is entered."""
+        """Input stage: all chats about one image, before `enhance` is entered.
+
+        `self` is resolved for the model by then. What the method finds out goes to the notes of
+        the chats it returns.
+        """
         return chats
 
     def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any] | None:
@@ -141,13 +148,15 @@ class Method(Form):
                 values |= {
                     k: v for k, v in self.presets[prefix].items() if getattr(self, k) is None
                 }
-        if not (self.edits_attention or self.wants("before")):
+        published = values.pop("layers", self.paper_layers)
+        if not (self.edits_attention or self.wants("before") or self.reads):
             if self.layers is not None:
                 raise FoveateError(f"{self.name} acts on no layer: leave out layers.")
             return dataclasses.replace(self, **values)
 
         depth = model.get_decoder().config.num_hidden_layers
-        full = attention_layers(model) if self.edits_attention else tuple(range(depth))
+        whole = self.edits_attention or self.reads
+        full = attention_layers(model) if whole else tuple(range(depth))
         if self.layers is not None:
             for layer in self.layers:
                 if not 0 <= layer < depth:
@@ -157,12 +166,13 @@ class Method(Form):
                     )
                 if layer not in full:
                     raise FoveateError(
-                        f"{self.name}: layer {layer} has sliding-window attention and cannot be "
-                        f"edited, the full-attention layers are {', '.join(map(str, full))}."
+                        f"{self.name}: layer {layer} has sliding-window attention, which does not "
+                        "see the whole image, the full-attention layers are "
+                        f"{', '.join(map(str, full))}."
                     )
             layers = tuple(sorted(set(self.layers)))
-        elif self.paper_layers is not None:
-            layers = tuple(sorted(_published(self.paper_layers, depth) & set(full)))
+        elif published is not None:
+            layers = tuple(sorted(_published(published, depth) & set(full)))
         else:
             layers = full
         return dataclasses.replace(self, layers=layers, **values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -105,6 +105,12 @@ class Record:
     layers: tuple[int, ...]
     values: dict[int, Tensor]
     visual: Tensor | None
+
+    def row(self, row: int) -> Record:
+        """What belongs to one sample, B = 1."""
+        values = {step: kept[row : row + 1] for step, kept in self.values.items()}
+        visual = None if self.visual is None else self.visual[row : row + 1]
+        return replace(self, values=values, visual=visual)
 
     def image(self, step: int = 0) -> list[Tensor]:
         """Weights on the visual tokens, one (layers, N_v) or (layers, H, N_v) per sample."""

@@ -23,6 +23,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from .context import attention_layers
 from .engine import prefill
 from .method import Method
+from .record import Recorder
 from .vision import visual_token_ids
 from .vlm import VLM, Answer, Chat, Probabilities
 
@@ -70,7 +71,7 @@ def shareable(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...]) -> bool:
     return (
         len(chats) > 1
         and bool(seen)
-        and all(list(map(id, chat.images)) == seen for chat in chats)
+        and all(list(map(id, chat.images)) == seen and not chat.contrast for chat in chats)
         and all(method.shares_prefix for method in methods)
         and all(getattr(config, name, None) in idle for name, idle in _PROCESSORS)
     )
@@ -123,6 +124,7 @@ def ask_together(
     """
     start = time.perf_counter()
     answers: dict[int, Answer] = {}
+    recorded = any(isinstance(method, Recorder) for method in methods)
     with torch.no_grad(), vlm.using(methods):
         cache = prefill(vlm.model, prompts.prefix)
         first = next_position(vlm.model, cache)
@@ -137,7 +139,8 @@ def ask_together(
                 "generate": time.perf_counter() - began,
             }
             chats = [prompts.chats[row] for row in rows]
-            found = vlm.answers(chats, written, watch, ends, timings)
+            record = Recorder.read(fork) if recorded else None
+            found = vlm.answers(chats, written, watch, ends, timings, record)
             answers |= dict(zip(rows, found, strict=True))
     return [answers[row] for row in range(len(prompts.chats))]
 

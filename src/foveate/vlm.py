@@ -13,9 +13,10 @@ import math
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +66,8 @@ class Chat:
     system: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     """What a method found out on the way, such as the box it cropped; back on `Answer.chat`."""
+    contrast: list[Image.Image] | None = None
+    """Other pictures of the same sizes, which a method's second stream is to see instead."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Answer:
     chat: Chat
     """The prompt as the model saw it, after the methods' `rewrite`."""
     record: Record | None = None
+    """What a `Recorder` among the methods kept."""
 
     @property
     def seconds(self) -> float:
@@ -119,6 +123,7 @@ class VLM:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._one_at_a_time = threading.Lock()
         self.tokenizing = threading.RLock()  # a tokenizer serves one thread at a time
+        self.readings: OrderedDict[Any, Any] = OrderedDict()  # kept by `foveate.look`
 
     @classmethod
     def load(
@@ -210,7 +215,7 @@ class VLM:
         methods = _stack(method)
         chats = self.rewrite([self.chat(decode_all(image), question, system)], methods)
         options = self._options(max_new_tokens, generation)
-        return self._pieces(self.inputs(chats), methods, options)
+        return self._pieces(chats, self.inputs(chats), methods, options)
 
     def inputs(self, chats: list[Chat]) -> BatchFeature:
         """Chats as one left-padded batch of tensors on the model's device: `model(**inputs)`."""
@@ -308,7 +313,8 @@ class VLM:
         if (options.get("num_beams") or self.model.generation_config.num_beams or 1) == 1:
             processors = [*options.get("logits_processor", []), watch]
             options["logits_processor"] = LogitsProcessorList(processors)
-        out = self._generate(inputs, methods, {**options, "return_dict_in_generate": True})
+        with self.using(methods, chats):
+            out = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         timings = {
             "rewrite": rewritten,
             "prepare": prepared - start,
@@ -349,7 +355,7 @@ class VLM:
                     yes=self._yes(watch, row) if _ASKS_YES_OR_NO.search(chat.text) else None,
                     timings=timings,
                     chat=chat,
-                    record=record,
+                    record=record if record is None or len(chats) == 1 else record.row(row),
                 )
             )
         return answers
@@ -357,8 +363,8 @@ class VLM:
     def rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
         """Chats about one image as the methods want them asked."""
         for method in methods:
-            if not method.is_neutral:
-                chats = method.rewrite(self, chats)
+            if method.wants("rewrite") and not method.is_neutral:
+                chats = method.resolve(self.model).rewrite(self, chats)
         return chats
 
     def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
@@ -378,30 +384,37 @@ class VLM:
             return self.tokenizer.decode(ids, **options)
 
     @contextmanager
-    def using(self, methods: tuple[Method, ...]) -> Iterator[None]:
-        """The model with methods whose `rewrite` has been run; other threads wait."""
-        with self._one_at_a_time, attach(self.model, methods):
+    def using(self, methods: tuple[Method, ...], chats: Sequence[Chat] = ()) -> Iterator[None]:
+        """The model with methods whose `rewrite` has been run; other threads wait.
+
+        Args:
+            chats: the prompts, one per row, where methods may want their notes or contrast.
+        """
+        views = None
+        if any(chat.contrast for chat in chats):
+            other = [replace(chat, images=chat.contrast or chat.images) for chat in chats]
+            views = {k: v for k, v in self.inputs(other).items() if k.startswith("pixel_values")}
+        notes = [chat.notes for chat in chats]
+        with self._one_at_a_time, attach(self.model, methods, notes=notes, contrast=views):
             yield
 
-    def _generate(self, inputs: BatchFeature, methods: tuple[Method, ...], options: Any) -> Any:
-        with self.using(methods):
-            return self.model.generate(**inputs, **options)
-
     def _pieces(
-        self, inputs: BatchFeature, methods: tuple[Method, ...], options: dict[str, Any]
+        self,
+        chats: list[Chat],
+        inputs: BatchFeature,
+        methods: tuple[Method, ...],
+        options: dict[str, Any],
     ) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = _Stop()
         criteria = StoppingCriteriaList([*options.get("stopping_criteria", []), stop])
+        options = {**options, "streamer": streamer, "stopping_criteria": criteria}
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._generate(
-                    inputs,
-                    methods,
-                    {**options, "streamer": streamer, "stopping_criteria": criteria},
-                )
+                with self.using(methods, chats):
+                    self.model.generate(**inputs, **options)
             except BaseException as error:  # handed to whoever iterates
                 failures.append(error)
                 streamer.end()
