@@ -15,7 +15,8 @@ from PIL import Image
 
 from foveate import __version__, commands, doctor
 from foveate.method import methods
-from foveate.plots import Look, evenly, show_attention
+from foveate.plots.attention import Look, show_attention
+from foveate.plots.style import evenly, greys, lit
 from foveate.pocket import build, questions
 from foveate.vision import Grid
 from tests import tiny
@@ -323,14 +324,14 @@ def test_pictures_of_any_shape_and_any_number_of_rows(tmp_path, size, rows):
 
 def test_a_brighter_square_is_where_more_attention_goes(tmp_path):
     """One token of four draws everything: its quarter of the panel is the bright one."""
-    from foveate.plots import _greys, _lit
-
-    back = _greys(Image.new("RGB", (40, 40), "gray"))
-    lit = _lit(back, np.array([[0.0, 1.0], [0.1, 0.0]]), (0.0, 0.0, 1.0, 1.0)).mean(-1)
-    quarters = lit.reshape(2, 20, 2, 20).mean((1, 3))
+    back = greys(Image.new("RGB", (40, 40), "gray"))
+    whole = lit(back, np.array([[0.0, 1.0], [0.1, 0.0]]), (0.0, 0.0, 1.0, 1.0)).mean(-1)
+    quarters = whole.reshape(2, 20, 2, 20).mean((1, 3))
     assert quarters[0, 1] > 1.5 * quarters[1, 0] > 1.5 * quarters[0, 0]
-    cut = _lit(back, np.zeros((2, 2)), (0.25, 0.0, 0.75, 1.0)).mean(-1)
+    cut = lit(back, np.zeros((2, 2)), (0.25, 0.0, 0.75, 1.0)).mean(-1)
     assert cut[:, :10].min() > 0.6 > cut[:, 10:30].max()
+    beyond = lit(back, np.array([[0.0], [1.0]]), (0.0, -1.0, 1.0, 1.0)).mean(-1)
+    assert beyond.min() > 1.5 * quarters[0, 0]  # the dark half lies on the padding above
 
 
 def test_layers_are_spread_evenly():

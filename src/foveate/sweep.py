@@ -28,7 +28,7 @@ from .form import FoveateError
 from .journal import write_json
 from .merge import Key, gaps, merge, read_runs
 from .method import Method, as_stack, text
-from .plots import show_sweep
+from .plots.sweep import show_sweep
 from .run import Watch
 from .vlm import VLM
 

@@ -56,7 +56,7 @@ def ask(
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:
-        from ..plots import check_path
+        from ..plots.style import check_path
 
         check_path(show)
     picture = read_picture(image)

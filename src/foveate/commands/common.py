@@ -157,7 +157,7 @@ def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Pa
     """Attention to the first image, mean over the answer's tokens."""
     import torch
 
-    from ..plots import Look, show_attention
+    from ..plots.attention import Look, show_attention
 
     looks, layers = [], tuple[int, ...]()
     for name, answer in answers.items():

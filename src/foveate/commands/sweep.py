@@ -65,7 +65,7 @@ def sweep(
     same command goes on.
     """
     from ..benchmark import parse
-    from ..plots import check_path
+    from ..plots.style import check_path
     from ..sweep import Grid
     from ..sweep import sweep as run
 

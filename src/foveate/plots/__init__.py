@@ -1,0 +1,1 @@
+"""Figures, by matplotlib: one file per kind, what they share in `style`."""
