@@ -4,6 +4,7 @@
     python benchmarks/speed.py --sizes 0.5b --method clvs --method "clvs(unified_positions=False)"
     python benchmarks/speed.py --sizes pocket,0.5b --method all --out benchmarks/results/methods-cpu
     python benchmarks/speed.py --eval                        # questions per second instead
+    python benchmarks/speed.py --look                        # methods that look again (looks.py)
 
 Every repetition measures plain SDPA and one row back to back (A B A B ...), so that whatever else
 the machine is doing hits both; what counts is the median of these ratios, with its quartiles. Eager
@@ -42,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import looks  # beside this file
 import torch
 import transformers
 from rich.console import Console
@@ -590,7 +592,13 @@ def _cells(entry: dict[str, Any], whose: str) -> list[str]:
     ]
 
 
-TABLES = {"forwards": tables, "questions": question_tables}
+def look_tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, cells) of every table of the report on looking again."""
+    return looks.tables(sizes, _ratio)
+
+
+TABLES = {"forwards": tables, "questions": question_tables, "looks": look_tables}
+ABOUT = {"questions": EVALUATION, "looks": looks.LOOKING}
 
 
 def _ratio(found: dict[str, float]) -> str:
@@ -602,8 +610,8 @@ def markdown(report: dict[str, Any]) -> str:
     about = report["about"]
     parts = [f"# Speed on {about['machine']}", ""]
     parts += [f"* {key}: {value}" for key, value in about.items()]
-    if report["kind"] == "questions":
-        parts += ["", EVALUATION]
+    if report["kind"] in ABOUT:
+        parts += ["", ABOUT[report["kind"]]]
     else:
         parts += ["", "Ratios are medians over pairs measured back to back, with quartiles.", ""]
         parts += [str(__doc__)[str(__doc__).index("* prefill") :]]
@@ -641,9 +649,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Plain SDPA, foveate and eager, in one run.")
     default = "pocket,0.5b,0.5b-32k,next" + (",7b" if cuda else "")
-    parser.add_argument("--eval", action="store_true", help="questions per second, shared prefix")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--eval", action="store_true", help="questions per second, shared prefix")
+    kind.add_argument("--look", action="store_true", help="seconds of methods that look again")
     parser.add_argument(
-        "--sizes", help=f"of {', '.join(SIZES)}; with --eval of {', '.join(SUBJECTS)}"
+        "--sizes", help=f"of {', '.join(SIZES)}; with --eval or --look of {', '.join(SUBJECTS)}"
     )
     parser.add_argument("--method", action="append", help="text form of a method; repeatable")
     parser.add_argument("--repetitions", type=int, default=5, help="prefill pairs per row")
@@ -653,8 +663,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--out", type=Path, help="path of the results, without extension")
     args = parser.parse_args(given)
-    known = list(SUBJECTS if args.eval else SIZES)
-    args.sizes = args.sizes or (",".join(known) if args.eval else default)
+    args.kind = "questions" if args.eval else "looks" if args.look else "forwards"
+    known = list(SIZES if args.kind == "forwards" else SUBJECTS)
+    args.sizes = args.sizes or (default if args.kind == "forwards" else ",".join(known))
     for size in args.sizes.split(","):
         if size not in known:
             parser.error(f"there is no size {size!r}; there are {', '.join(known)}")
@@ -665,11 +676,13 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     if not (isinstance(args.dtype, torch.dtype) and args.dtype.is_floating_point):
         parser.error(f"there is no dtype {name!r}; use float32, bfloat16 or float16")
     try:
-        chosen = args.method or (ASKED if args.eval else METHODS)
+        usual = {"forwards": METHODS, "questions": ASKED, "looks": looks.CHOSEN}
+        chosen = args.method or usual[args.kind]
         args.method = [row for method in chosen for row in _rows(method)]
     except FoveateError as error:
         parser.error(str(error))
-    file = f"{'eval' if args.eval else 'speed'}-{args.device.type}"
+    name = {"forwards": "speed", "questions": "eval", "looks": "look"}[args.kind]
+    file = f"{name}-{args.device.type}"
     args.out = args.out or Path(__file__).parent / "results" / file
     return args
 
@@ -677,7 +690,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def _rows(method: str) -> list[str]:
     if method != "all":
         return [text(parse(method))]
-    return [STAND_INS.get(name, name) for name, cls in methods().items()]
+    known = [name for name, cls in methods().items() if "rewrite" not in cls.stages]
+    return [STAND_INS.get(name, name) for name in known]
 
 
 def measured(size: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -690,8 +704,8 @@ def measured(size: str, args: argparse.Namespace, console: Console) -> dict[str,
     return {"note": samples.pop("note"), "figures": figures(samples), "samples": samples}
 
 
-def measured_questions(size: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """How many questions per second a model of this size answers, for the report."""
+def measured_answers(size: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """How fast a model of this size answers questions, for the report."""
     vlm = SUBJECTS[size](args.device, args.dtype)
     tower = vlm.model.config.vision_config.num_hidden_layers
     note = (
@@ -700,7 +714,11 @@ def measured_questions(size: str, args: argparse.Namespace, console: Console) ->
         f"{str(vlm.model.dtype).removeprefix('torch.')}"
     )
     console.print(f"{size}: {note} ...")
-    rows = measure_questions(vlm, list(dict.fromkeys(args.method)), args.repetitions)
+    chosen = list(dict.fromkeys(args.method))
+    if args.kind == "looks":
+        rows = looks.measure(vlm, chosen, args.repetitions, timed)
+        return {"note": note, "figures": looks.figures(rows, spread), "samples": rows}
+    rows = measure_questions(vlm, chosen, args.repetitions)
     return {"note": note, "figures": question_figures(rows), "samples": rows}
 
 
@@ -711,14 +729,10 @@ def main(given: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    report: dict[str, Any] = {
-        "kind": "questions" if args.eval else "forwards",
-        "about": {},
-        "sizes": {},
-    }
+    report: dict[str, Any] = {"kind": args.kind, "about": {}, "sizes": {}}
     for size in args.sizes.split(","):
         try:
-            found = (measured_questions if args.eval else measured)(size, args, console)
+            found = (measured if args.kind == "forwards" else measured_answers)(size, args, console)
         except FileNotFoundError as missing:
             console.print(f"{size} is left out: {missing}.")
             continue

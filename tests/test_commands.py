@@ -102,7 +102,7 @@ def test_ask_shows_the_attention(run, folder, photo, tmp_path):
     asked = ("ask", photo, "red", "--model", folder, "--max-new-tokens", 2, "--show", path)
     code, out, _ = run(*asked)
     assert code == 0
-    assert f"attention: {path}" in out
+    assert f"picture: {path}" in out
     with Image.open(path) as picture:
         assert picture.width > picture.height > 300
 

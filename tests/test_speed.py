@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import looks
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import speed
 from foveate import enhance
+from foveate.look import read
+from foveate.pocket import world
 from tests import models
 
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
@@ -54,6 +57,29 @@ def test_script_counts_questions_per_second(tmp_path: Path) -> None:
     text = (tmp_path / "eval.md").read_text()
     assert "| clvs |" in text
     assert "14 questions of 20 tokens per image" in text
+
+
+def test_script_times_methods_that_look_again(tmp_path: Path) -> None:
+    out = tmp_path / "look"
+    given = ["--look", "--sizes", "pocket", "--method", "carve(steps=2)", "--device", "cpu"]
+    assert speed.main([*given, "--repetitions", "1", "--out", str(out)]) == 0
+    report = json.loads((tmp_path / "look.json").read_text())
+    found = report["sizes"]["pocket"]["figures"]["carve(steps=2)"]
+    assert found["read"] == 2
+    assert found["plain"] < found["method"] + found["published"]
+    assert "passes" in (tmp_path / "look.md").read_text()
+
+
+def test_published_reading_is_ours() -> None:
+    """The slow side of the comparison reads the same numbers."""
+    vlm = speed.pocket_vlm(torch.device("cpu"), torch.float32)
+    chat = vlm.chat([world.draw(world.sample(5))], "Describe this image.", None)
+    slow = looks.read_again(vlm, chat, 3)
+    fast = read(vlm, [chat], None, max_new_tokens=3)[0].weights
+    visual = (vlm.inputs([chat])["input_ids"] == vlm.model.config.image_token_id)[0]
+    assert len(fast) == len(slow) == 3
+    for own, full in zip(fast, slow, strict=True):
+        assert (own - full[:, : len(visual)][:, visual]).abs().max() < 1e-5
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
-    draw_attention,
+    draw,
     load,
     new_table,
     print_table,
@@ -41,7 +41,11 @@ def ask(
         ),
     ] = None,
     show: Annotated[
-        Path | None, typer.Option(help="Draw each method's attention into this picture.")
+        Path | None,
+        typer.Option(
+            help="Draw attention by layer into this picture; for methods that look again, how "
+            "they came from the picture to what they asked about."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
@@ -90,9 +94,14 @@ def ask(
             table.add_row(name, answer.text, rounded(answer.probability), f"{answer.seconds:.2f}")
         print_table(table)
     if show:
-        draw_attention(vlm, question, dict(zip(names, answers, strict=True)), show)
+        drawn = dict(zip(names, answers, strict=True))
+        if () not in stacks and any("chain" in answer.chat.notes for answer in answers):
+            drawn["vanilla"] = vlm.ask(
+                picture, question, system=system, max_new_tokens=max_new_tokens
+            )
+        draw(vlm, question, drawn, show)
         if not as_json:
-            print(f"attention: {show}")
+            print(f"picture: {show}")
 
 
 def _as_dict(name: str, answer: Answer) -> dict[str, Any]:

@@ -153,20 +153,37 @@ class Progress:
             print(f"foveate: {line}", file=sys.stderr, flush=True)
 
 
+def draw(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
+    """Chains of the methods that look again, where there are any, else attention by layer."""
+    chains = {n: a.chat.notes["chain"] for n, a in answers.items() if "chain" in a.chat.notes}
+    if not chains:
+        draw_attention(vlm, question, answers, path)
+        return
+    from ..plots.chain import Link, show_chain
+
+    links = [Link(name, said(answers[name]), chain) for name, chain in chains.items()]
+    others = {name: said(answer) for name, answer in answers.items() if name not in chains}
+    show_chain(question, links, others, path)
+
+
 def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
     """Attention to the first image, mean over the answer's tokens."""
     import torch
 
     from ..plots.attention import Look, show_attention
+    from ..vision import Grid, together
 
+    chat = next(iter(answers.values())).chat
+    grids = vlm.grids(chat)
     looks, layers = [], tuple[int, ...]()
     for name, answer in answers.items():
         record = cast("Record", answer.record)
         steps = [record.image(step)[0] for step in range(max(1, len(answer.tokens)))]
-        looks.append(Look(name, said(answer), torch.stack(steps).mean(0)))
+        heat, box = together(grids, torch.stack(steps).mean(0))
+        looks.append(Look(name, said(answer), heat.flatten(1)))
         layers = record.layers
-    chat = next(iter(answers.values())).chat
-    show_attention(chat.images[0], question, looks, layers, vlm.grids(chat)[0], path)
+    grid = Grid(*heat.shape[1:], box=box)
+    show_attention(chat.images[0], question, looks, layers, grid, path)
 
 
 def said(answer: Answer) -> str:

@@ -1,0 +1,149 @@
+"""What looking again costs: seconds per question, beside the plain answer and the published way.
+
+`benchmarks/speed.py --look` measures with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from foveate import VLM
+from foveate.look import GENERAL, SHORT
+from foveate.method import Method, parse
+from foveate.pocket import world
+from foveate.vlm import Chat
+
+LOOKING = """\
+Seconds for one question about a new picture, 16 answer tokens, by methods that look before they
+answer. Everything is measured in turn on the same picture; ratios are medians over these turns,
+with their quartiles.
+
+* plain: the answer alone.
+* method: its reading passes (question and general instruction or empty question on one prefix,
+  with a KV cache, only the last row's attention kept), its picture, and the answer about that.
+* published: the same reading done as published code does, with full attention maps
+  (`output_attentions`, eager) and without a cache, so that the whole sequence, picture included,
+  is run again for every token that is read; then the answer about the method's picture, as above.
+* tokens read: per reading pass.
+"""
+COLUMNS = [
+    *("", "passes", "tokens read", "plain, s", "method, s", "published, s"),
+    *("method / plain", "published / method"),
+]
+CHOSEN = ("vicrop", "carve(steps=16)", "laser(vat=never)", "laser")
+TOKENS = 16
+QUESTION = "is there a red car left of the large house?"
+
+
+def measure(
+    vlm: VLM, names: list[str], repetitions: int, timed: Callable[..., tuple[float, Any]]
+) -> dict[str, Any]:
+    """Seconds of the plain answer, the method's and the published way's, per repetition.
+
+    Args:
+        timed: of `benchmarks.speed`: (model, call) -> seconds and what the call returned.
+    """
+    rows: dict[str, Any] = {name: {"turns": [], "read": steps(parse(name)[0])} for name in names}
+    for repetition in range(-1, repetitions):  # the first one warms up
+        for number, name in enumerate(names):
+            stack, tokens = parse(name), TOKENS if repetition >= 0 else 2
+            seed = max(0, repetition) * len(names) + number
+            chat = vlm.chat([world.draw(world.sample(seed))], QUESTION, None)
+
+            def plain(tokens: int = tokens, chat: Chat = chat) -> None:
+                vlm.answer([chat], (), tokens)
+
+            def method(
+                stack: tuple[Method, ...] = stack, tokens: int = tokens, chat: Chat = chat
+            ) -> list[Chat]:
+                found = vlm.rewrite([chat], stack)
+                vlm.answer(found, stack, tokens)
+                return found
+
+            alone, _ = timed(vlm.model, plain)
+            ours, found = timed(vlm.model, method)
+
+            def published(
+                stack: tuple[Method, ...] = stack,
+                tokens: int = tokens,
+                chat: Chat = chat,
+                found: list[Chat] = found,
+            ) -> None:
+                for text in (chat.text + SHORT, GENERAL + SHORT):
+                    read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
+                vlm.answer(found, stack, tokens)
+
+            theirs, _ = timed(vlm.model, published)
+            if repetition >= 0:
+                rows[name]["turns"].append((alone, ours, theirs))
+    return rows
+
+
+def steps(method: Method) -> int:
+    """Tokens that a reading pass of the method writes."""
+    return getattr(method, "steps", 1)
+
+
+def read_again(vlm: VLM, chat: Chat, tokens: int) -> list[torch.Tensor]:
+    """Full attention maps of every layer for every token, each from the whole sequence again."""
+    inputs, kept = dict(vlm.inputs([chat])), []
+    before = vlm.model.get_decoder().config._attn_implementation
+    vlm.model.set_attn_implementation("eager")
+    try:
+        for _ in range(tokens):
+            with torch.no_grad():
+                out = vlm.model(**inputs, use_cache=False, output_attentions=True)
+            kept.append(torch.stack([maps[0, :, -1].mean(0) for maps in out.attentions]))
+            token = out.logits[:, -1:].argmax(-1)
+            for name, value in (("input_ids", token), ("attention_mask", torch.ones_like(token))):
+                inputs[name] = torch.cat([inputs[name], value], 1)
+    finally:
+        vlm.model.set_attn_implementation(before)
+    return kept
+
+
+def figures(rows: dict[str, Any], spread: Callable[..., dict[str, float]]) -> dict[str, Any]:
+    """Median seconds, and the ratios within turns."""
+    found = {}
+    for name, samples in rows.items():
+        turns = samples["turns"]
+        alone, ours, theirs = (
+            spread(list(column))["median"] for column in zip(*turns, strict=True)
+        )
+        found[name] = {
+            "plain": alone,
+            "method": ours,
+            "published": theirs,
+            "over plain": spread([b / a for a, b, _ in turns]),
+            "published over method": spread([c / b for _, b, c in turns]),
+            "read": samples["read"],
+            "passes": type(parse(name)[0]).passes,
+        }
+    return found
+
+
+def tables(
+    sizes: dict[str, Any], ratio: Callable[..., str]
+) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, cells) of every table of the report on looking again."""
+    for size, found in sizes.items():
+        yield (
+            f"{size}: {found['note']}",
+            COLUMNS,
+            [
+                [
+                    name,
+                    entry["passes"],
+                    str(entry["read"]),
+                    f"{entry['plain']:.3g}",
+                    f"{entry['method']:.3g}",
+                    f"{entry['published']:.3g}",
+                    ratio(entry["over plain"]),
+                    ratio(entry["published over method"]),
+                ]
+                for name, entry in found["figures"].items()
+            ],
+        )

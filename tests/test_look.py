@@ -1,0 +1,150 @@
+"""Reading passes: what they read, whatever they share, and how the chain of pictures is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate import VLM, FoveateError, Method
+from foveate.commands import main
+from foveate.look import GENERAL, SHORT, Chain, Panel, kept, read, the_image
+from foveate.method import registry
+from foveate.pocket import world
+from foveate.vlm import Chat
+
+QUESTIONS = ["Is there a car?", GENERAL + SHORT, "Please describe this image in detail."]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return VLM.load("pocket", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return [world.draw(world.sample(2_100_000_001))]
+
+
+def by_hand(vlm: VLM, chat: Chat, steps: int) -> list[torch.Tensor]:
+    """(layers, H, N_v) per step: the whole sequence again for every token, full maps."""
+    inputs = dict(vlm.inputs([chat]))
+    visual = (inputs["input_ids"] == vlm.model.config.image_token_id)[0].nonzero()[:, 0]
+    ends, maps = vlm.model.generation_config.eos_token_id, []
+    before = vlm.model.config._attn_implementation
+    vlm.model.set_attn_implementation("eager")
+    for _ in range(steps):
+        with torch.no_grad():
+            out = vlm.model(**inputs, use_cache=False, output_attentions=True)
+        maps.append(torch.stack([a[0, :, -1, visual] for a in out.attentions]))
+        token = out.logits[:, -1:].argmax(-1)
+        if int(token) == ends:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                extra = torch.full_like(token, int(name == "attention_mask"))
+                inputs[name] = torch.cat([inputs[name], extra], 1)
+    vlm.model.set_attn_implementation(before)
+    return maps
+
+
+@pytest.mark.parametrize("heads", ["mean", "all"])
+@pytest.mark.parametrize("how", ["shared", "alone", "padded"])
+def test_rows_are_those_of_running_everything_again(
+    vlm: VLM, images: list[Image.Image], heads: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = [vlm.chat(images, question, None) for question in QUESTIONS]
+    if how == "padded":
+        monkeypatch.setattr("foveate.look.shareable", lambda *_: False)
+    if how == "alone":
+        chats = chats[:1]
+    layers = (0, 5, 11)
+    for chat, reading in zip(
+        chats, read(vlm, chats, layers, heads=heads, max_new_tokens=6), strict=True
+    ):
+        maps = torch.stack([step[list(layers)] for step in by_hand(vlm, chat, 6)])
+        maps = maps if heads == "all" else maps.mean(2)
+        assert reading.layers == layers
+        assert reading.weights.shape == maps.shape, "as many steps, the one of </s> included"
+        assert (reading.weights - maps).abs().max() < 1e-5
+        assert reading.answer.text == vlm.answer([chat], (), 6)[0].text
+        assert reading.map(reading.weights).shape[-2:] == (12, 12)
+        assert reading.box == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_steps_end_with_the_answer(vlm: VLM, images: list[Image.Image]) -> None:
+    chats = [vlm.chat(images, question, None) for question in QUESTIONS]
+    short, _, long = read(vlm, chats, (3,), max_new_tokens=9)
+    assert len(short.weights) == len(short.answer.tokens) + 1 < len(long.weights) == 9
+
+
+def test_one_image_is_looked_at(images: list[Image.Image]) -> None:
+    method = Looking()
+    assert the_image(method, [Chat(images, "What is it?")]) is images[0]
+    with pytest.warns(UserWarning, match="no image, so looking does nothing"):
+        assert the_image(method, [Chat([], "What is it?")]) is None
+    with pytest.raises(FoveateError, match="looks again at one image, and this prompt has 2"):
+        the_image(method, [Chat(images * 2, "What is it?")])
+
+
+def test_readings_of_an_image_are_kept(vlm: VLM, images: list[Image.Image]) -> None:
+    made = []
+
+    def make() -> int:
+        made.append(1)
+        return len(made)
+
+    same = images[0].copy()
+    assert kept(vlm, images[0], ("a",), make) == kept(vlm, same, ("a",), make) == 1
+    assert kept(vlm, images[0], ("b",), make) == 2
+    other = images[0].copy()
+    other.putpixel((0, 0), (1, 2, 3))
+    assert kept(vlm, other, ("a",), make) == 3
+    for number in range(40):
+        kept(vlm, other, (number,), make)
+    assert len(vlm.readings) == 32, "the oldest are forgotten"
+    assert kept(vlm, images[0], ("a",), make) > 3
+
+
+@dataclass(frozen=True)
+class Looking(Method, register=False):
+    """Shows the model the left half."""
+
+    name: ClassVar[str] = "looking"
+    reads: ClassVar[bool] = True
+    paper_layers = (20, ..., 25)
+    seen: ClassVar[list[Any]] = []
+
+    def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
+        Looking.seen.append(self.layers)
+        image = the_image(self, chats)
+        assert image is not None
+        half = image.crop((0, 0, image.width // 2, image.height))
+        heat = np.eye(12)
+        panels = (
+            Panel("the contrast", image, heat, frames=((0.0, 0.0, 0.5, 1.0),)),
+            Panel("the crop", half),
+        )
+        notes = {"crop": [0, 0, *half.size], "chain": Chain(panels)}
+        return [replace(chat, images=[half], notes=notes) for chat in chats]
+
+
+def test_the_chain_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.classes, "looking", Looking)
+    Looking.seen.clear()
+    path = tmp_path / "chain.png"
+    with pytest.raises(SystemExit, match="0"):
+        main(["ask", "demo", "Is there a cup?", "--method", "looking", "--show", str(path)])
+    assert f"picture: {path}" in capsys.readouterr().out
+    assert Looking.seen == [(7, 8, 9)], "published layers, at their depth of twelve"
+    with Image.open(path) as picture:
+        blue = np.asarray(picture.convert("RGB"), int) - np.array([0, 0x72, 0xB2])
+    assert (abs(blue).sum(-1) < 6).sum() > 300, "the frame of the part that is cut out"
