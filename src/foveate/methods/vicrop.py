@@ -1,0 +1,238 @@
+"""ViCrop: find the window that the question makes the model look at, and show it (2502.17422).
+
+Where a model looks for any question is divided out of where it looks for this one. A window slides
+over the quotient; the picture inside the best one is cut out and shown beside the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+
+from ..method import Method
+
+if TYPE_CHECKING:
+    from ..vision import Box
+    from ..vlm import VLM, Chat
+
+Pixels = tuple[int, int, int, int]
+"""(left, top, right, bottom) on the original image, the last two exclusive."""
+
+_FLAT = 1e-4  # a map whose values differ by less than this share of the largest says nothing
+_FINE = 2**40  # the largest value, as an integer: sums are then exact, and ties are ties
+
+
+@dataclass(frozen=True)
+class ViCrop(Method):
+    """Crop where the question makes the model look, and show the crop, too.
+
+    Relative attention: the last prompt row's attention on the image, mean over the heads of one
+    layer (and over `layers` where several are given), for the question, divided by the same for a
+    general instruction. `window_search` turns the map into a square crop, which is shown after the
+    whole image. The question is then asked as it came; the authors also leave `suffix` there, which
+    here is up to the benchmark.
+
+    The two passes are plain and stop at the prompt. All questions about an image share its prefix,
+    and the general pass is kept for later ones. Where the window covers the whole image, as with
+    images smaller than it, and where the map is flat, as for the general instruction itself, there
+    is nothing to look at again: the prompt stays as it is (inferred; the authors would then show
+    the same image twice, or its upper left corner). ``notes["crop"]`` is the crop in pixels.
+
+    Attributes:
+        window: side of the smallest window in pixels of the image. Published: the input side of
+            the model's vision tower as the authors state it, 336, and 224 for BLIP and Qwen.
+        ratios: sides of the windows tried, in units of `window`, rising. Published.
+        final_input: "both" shows the image and the crop, as published; "crop" only the crop.
+        instruction: what is asked for the general pass. None: the published "Write a general
+            description of the image."
+        suffix: follows question and instruction in both passes, unless they end with it. None:
+            the published " Answer the question using a single word or phrase."
+        layers: read, not edited. Published: 14 for LLaVA-1.5 and 22 for Qwen2.5-VL-3B; 14 for
+            other models is inferred.
+    """
+
+    window: int | None = None
+    ratios: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    final_input: Literal["both", "crop"] = "both"
+    instruction: str | None = None
+    suffix: str | None = None
+
+    name: ClassVar[str] = "vicrop"
+    paper: ClassVar[str] = "2502.17422"
+    paper_layers: ClassVar[tuple[int, ...]] = (14,)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"window": 336},
+        "llava": {"layers": (14,)},
+        "qwen": {"window": 224},
+        "qwen2_5_vl": {"layers": (22,)},
+        "blip": {"window": 224},
+        "instructblip": {"window": 224},
+    }
+    reads: ClassVar[bool] = True
+    passes: ClassVar[str] = "the prompt twice: question, and once per image a general instruction"
+    example: ClassVar[dict[str, Any]] = {"window": 10}
+
+    def check(self) -> None:
+        self.require(self.window is None or self.window >= 2, "window must be 2 pixels or more")
+        self.require(
+            bool(self.ratios) and self.ratios[0] > 0 and list(self.ratios) == sorted(self.ratios),
+            "ratios must be positive and rise",
+        )
+        self.require(
+            self.instruction is None or bool(self.instruction.strip()),
+            "instruction must not be empty",
+        )
+
+    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
+        from ..look import Chain, Panel, the_image  # imports transformers
+
+        assert self.window is not None  # resolved
+        image = the_image(self, chats)
+        if image is None:
+            return chats
+        self.require(
+            bool(self.layers),
+            "the layer at the published depth has sliding-window attention in this model: give "
+            "layers=(N,) with one that sees the whole image",
+        )
+        maps, general, box = self._maps(vlm, chats, image)
+        cut: dict[Pixels, Image.Image] = {}  # one picture for equal crops: they share its prefix
+        found = []
+        for chat, asked in zip(chats, maps, strict=True):
+            relative = asked / general.clip(min=np.finfo(np.float32).tiny)
+            crop = whole = (0, 0, *image.size)
+            if np.ptp(relative) > _FLAT * relative.max():
+                crop = window_search(relative, image.size, self.window, self.ratios, box)
+            panels = [
+                Panel("attention to the general instruction", image, general, box),
+                Panel("attention to the question", image, asked, box),
+                Panel("question / general", image, relative, box, (_fractions(crop, image.size),)),
+            ]
+            images, contrast = chat.images, chat.contrast
+            if crop != whole:
+                piece = cut.setdefault(crop, image.crop(crop))
+                panels.append(Panel("crop", piece))
+                images = self._shown(image, piece)
+                contrast = contrast and self._shown(contrast[0], contrast[0].crop(crop))
+            notes = {**chat.notes, "crop": list(crop), "chain": Chain(tuple(panels))}
+            found.append(replace(chat, images=images, contrast=contrast, notes=notes))
+        return found
+
+    def _shown(self, image: Image.Image, crop: Image.Image) -> list[Image.Image]:
+        return [image, crop] if self.final_input == "both" else [crop]
+
+    def _maps(
+        self, vlm: VLM, chats: list[Chat], image: Image.Image
+    ) -> tuple[list[np.ndarray], np.ndarray, Box]:
+        """Each question's map (rows, cols), the general one, and what of the image they cover."""
+        from ..look import GENERAL, SHORT, Reading, kept, read
+
+        suffix = SHORT if self.suffix is None else self.suffix
+        instruction = GENERAL if self.instruction is None else self.instruction
+
+        def ask(text: str) -> Chat:
+            told = text if text.endswith(suffix.strip()) else text + suffix
+            return replace(chats[0], text=told, notes={}, contrast=None)
+
+        def heat(reading: Reading) -> np.ndarray:
+            return reading.map(reading.weights[0].mean(0)).double().numpy()
+
+        asked, readings = [ask(chat.text) for chat in chats], list[Reading]()
+
+        def first() -> np.ndarray:
+            """The general pass, on the prefix of the questions at hand."""
+            *questions, general = read(vlm, [*asked, ask(instruction)], self.layers)
+            readings.extend(questions)
+            return heat(general)
+
+        key = (self.name, self.layers, instruction, suffix, chats[0].system)
+        general = kept(vlm, image, key, first)
+        if not readings:
+            readings = read(vlm, asked, self.layers)
+        return [heat(reading) for reading in readings], general, readings[0].box
+
+
+def window_search(
+    heat: np.ndarray,
+    size: tuple[int, int],
+    window: int,
+    ratios: Sequence[float],
+    box: Box = (0.0, 0.0, 1.0, 1.0),
+) -> Pixels:
+    """The square crop around the sharpest window of a map, as the authors' code finds it.
+
+    For each ratio a window of ``int(window * ratio / cell)`` cells, at most the map, slides over
+    it; where its sum is largest (the first such place, columns before rows), its score is the sum
+    minus the mean of the up to four windows one cell away, per cell. The best score wins, the
+    smaller window on a tie. The crop has ``window * ratio`` pixels to a side, less where the image
+    has less, is centred on the window and shifted into the image. Windows that cover the whole map
+    do not compete; if even the smallest does, the crop is the whole image.
+
+    Cells of the map that lie on padding beside the image take no part, and a cell larger than the
+    window counts as one cell (both inferred: the authors' maps cover the whole image).
+
+    Args:
+        heat: (rows, cols), none negative.
+        size: (width, height) of the image in pixels.
+        window: pixels.
+        box: what of the image the map covers, as fractions.
+    """
+    heat, box = _on_image(heat, box)
+    rows, cols = heat.shape
+    width = (box[2] - box[0]) * size[0] / cols  # of a cell
+    height = (box[3] - box[1]) * size[1] / rows
+    whole = np.rint(heat * (_FINE / max(heat.max(), 1e-300))).astype(np.int64)
+    summed = np.pad(whole.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    best, found = -np.inf, (0, 0, *size)
+    for ratio in ratios:
+        side = window * ratio
+        across, down = max(1, min(int(side / width), cols)), max(1, min(int(side / height), rows))
+        if (across, down) == (cols, rows):
+            break
+        sums = summed[down:] - summed[:-down]
+        sums = sums[:, across:] - sums[:, :-across]
+        x, y = divmod(int(sums.T.argmax()), len(sums))
+        beside = [
+            sums[v, u]
+            for u, v in ((x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1))
+            if 0 <= u < sums.shape[1] and 0 <= v < len(sums)
+        ]
+        score = (sums[y, x] - np.mean(beside)) / (across * down)
+        if score > best:
+            best = score
+            centre = (
+                int(box[0] * size[0] + x * width + width * across / 2),
+                int(box[1] * size[1] + y * height + height * down / 2),
+            )
+            found = _square(centre, int(side // 2), size)
+    return found
+
+
+def _on_image(heat: np.ndarray, box: Box) -> tuple[np.ndarray, Box]:
+    """The cells of a map that touch the image, and what these cover."""
+    spans = []
+    for cells, low, high in ((heat.shape[1], box[0], box[2]), (heat.shape[0], box[1], box[3])):
+        edges = np.linspace(low, high, cells + 1)
+        touch = np.flatnonzero((edges[1:] > 1e-6) & (edges[:-1] < 1 - 1e-6))
+        start, stop = int(touch[0]), int(touch[-1]) + 1
+        spans.append((slice(start, stop), float(edges[start]), float(edges[stop])))
+    (across, left, right), (down, top, bottom) = spans
+    return heat[down, across], (left, top, right, bottom)
+
+
+def _square(centre: tuple[int, int], half: int, size: tuple[int, int]) -> Pixels:
+    """The square of 2 x `half` pixels around a point, shifted and clipped into the image."""
+    ends = []
+    for middle, limit in zip(centre, size, strict=True):
+        middle = min(max(middle, half), limit - half)
+        ends.append((max(0, middle - half), min(limit, middle + half)))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+def _fractions(crop: Pixels, size: tuple[int, int]) -> Box:
+    return crop[0] / size[0], crop[1] / size[1], crop[2] / size[0], crop[3] / size[1]
