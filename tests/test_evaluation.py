@@ -22,6 +22,7 @@ from PIL import Image
 
 from foveate import VLM, FoveateError, Method, commands, evaluation, run
 from foveate.benchmark import Benchmark, Record, Sample, by_split, parse
+from foveate.benchmarks.pocket import PocketBench
 from foveate.data import Data
 from foveate.evaluation import Asker, Question, evaluate
 from foveate.merge import merge, read_runs
@@ -454,6 +455,21 @@ def test_methods_that_cannot_share_are_asked_one_by_one(
     asker = Asker(vlm, ["clvs"])
     assert len(asker.answer(asker.load(questions(Scenes())[0]), "clvs")) == 4
     assert sizes == [1, 1, 1, 1]
+
+
+def test_shards_have_whole_images_and_equal_parts() -> None:
+    """A scene's words and its caption have different limits and stay together."""
+    b = PocketBench(questions=60)
+    parts = [questions(b, (number, 2)) for number in range(2)]
+    images = [{q.sample.image_name for unit in part for q in unit} for part in parts]
+    assert not images[0] & images[1]
+    for category in ("existence-random", "captions"):
+        counts = [
+            sum(q.sample.meta["category"] == category for unit in part for q in unit)
+            for part in parts
+        ]
+        assert sum(counts) == 120
+        assert min(counts) > 40
 
 
 def test_shards_put_together_are_the_whole(vlm: VLM, tmp_path: Path) -> None:

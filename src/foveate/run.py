@@ -283,12 +283,14 @@ def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
 def _units(b: Benchmark, samples: list[Sample], shard: tuple[int, int]) -> list[list[Question]]:
     """Questions grouped by image and limit, in the order of first appearance; of this shard."""
     groups: dict[Hashable, list[Question]] = {}
+    numbers: dict[Hashable, int] = {}  # of images: all questions about one go to one shard
     for sample in samples:
         alone = sample.image_name is None or sample.image is None
         image = (sample.split, sample.line) if alone else sample.image_name
         limit = sample.meta.get("max_new_tokens", b.max_new_tokens)
-        groups.setdefault((image, limit), []).append(Question(str(b), sample, limit))
-    return [unit for n, unit in enumerate(groups.values()) if n % shard[1] == shard[0]]
+        if numbers.setdefault(image, len(numbers)) % shard[1] == shard[0]:
+            groups.setdefault((image, limit), []).append(Question(str(b), sample, limit))
+    return list(groups.values())
 
 
 # -- results ---------------------------------------------------------------------------------------
