@@ -1,0 +1,70 @@
+"""Which methods a request asks for: ``"method"`` in its body, or behind the model's name."""
+
+from __future__ import annotations
+
+import functools
+import typing
+import warnings
+from pathlib import Path
+
+from ..context import Stack
+from ..form import parameters
+from ..method import FoveateError, Method, as_stack, methods
+from ..vlm import VLM
+from .errors import UnknownModel
+
+LONGEST = 500  # characters of a method's text form
+
+
+class Catalogue:
+    """The model's name, and the methods it can be served with.
+
+    Attributes:
+        name: ``pocket``, ``llava-hf/llava-1.5-7b-hf``, or the last part of a folder's path.
+        ids: what ``GET /v1/models`` lists: the name, and ``name:method`` for every method that
+            works on this model with its default parameters.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        path = Path(vlm.name)
+        self.vlm, self.name = vlm, path.name if path.is_dir() else vlm.name
+        with warnings.catch_warnings(action="ignore"):  # nobody has asked for these yet
+            works = [name for name in methods() if self._serves(name)]
+        self.ids = [self.name, *(f"{self.name}:{method}" for method in works)]
+        self._checked = functools.lru_cache(256)(self._check)
+
+    def methods(self, model: str, method: str | None) -> tuple[Method, ...]:
+        """The methods that a request names.
+
+        Raises:
+            UnknownModel: another model. FoveateError: methods that there are not, that the model
+                cannot be served with, or that would read a file.
+        """
+        name, suffix = model[: len(self.name)], model[len(self.name) :]
+        if name != self.name or (suffix and suffix[0] != ":"):
+            raise UnknownModel(f"There is no model {model[:200]!r} here: ask for {self.name!r}.")
+        if suffix and method is not None:
+            raise FoveateError("The method is given twice: in the model's name and as `method`.")
+        return self._checked(suffix[1:] if suffix else method or "vanilla")
+
+    def _check(self, text: str) -> tuple[Method, ...]:
+        if len(text) > LONGEST:
+            raise FoveateError(f"A method's text may have {LONGEST} characters.")
+        stack = as_stack(text)
+        for method in stack:
+            for field, hint in parameters(type(method)):
+                value, free = getattr(method, field.name), (hint, *typing.get_args(hint))
+                if isinstance(value, str) and str in free and value != field.default:
+                    raise FoveateError(
+                        f"{method.name}: {field.name}={value!r} may name a file, and requests name "
+                        "no files of the server: give values."
+                    )
+        Stack(self.vlm.model, stack)  # refuses what does not work on this model
+        return stack
+
+    def _serves(self, name: str) -> bool:
+        try:
+            self._check(name)
+        except FoveateError:
+            return False
+        return True

@@ -1,0 +1,181 @@
+"""OpenAI's wire format: what a request may say, and the shapes of the answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .. import __version__
+from .sampling import End, Piece, Token
+
+FINGERPRINT = f"foveate-{__version__}"
+
+
+class Strict(BaseModel):
+    """A field that nobody knows is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """Of clients that send an answer of before back, with all its fields, only these matter."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        if isinstance(self.content, list):
+            return self.content
+        return [TextPart(type="text", text=self.content or "")]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Completion(Strict):
+    """The body of ``POST /v1/chat/completions``.
+
+    Decoding is greedy unless `temperature` says otherwise, as everywhere in foveate. `method` is
+    foveate's own.
+    """
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    method: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    # heard and not needed
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def told(error: ValidationError) -> tuple[str, str | None]:
+    """The first thing that is wrong with a body, as one sentence, and the parameter it is about."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        return f"The server does not know the parameter {where}: leave it out.", where
+    if where is None:
+        return f"The body is not a JSON object of this format: {first['msg']}.", None
+    return f"The parameter {where} cannot be used: {first['msg']}.", where
+
+
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:
+    """The body of an answer with an error `status`."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(end: End) -> dict[str, int]:
+    return {
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.completion_tokens,
+        "total_tokens": end.prompt_tokens + end.completion_tokens,
+    }
+
+
+def _logprobs(tokens: tuple[Token, ...]) -> dict[str, Any]:
+    content = [_token(t) | {"top_logprobs": [_token(other) for other in t.top]} for t in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: Token) -> dict[str, Any]:
+    whole = "\ufffd" not in token.text  # a token may hold a part of a character
+    data = list(token.text.encode()) if whole else None
+    return {"token": token.text, "logprob": max(token.logprob, -9999.0), "bytes": data}
+
+
+class Writer:
+    """Writes the answer to `asked`. method: the text form of the methods that gave it."""
+
+    def __init__(self, id: str, asked: Completion, method: str) -> None:
+        self.head = {
+            "id": id,
+            "created": int(time.time()),
+            "model": asked.model,
+            "method": method,
+            "system_fingerprint": FINGERPRINT,
+        }
+        self.logprobs = bool(asked.logprobs)
+        self.usage = asked.stream_options is not None and asked.stream_options.include_usage
+
+    def completion(self, events: list[Piece | End]) -> dict[str, Any]:
+        """The whole answer: its pieces, then its end."""
+        pieces = [event for event in events if isinstance(event, Piece)]
+        end = next(event for event in events if isinstance(event, End))
+        tokens = tuple(token for piece in pieces for token in piece.tokens)
+        text = "".join(piece.text for piece in pieces)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": _logprobs(tokens) if self.logprobs else None,
+            "finish_reason": end.reason,
+        }
+        return {"object": "chat.completion", **self.head, "choices": [choice], "usage": usage(end)}
+
+    def begin(self) -> dict[str, Any]:
+        """The first chunk of a stream."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        logprobs = _logprobs(piece.tokens) if self.logprobs else None
+        return self._chunk({"content": piece.text}, logprobs=logprobs)
+
+    def end(self, end: End) -> list[dict[str, Any]]:
+        """The last chunks: why it ended and, if asked for, what was used."""
+        last = [self._chunk({}, finish_reason=end.reason)]
+        if self.usage:
+            last.append(self._chunk(None) | {"usage": usage(end)})
+        return last
+
+    def _chunk(self, delta: dict[str, str] | None, **more: Any) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None} | more
+        chunk = {
+            "object": "chat.completion.chunk",
+            **self.head,
+            "choices": [] if delta is None else [choice],
+        }
+        return chunk | {"usage": None} if self.usage else chunk
