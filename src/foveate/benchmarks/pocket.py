@@ -46,6 +46,8 @@ MEASURES: dict[str, dict[str, str]] = {  # category -> its lines of the table
     "pairs": {"acc": "Pairs", "acc+": "Pairs, both right"},
     "captions": {"chair": "Captions, CHAIR", "cover": "Captions, Cover", "hal": "Captions, Hal"},
 }
+Asked = tuple[str, str | list[str], str, tuple[int, ...]]
+"""Text, label, topic, and the scene's things that it is about."""
 NUMERALS = {word: str(number) for number, word in enumerate(questions.NUMBERS)}
 
 
@@ -64,7 +66,7 @@ class PocketBench(Benchmark):
       attribute; ``acc`` per question, ``acc+`` per pair, ``score`` their sum.
     * number: "How many ... are there?", in half of the cases one; digits and words are equal.
     * print: the letter or digit on a thing, 33 of the picture's 768 pixels high: for methods that
-      look closer.
+      look closer. ``meta["boxes"]`` has the thing's [left, top, right, bottom] in pixels.
     * captions, as in AMBER: ``chair``, share of named things that are not there; ``cover``, share
       of kinds there that are named; ``hal``, share of captions that name one that is not there;
       ``length`` in words.
@@ -118,18 +120,20 @@ class PocketBench(Benchmark):
                     for category in open_:
                         rng = random.Random(f"pocket-bench-{category}-{habit}-{scene.seed}")
                         found = ask(questions.look(scene), rng, category, TASKS[number % 4])
-                        for text, label, topic in found[: self.questions - asked[category, habit]]:
+                        for question in found[: self.questions - asked[category, habit]]:
                             line = asked[category, habit]
-                            yield self._sample(scene, line, category, text, label, topic)
+                            yield self._sample(scene, line, category, question)
                             asked[category, habit] += 1
             number += 1
 
-    def _sample(
-        self, scene: world.Scene, line: int, category: Category, text: str, label: Any, topic: str
-    ) -> Sample:
+    def _sample(self, scene: world.Scene, line: int, category: Category, question: Asked) -> Sample:
+        text, label, topic, things = question
         meta: dict[str, Any] = {"category": category, "habit": scene.habit, "topic": topic}
         if category != "captions":
             meta["max_new_tokens"] = self.word_tokens
+        if category == "print":
+            boxes = world.boxes(scene, SIZE)
+            meta["boxes"] = [list(boxes[thing]) for thing in things]
         return Sample(
             split=f"{category}/{scene.habit}",
             line=line,
@@ -212,15 +216,13 @@ class PocketBench(Benchmark):
         return heads, rows
 
 
-def ask(
-    view: Look, rng: random.Random, category: Category, task: str
-) -> list[tuple[str, str | list[str], str]]:
-    """Text, label and topic of what is asked about one scene; nothing where all is ambiguous.
+def ask(view: Look, rng: random.Random, category: Category, task: str) -> list[Asked]:
+    """What is asked about one scene; nothing where all is ambiguous.
 
     Yes/no questions come in pairs, the yes first; `task` is what "pairs" asks about.
     """
     if category == "captions":
-        return [(PROMPT, sorted(view.counts()), "caption")]
+        return [(PROMPT, sorted(view.counts()), "caption", ())]
     if category == "number":  # of a kind that is there once, and of one that is there more often
         drawn = [questions.opened(view, rng, category) for _ in range(20)]
         found = list(
@@ -235,7 +237,8 @@ def ask(
     else:
         kind, _, split = category.partition("-")
         found = list(questions.pairs(view, rng, kind, split) or ())
-    return [(q.text, q.answer, task if category == "pairs" else q.topic) for q in found]
+    topics = [task if category == "pairs" else q.topic for q in found]
+    return [(q.text, q.answer, topic, q.things) for q, topic in zip(found, topics, strict=True)]
 
 
 def picture(seed: int, habit: str) -> Image.Image:
