@@ -208,7 +208,7 @@ def window_search(
                 int(box[0] * size[0] + x * width + width * across / 2),
                 int(box[1] * size[1] + y * height + height * down / 2),
             )
-            found = _square(centre, int(side // 2), size)
+            found = square(centre, int(side // 2), size)
     return found
 
 
@@ -224,7 +224,7 @@ def _on_image(heat: np.ndarray, box: Box) -> tuple[np.ndarray, Box]:
     return heat[down, across], (left, top, right, bottom)
 
 
-def _square(centre: tuple[int, int], half: int, size: tuple[int, int]) -> Pixels:
+def square(centre: tuple[int, int], half: int, size: tuple[int, int]) -> Pixels:
     """The square of 2 x `half` pixels around a point, shifted and clipped into the image."""
     ends = []
     for middle, limit in zip(centre, size, strict=True):
