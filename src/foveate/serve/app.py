@@ -73,8 +73,8 @@ async def refused(request: Request, error: Exception) -> Response:
 async def authorised(request: Request) -> None:
     """Refuses a request without the key, where there is one."""
     key = request.app.state.house.settings.api_key
-    given = request.headers.get("authorization", "")
-    if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
+    if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
         raise errors.Unauthorised(
             "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
         )

@@ -48,11 +48,11 @@ def _turn(messages: list[wire.Message]) -> tuple[str | None, list[wire.Part]]:
             "out earlier turns.",
             "messages",
         )
-    parts = [part for message in leading for part in message.parts]
+    parts = [part for message in leading for part in message.content]
     if any(isinstance(part, wire.ImagePart) for part in parts):
         raise Refusal("Images belong into the user message.", "messages")
     system = "\n".join(part.text for part in parts if isinstance(part, wire.TextPart))
-    return system or None, last.parts
+    return system or None, last.content
 
 
 def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
@@ -61,7 +61,7 @@ def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
         raise Refusal(
             f"An answer may have {settings.tokens:,} tokens: ask for fewer.", "max_tokens"
         )
-    if not all(asked.stops):
+    if not all(asked.stop):
         raise Refusal("A stop string is empty: leave it out.", "stop")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Refusal("top_logprobs needs logprobs to be true.", "top_logprobs")
@@ -70,6 +70,6 @@ def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
         temperature=asked.temperature or 0.0,
         top_p=1.0 if asked.top_p is None else asked.top_p,
         seed=asked.seed,
-        stop=asked.stops,
+        stop=tuple(asked.stop),
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )

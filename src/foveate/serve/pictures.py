@@ -59,12 +59,13 @@ def _data(uri: str, limit: int) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise FoveateError("A data URI begins with data:image/png;base64, or the like.")
-    if len(body) * 3 // 4 - 2 > limit:
-        raise TooLarge(f"An image may have {limit:,} bytes: make it smaller.")
     try:
-        return base64.b64decode(body, validate=True)
+        data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise FoveateError("The data URI does not hold valid base64.") from error
+    if len(data) > limit:
+        raise TooLarge(f"An image may have {limit:,} bytes: make it smaller.")
+    return data
 
 
 def _pixels(data: bytes) -> int:

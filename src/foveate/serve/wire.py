@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .. import __version__
 from .sampling import End, Piece, Token
@@ -37,22 +37,28 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _as_parts(content: Any) -> Any:
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class Message(BaseModel):
-    """Of clients that send an answer of before back, with all its fields, only these matter."""
+    """Clients send answers back with all their fields; only these matter."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
-
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        if isinstance(self.content, list):
-            return self.content
-        return [TextPart(type="text", text=self.content or "")]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)] = []
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+def _as_stops(stop: Any) -> Any:
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop
 
 
 class Completion(Strict):
@@ -72,7 +78,7 @@ class Completion(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_as_stops), Field(max_length=4)] = []
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     n: Literal[1] | None = None
@@ -85,10 +91,6 @@ class Completion(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 def told(error: ValidationError) -> tuple[str, str | None]:
