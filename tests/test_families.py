@@ -362,6 +362,30 @@ def test_images_of_a_batch_go_to_their_samples():
     assert laid == [[Grid(4, 4), Grid(4, 4, 16, image=1)], [], [Grid(4, 4)]]
 
 
+def test_tiles_of_odd_pixels_are_arranged_as_the_processor_arranges_them():
+    """Where transformers' rounding of the shorter edge to even pixels matters."""
+    config = tf.Idefics3Config(vision_config={"image_size": 15, "patch_size": 5}, scale_factor=1)
+    cut = {"size": {"longest_edge": 60}, "max_image_size": {"longest_edge": 15}}
+    processor = tf.Idefics3ImageProcessorPil(**cut)
+    for size in [(60, 45), (45, 60), (60, 44), (60, 60), (300, 20), (20, 300), (400, 7)]:
+        out = processor([[blank(size)]], return_row_col_info=True)
+        (rows,), (cols,) = out["rows"][0], out["cols"][0]
+        ids = [families.START] + [config.image_token_id] * 9
+        inputs = {"input_ids": torch.tensor([ids * (rows * cols + 1)])}
+        model, door = SimpleNamespace(config=config), SimpleNamespace(image_processor=processor)
+        *tiles, whole = grids(model, inputs, [[size]], door)[0]
+        assert tiles[-1].box == ((cols - 1) / cols, (rows - 1) / rows, 1, 1)
+        assert whole.box == (0, 0, 1, 1)
+
+
+def test_the_tower_decides_before_the_model():
+    tower = families.tower("pixtral", side=32, head_dim=16)
+    pixtral = tf.LlavaConfig(vision_config=tower, image_token_index=families.IMAGE)
+    ids, size = families.wrapped(2 * 7, ""), (2 * 4, 7 * 4)
+    inputs = {"input_ids": torch.tensor([ids]), "image_sizes": torch.tensor([size])}
+    assert grids(SimpleNamespace(config=pixtral), inputs) == [[Grid(2, 7)]]
+
+
 def test_what_cannot_be_known_is_refused():
     eye = look("internvl")
     given = [blank((150, 100))]

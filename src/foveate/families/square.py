@@ -12,7 +12,7 @@ from typing import Any
 
 from ..vision import WHOLE, Box, Grid, Picture
 
-serves = ("llava", "vipllava", "paligemma", "gemma3", "shieldgemma2")
+serves = ("llava", "vipllava", "paligemma", "gemma3")
 
 
 def grid(picture: Picture) -> tuple[list[Grid], int] | None:
