@@ -148,3 +148,9 @@ def test_the_chain_is_drawn(
     with Image.open(path) as picture:
         blue = np.asarray(picture.convert("RGB"), int) - np.array([0, 0x72, 0xB2])
     assert (abs(blue).sum(-1) < 6).sum() > 300, "the frame of the part that is cut out"
+
+
+def test_a_model_whose_layout_is_not_known_is_refused() -> None:
+    unknown = type("Unknown", (), {"config": type("C", (), {"model_type": "aya_vision"})()})()
+    with pytest.raises(FoveateError, match="looking has to know where aya_vision's image tokens"):
+        Looking().resolve(unknown)

@@ -140,6 +140,7 @@ class Method(Form):
         the whole image and are left out; asking to edit one explicitly raises `FoveateError`.
         """
         from .context import attention_layers
+        from .vision import layout_of
 
         values: dict[str, Any] = {}
         model_type = getattr(model.config, "model_type", "")
@@ -149,6 +150,11 @@ class Method(Form):
                     k: v for k, v in self.presets[prefix].items() if getattr(self, k) is None
                 }
         published = values.pop("layers", self.paper_layers)
+        if self.reads and layout_of(model.config) is None:
+            raise FoveateError(
+                f"{self.name} has to know where {model_type}'s image tokens lie on the image, and "
+                "foveate.families has no layout for it: use a method that does not look again."
+            )
         if not (self.edits_attention or self.wants("before") or self.reads):
             if self.layers is not None:
                 raise FoveateError(f"{self.name} acts on no layer: leave out layers.")

@@ -191,7 +191,7 @@ def grids(
     mask = visual_mask(
         visual_token_ids(model.config), inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     )
-    layout = _layout(model.config)
+    layout = layout_of(model.config)
     unknown = FoveateError(
         f"The spatial layout of {model.config.model_type}'s image tokens is not known: "
         "attention is recorded all the same, but it cannot be drawn on the image."
@@ -239,7 +239,7 @@ def _layouts() -> dict[str, Layout]:
     return {kind: module.grid for module in modules for kind in module.serves}
 
 
-def _layout(config: Any) -> Layout | None:
+def layout_of(config: Any) -> Layout | None:
     """The vision tower's own layout, else the model's; None where no file names either."""
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     layouts = _layouts()

@@ -182,7 +182,8 @@ def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Pa
         heat, box = together(grids, torch.stack(steps).mean(0))
         looks.append(Look(name, said(answer), heat.flatten(1)))
         layers = record.layers
-    grid = Grid(*heat.shape[1:], box=box)
+    rows, cols = heat.shape[1:]
+    grid = Grid(rows, cols, box=box)
     show_attention(chat.images[0], question, looks, layers, grid, path)
 
 
