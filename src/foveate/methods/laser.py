@@ -1,0 +1,371 @@
+"""LASER: the layer that the question changes most says where to look again (arXiv 2602.04304).
+
+The image's attention is read with the question and without it. What the question adds chooses a
+layer, that layer's map chooses a crop, and the crop is what the model answers from. Hiding what
+the map points at gives a second stream of logits to decode against.
+
+The paper's text was not at hand and its code is not public. Equation numbers below are the
+paper's where its readers cite them; what they leave open is a parameter, marked "inferred".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..method import Method
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..look import Chain, Reading
+    from ..vision import Box
+    from ..vlm import VLM, Chat
+
+Pixels = tuple[int, int, int, int]
+"""(left, top, right, bottom), half-open, in pixels of the original image."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a question adds to the attention on the image.
+
+    Attributes:
+        layers: the layers that were read, 0-based.
+        vaq: (layers,) float32, how much the question adds in each of them, equation (5).
+        layer: where it adds most, 0-based, equation (6); None where it adds nothing anywhere.
+        asked, unasked: (N_v,) float32, attention with and without the question, and
+        added: (N_v,) float32, equation (3): all at `layer`, mean over the heads behind `vaq`.
+    """
+
+    layers: tuple[int, ...]
+    vaq: Tensor
+    layer: int | None
+    asked: Tensor
+    unasked: Tensor
+    added: Tensor
+
+
+@dataclass(frozen=True)
+class LASER(Method):
+    """Look again where the question drew attention, at the layer that it changed most.
+
+    Reading: the prompt's last row gives a_q with the question and a_0 without it, per layer and
+    head, on the visual tokens, (3) max(a_q - a_0, 0). Its norm over the tokens is a head's visual
+    activation by the query, (4); the mean of the `heads` largest is the layer's, VAQ, (5); the
+    layer with the largest is chosen, (6), and the map C is the mean of (3) over those heads there.
+
+    Crop: `share` of the image in each dimension but at least `floor` pixels, cut from the original
+    pixels where C says. An image that is not larger stays as it is.
+
+    VAT: a second stream sees the same crop with the `patches` of the largest C filled, (7), and
+    reads the same answer; the logits become (1 + alpha) l - alpha l', (8) and (9), in the prompt
+    and at every decode step. It needs one batch, not a shared prefix.
+
+    Where the question changes nothing (it is no other prompt than the one without it), the whole
+    image is shown and there is no VAT. The notes of a chat hold ``crop`` (left, top, right,
+    bottom, in pixels of the original), ``layers`` with their ``vaq``, the chosen ``layer`` (None
+    where nothing changes), ``vat`` (whether it is on), and the ``chain`` of pictures.
+
+    Attributes:
+        noq: the prompt without the question. "empty": image and chat template alone, as two
+            readers of the paper have it; "instruction_only": with `suffix`, as a third has it.
+        heads: how many heads per layer count, or "all"; a model with fewer uses all. The paper
+            gives no number; its readers use 8 or all.
+        placement: of the crop; inferred. "slide_max_sum": the window that holds most of C, and of
+            equal ones that nearest to C's centroid; "topk_bbox": around the box of the patches
+            that VAT hides, no larger than they need; "centroid": around C's centroid.
+        share: of each side of the image, 0 to 1; 1 keeps the image whole. Published: 0.5.
+        floor: least side of a crop in pixels, 1 or more. Published: 224.
+        answer_input: "crop", what the paper's figures show, or "both", original and crop.
+        vat: "always", "never", or "auto": for questions whose layer lies deeper than `auto_depth`.
+            The paper decodes easier questions directly; its rule is not known, "auto" is inferred.
+        auto_depth: None = half of the model's layers plus 2; inferred.
+        alpha: strength of VAT, 0 or more; 0 switches it off. Published: 1.
+        patches: share of the map's cells that VAT hides, 0 to 1; 0 switches it off. Inferred:
+            32 of 576, as one reader has it; never more cells than the question added to.
+        fill: what hides them, the image's "mean" colour, "grey" (127) or "black"; inferred.
+        plausibility: VAT excludes tokens with less than this share of the likeliest one's
+            probability, 0 to 1; 0 excludes none. Inferred, from VCD, whose authors use 0.1.
+        suffix: follows the question in the reading pass, unless it ends with it; inferred. None:
+            ViCrop's " Answer the question using a single word or phrase."
+        first_layer: shallower layers are read but not chosen; inferred.
+        renorm: attention is divided by its sum over the image first, per layer and head. The paper
+            uses it raw; one reader renormalises.
+        per_layer_norm: a layer's VAQ is divided by the mean norm of its heads' a_q; inferred.
+        layers: to read and choose from. Published: all.
+    """
+
+    noq: Literal["empty", "instruction_only"] = "empty"
+    heads: int | Literal["all"] = 8
+    placement: Literal["slide_max_sum", "topk_bbox", "centroid"] = "slide_max_sum"
+    share: float = 0.5
+    floor: int = 224
+    answer_input: Literal["crop", "both"] = "crop"
+    vat: Literal["always", "never", "auto"] = "always"
+    auto_depth: float | None = None
+    alpha: float = 1.0
+    patches: float = 32 / 576
+    fill: Literal["mean", "grey", "black"] = "mean"
+    plausibility: float = 0.0
+    suffix: str | None = None
+    first_layer: int = 0
+    renorm: bool = False
+    per_layer_norm: bool = False
+
+    name: ClassVar[str] = "laser"
+    paper: ClassVar[str] = "2602.04304"
+    reads: ClassVar[bool] = True
+    passes: ClassVar[str] = (
+        "the image once, then per question two suffixes of one token; with VAT a second stream"
+    )
+    neutral: ClassVar[dict[str, Any]] = {"share": 1.0, "vat": "never"}
+
+    def check(self) -> None:
+        self.require(self.heads == "all" or self.heads >= 1, "heads must be 1 or more, or 'all'")
+        self.require(0 < self.share <= 1, "share must lie above 0 and up to 1")
+        self.require(self.floor >= 1, "floor must be 1 or more pixels")
+        self.require(self.alpha >= 0, "alpha must be 0 or more")
+        self.require(0 <= self.patches <= 1, "patches must lie between 0 and 1")
+        self.require(
+            self.patches > 0 or self.placement != "topk_bbox",
+            "placement='topk_bbox' is around the patches, so patches must be more than 0",
+        )
+        self.require(0 <= self.plausibility <= 1, "plausibility must lie between 0 and 1")
+        self.require(self.first_layer >= 0, "first_layer must be 0 or more")
+        deepest = max(self.layers or (), default=math.inf)
+        self.require(self.first_layer <= deepest, "first_layer must leave a layer to choose")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether any question may get a second stream."""
+        return self.vat != "never" and self.alpha > 0 and self.patches > 0
+
+    def wants(self, stage: str) -> bool:
+        return super().wants(stage) and (stage == "rewrite" or self.contrasts)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def readings(self, vlm: VLM, chats: list[Chat]) -> list[tuple[Reading, Reading]]:
+        """Attention of all heads with and without the question, per chat about one image.
+
+        Call it on a method that was resolved for the model. The image is read once, where the
+        model allows it; equal prompts are read once, so their readings are equal to the bit.
+        """
+        from ..look import SHORT, read  # imports transformers
+
+        suffix = SHORT if self.suffix is None else self.suffix
+        unasked = suffix.strip() if self.noq == "instruction_only" else ""
+        pairs = []
+        for chat in chats:
+            asked = chat.text if chat.text.endswith(suffix.strip()) else chat.text + suffix
+            pairs.append(((chat.system, asked), (chat.system, unasked)))
+        prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+        plain = [
+            replace(chats[0], system=system, text=text, notes={}, contrast=None)
+            for system, text in prompts
+        ]
+        found = dict(zip(prompts, read(vlm, plain, self.layers, heads="all"), strict=True))
+        return [(found[asked], found[unasked]) for asked, unasked in pairs]
+
+    def evidence(self, asked: Reading, unasked: Reading) -> Evidence:
+        """Equations (3) to (6) on two readings of all heads, with and without the question."""
+        with_query, without = asked.weights[0], unasked.weights[0]  # (layers, H, N_v)
+        if self.renorm:
+            with_query, without = (
+                w / w.sum(-1, keepdim=True).clamp(min=1e-12) for w in (with_query, without)
+            )
+        added = (with_query - without).relu()
+        strength = added.norm(dim=-1)
+        count = strength.shape[1] if self.heads == "all" else min(self.heads, strength.shape[1])
+        top = strength.topk(count, 1)
+        vaq = top.values.mean(1)
+        if self.per_layer_norm:
+            vaq = vaq / with_query.norm(dim=-1).mean(1).clamp(min=1e-12)
+        eligible = torch.tensor([layer >= self.first_layer for layer in asked.layers])
+        best = int(torch.where(eligible, vaq, -1.0).argmax())
+        heads = top.indices[best]
+        means = [maps[best, heads].mean(0) for maps in (with_query, without, added)]
+        layer = asked.layers[best] if vaq[best] > 0 else None
+        return Evidence(asked.layers, vaq, layer, *means)
+
+    # -- the crop and the masked view --------------------------------------------------------------
+
+    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
+        from ..look import the_image
+
+        image = the_image(self, chats)
+        if image is None:
+            return chats
+        depth = vlm.model.get_decoder().config.num_hidden_layers
+        deep = depth / 2 + 2 if self.auto_depth is None else self.auto_depth
+        shown: dict[Pixels, list[Image.Image]] = {(0, 0, *image.size): chats[0].images}
+        rewritten = []
+        for chat, (asked, unasked) in zip(chats, self.readings(vlm, chats), strict=True):
+            found = self.evidence(asked, unasked)
+            heat = _Heat(asked.map(found.added).double().numpy(), asked.box, image.size)
+            seen = found.layer is not None and bool(heat.cells.any())
+            crop = self.crop(heat) if seen else (0, 0, *image.size)
+            if crop not in shown:  # equal crops are one object, so that they share a prefix
+                part = image.crop(crop)
+                shown[crop] = [part] if self.answer_input == "crop" else [image, part]
+            contrast, masked = None, None
+            if seen and self.contrasts and (self.vat == "always" or cast(int, found.layer) > deep):
+                masked = self.masked(image, heat)
+                contrast = [*shown[crop][:-1], masked.crop(crop)]
+            notes = {
+                "crop": list(crop),
+                "layers": list(found.layers),
+                "vaq": [float(f"{value:.6g}") for value in found.vaq.tolist()],
+                "layer": found.layer,
+                "vat": contrast is not None,
+                "chain": _chain(image, asked, found, crop, masked, shown[crop][-1]),
+            }
+            notes = chat.notes | notes
+            new = replace(chat, images=shown[crop], notes=notes, contrast=contrast)
+            rewritten.append(new)
+        return rewritten
+
+    def crop(self, heat: _Heat) -> Pixels:
+        """Where to look again; not all of `heat` is 0."""
+        sides = [min(side, max(self.floor, round(self.share * side))) for side in heat.size]
+        if self.placement == "topk_bbox":
+            (left, top), (right, bottom) = heat.around(self.patches)
+            needed = max(round(right - left), self.floor), max(round(bottom - top), self.floor)
+            sides = [min(most, side) for most, side in zip(sides, needed, strict=True)]
+            middle = (left + right) / 2, (top + bottom) / 2
+        else:
+            middle = heat.centroid
+        starts = [at - side / 2 for at, side in zip(middle, sides, strict=True)]
+        if self.placement == "slide_max_sum":
+            starts = heat.slide(starts, sides)
+        left, top = (
+            round(min(max(start, 0), length - side))
+            for start, side, length in zip(starts, sides, heat.size, strict=True)
+        )
+        return left, top, left + sides[0], top + sides[1]
+
+    def masked(self, image: Image.Image, heat: _Heat) -> Image.Image:
+        """The original without its most relevant patches, equation (7)."""
+        colour = {"grey": (127, 127, 127), "black": (0, 0, 0)}.get(self.fill)
+        if colour is None:
+            colour = tuple(np.asarray(image).mean((0, 1)).round().astype(int).tolist())
+        hidden = image.copy()
+        for row, col in heat.top(self.patches):
+            edges = heat.x[col], heat.y[row], heat.x[col + 1], heat.y[row + 1]
+            hidden.paste(colour, tuple(round(edge) for edge in edges))
+        return hidden
+
+    # -- the second stream -------------------------------------------------------------------------
+
+    def begin(self, ctx: Context) -> None:
+        on = [bool(note.get("vat")) for note in ctx.notes] or [False] * len(ctx.visual)
+        ctx.memory["vat"] = torch.tensor(on, device=ctx.visual.device)
+
+    def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any] | None:
+        return None if ctx.contrast is None else {**inputs, **ctx.contrast}
+
+    def logits(self, logits: Tensor, other: Tensor | None, ctx: Context) -> Tensor:
+        if other is None:
+            return logits
+        own = logits.float()
+        contrasted = own + self.alpha * (own - other.float())
+        if self.plausibility > 0:
+            least = own.amax(-1, keepdim=True) + math.log(self.plausibility)
+            contrasted = contrasted.masked_fill(own < least, -math.inf)
+        return torch.where(ctx.memory["vat"][:, None].to(own.device), contrasted, own)
+
+
+class _Heat:
+    """A map laid on an image.
+
+    Attributes:
+        cells: (rows, cols) float64, without what falls beside the image.
+        x, y: the cells' edges in pixels, (cols + 1,) and (rows + 1,), kept inside the image.
+        size: (width, height) of the image.
+    """
+
+    def __init__(self, values: np.ndarray, box: Box, size: tuple[int, int]) -> None:
+        self.size, (rows, cols) = size, values.shape
+        whole = np.linspace(box[0], box[2], cols + 1), np.linspace(box[1], box[3], rows + 1)
+        inside = [edges.clip(0, 1) for edges in whole]
+        self.x, self.y = (edges * side for edges, side in zip(inside, size, strict=True))
+        across, down = (
+            np.diff(part) / np.diff(edges) for part, edges in zip(inside, whole, strict=True)
+        )
+        self.cells = values * across * down[:, None]
+
+    def top(self, share: float) -> np.ndarray:
+        """(n, 2) row and column of the hottest cells, hottest first; none of them is 0."""
+        count = min(max(1, round(share * self.cells.size)), int((self.cells > 0).sum()))
+        order = np.argsort(-self.cells, axis=None, kind="stable")[:count]
+        return np.stack(np.unravel_index(order, self.cells.shape), 1)
+
+    def around(self, share: float) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(left, top) and (right, bottom), in pixels, of the box of the hottest cells."""
+        rows, cols = self.top(share).T
+        low, high = (cols.min(), rows.min()), (cols.max() + 1, rows.max() + 1)
+        return (self.x[low[0]], self.y[low[1]]), (self.x[high[0]], self.y[high[1]])
+
+    @property
+    def centroid(self) -> tuple[float, float]:
+        """(x, y) in pixels."""
+        x, y = ((edges[1:] + edges[:-1]) / 2 for edges in (self.x, self.y))
+        total = self.cells.sum()
+        return float(self.cells.sum(0) @ x / total), float(self.cells.sum(1) @ y / total)
+
+    def slide(self, near: list[float], sides: list[int]) -> list[float]:
+        """Left and top of the window (width, height) that holds most.
+
+        Over all positions, not only those of whole cells: the sum is linear between positions
+        where an edge of the window meets one of a cell, so that only those need be looked at. Of
+        equal ones, the nearest to `near`, which is looked at, too.
+        """
+        starts, covers = [], []
+        for edges, start, side, length in zip(
+            (self.x, self.y), near, sides, self.size, strict=True
+        ):
+            aligned = np.concatenate([[start], edges, edges - side])
+            found = np.unique(np.clip(aligned, 0, length - side))[:, None]
+            overlap = np.minimum(found + side, edges[1:]) - np.maximum(found, edges[:-1])
+            starts.append(found[:, 0])
+            covers.append(overlap.clip(0) / np.diff(edges).clip(1e-12))
+        sums = covers[1] @ self.cells @ covers[0].T
+        away = (starts[1][:, None] - near[1]) ** 2 + (starts[0] - near[0]) ** 2
+        row, col = np.unravel_index(
+            np.where(sums > sums.max() * (1 - 1e-9), away, np.inf).argmin(), sums.shape
+        )
+        return [float(starts[0][col]), float(starts[1][row])]
+
+
+def _chain(
+    image: Image.Image,
+    reading: Reading,
+    found: Evidence,
+    crop: Pixels,
+    masked: Image.Image | None,
+    part: Image.Image,
+) -> Chain:
+    """From both readings to what the model is shown."""
+    from ..look import Chain, Panel
+
+    (width, height), at = image.size, f"layer {found.layer}"
+    frame = (crop[0] / width, crop[1] / height, crop[2] / width, crop[3] / height)
+    panels = []
+    if found.layer is not None:
+        maps = {
+            f"attention with the question, {at}": (found.asked, ()),
+            "attention without it": (found.unasked, ()),
+            "what the question adds": (found.added, (frame,)),
+        }
+        for title, (values, frames) in maps.items():
+            heat = reading.map(values).numpy()
+            panels.append(Panel(title, image, heat, reading.box, frames))
+    if masked is not None:
+        panels.append(Panel("hidden from the second stream", masked, frames=(frame,)))
+    return Chain((*panels, Panel("crop", part)))
