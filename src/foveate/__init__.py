@@ -11,10 +11,20 @@ if TYPE_CHECKING:
     from .method import FoveateError, Method
     from .method import methods as list_methods
     from .record import Recorder
+    from .tracing import trace
     from .vlm import VLM
 
 __version__ = "0.1.0"
-__all__ = ["VLM", "FoveateError", "Method", "Recorder", "enhance", "list_methods", "prefill"]
+__all__ = [
+    "VLM",
+    "FoveateError",
+    "Method",
+    "Recorder",
+    "enhance",
+    "list_methods",
+    "prefill",
+    "trace",
+]
 
 _home = {  # imported when first asked for
     "enhance": ("engine", "enhance"),
@@ -24,6 +34,7 @@ _home = {  # imported when first asked for
     "FoveateError": ("method", "FoveateError"),
     "Recorder": ("record", "Recorder"),
     "VLM": ("vlm", "VLM"),
+    "trace": ("tracing", "trace"),
 }
 
 

@@ -1,0 +1,155 @@
+"""`foveate trace`: what the model looks at, layer by layer and token by token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..method import FoveateError
+from . import app
+from .common import (
+    SIDE_BY_SIDE,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    load,
+    make_folder,
+    new_table,
+    print_table,
+    read_picture,
+    said,
+)
+
+if TYPE_CHECKING:
+    from ..tracing import Heads, Trace
+    from ..vlm import VLM
+
+BAR = 40  # characters
+
+
+@app.command()
+def trace(
+    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelOption = "pocket",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="As in `foveate ask`; repeat it. Default: vanilla and clvs."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--object",
+            help="Measure the attention to it: a box left,top,right,bottom (pixels, or fractions "
+            "of the sides), a mask file (black is not the object), or on drawn scenes a name.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for figures, numbers and page; default: trace."),
+    ] = None,
+    heads: Annotated[
+        str, typer.Option(help="mean, max, or numbers such as 0,3: their mean.")
+    ] = "mean",
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Print how much the question adds in each layer (LASER's VAQ)."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """See where the model looks in every layer while it writes every token of its answer.
+
+    Writes a strip of heat maps, curves over the layers, all numbers, and one page to explore them.
+    With --layers and without --out nothing is written.
+    """
+    from ..target import known, read
+
+    if not question.strip():
+        raise FoveateError("The question is empty: ask something about the image.")
+    picture = read_picture(image)
+    found = None if target is None else read(target, picture.size, known(image))
+    folder, chosen = None, _heads(heads)
+    if out is not None or not layers:
+        from ..plots.style import check_path
+
+        folder = make_folder(out or Path("trace"))
+        check_path(folder / "strip.png")
+    vlm = load(model, device=device, dtype=dtype)
+    if layers:
+        _print_layers(vlm, picture, question, system)
+    if folder is None:
+        return
+    from ..tracing import trace as run
+
+    traced = run(
+        vlm,
+        picture,
+        question,
+        method or SIDE_BY_SIDE,
+        object=found,
+        heads=chosen,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        watch=lambda what: print(f"foveate: {what}", file=sys.stderr, flush=True),
+    )
+    _print_trace(traced, max_new_tokens)
+    written = traced.save(folder)
+    print("\n".join(f"{path.stem}: {path}" for path in written if path.suffix == ".png"))
+    print(f"numbers: {folder / 'trace.json'}, {folder / 'trace.npz'}")
+    print(f"page: {folder / 'index.html'}")
+
+
+def _heads(given: str) -> Heads:
+    if given in ("mean", "max"):
+        return given  # type: ignore[return-value]
+    try:
+        return tuple(int(number) for number in given.split(","))
+    except ValueError:
+        raise FoveateError(
+            f"Cannot read the heads {given!r}: give mean, max, or numbers such as 0,3."
+        ) from None
+
+
+def _print_layers(vlm: VLM, picture: object, question: str, system: str | None) -> None:
+    """VAQ of every layer, eq. (5) of LASER, and the layer that it chooses."""
+    from ..methods.laser import LASER
+
+    chat = vlm.chat([picture], question, system)  # type: ignore[list-item]
+    notes = vlm.rewrite([chat], (LASER(vat="never"),))[0].notes
+    most = max(notes["vaq"]) or 1.0
+    table = new_table("layer", "VAQ", "", "")
+    for layer, value in zip(notes["layers"], notes["vaq"], strict=True):
+        mark = "chosen" if layer == notes["layer"] else ""
+        table.add_row(str(layer), f"{value:.4f}", "▇" * round(BAR * value / most), mark)
+    print_table(table)
+    if notes["layer"] is None:
+        print("The question changes nothing: no layer is chosen.")
+
+
+def _print_trace(traced: Trace, limit: int) -> None:
+    """A line per method: its answer, where its attention to the object peaks, where CLVS stopped.
+
+    Means are over the answer's tokens.
+    """
+    target = traced.target.name if traced.target else "the image"
+    table = new_table("method", "answer", f"most attention to {target}", "CLVS stops after layer")
+    for run in traced.runs:
+        values = run.on_object if traced.target else run.on_image
+        peak = "not known"
+        if values is not None:
+            means = values[: run.said].mean(0)
+            peak = f"{means.max():.1%} in layer {run.layers[int(means.argmax())]}"
+        stops = sorted({"never" if at is None else f"{at:2}" for at in run.stopped[: run.said]})
+        told = ", ".join(stop.strip() for stop in stops)
+        table.add_row(run.method, said(run.answer), peak, told if run.threshold else "")
+    print_table(table)
+    if any(len(run.answer.tokens) == limit == len(run.tokens) for run in traced.runs):
+        print(f"Answers are cut off after {limit} tokens: --max-new-tokens gives them more.")
