@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from foveate.serve.sampling import sample
-from tests.serve.conftest import question, scene
+from tests.serve.conftest import question, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
 METHODS = ["vanilla", "clvs", "clvs(smoothing=0.7)+vcd", "pai", "vicrop"]
@@ -139,12 +139,10 @@ def test_a_seed_decides_whatever_else_is_in_the_batch(client, server, gate):
     gate.batches.clear()
     with ThreadPoolExecutor(7) as pool:
         first = pool.submit(ask, client, seed=0, **options)  # occupies the model
-        while not gate.reached or not gate.batches:
-            pass
+        wait_for(lambda: gate.batches)
         rest = {seed: pool.submit(ask, client, seed=seed, **options) for seed in range(1, 6)}
         greedy = pool.submit(ask, client, number=7, words="Is there a car?", max_tokens=3)
-        while len(server.house.worker.waiting) < 6:
-            pass
+        wait_for(lambda: len(server.house.worker.waiting) == 6)
         gate.open.set()
         assert text(first.result()) == alone[0]
         assert {seed: text(found.result()) for seed, found in rest.items()} == {

@@ -64,7 +64,7 @@ def serve(
     one ends at once.
     """
     try:
-        from ..serve.run import run
+        from ..serve.run import Server, bind
         from ..serve.settings import Settings
     except ModuleNotFoundError as error:
         raise FoveateError(
@@ -82,4 +82,5 @@ def serve(
         remote_images=allow_remote_images,
         api_key=api_key,
     )
-    run(load(model, device=device, dtype=dtype), settings, host, port)
+    sock = bind(host, port)
+    Server(load(model, device=device, dtype=dtype), settings).run(sockets=[sock])

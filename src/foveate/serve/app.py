@@ -46,6 +46,8 @@ class House:
 
 def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
     """The server as an ASGI application; its worker runs while the application does."""
+    from . import explore  # which stands on this module
+
     house = House(vlm, settings or Settings())
 
     @contextlib.asynccontextmanager
@@ -59,6 +61,8 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
     app.state.house = house
     app.include_router(open_routes)
     app.include_router(routes)
+    app.include_router(explore.page)
+    app.include_router(explore.routes)
     app.add_middleware(Counted, house=house)
     for kind in (FoveateError, HTTPException, Exception):
         app.add_exception_handler(kind, refused)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +43,14 @@ class Request:
         return text(self.methods), len(self.chat.images)
 
 
+@dataclass(eq=False)
+class Job:
+    """Something else that needs the model; it shares no batch."""
+
+    work: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+
 class Worker:
     """The thread that owns the model.
 
@@ -50,7 +60,7 @@ class Worker:
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         self.vlm, self.settings = vlm, settings
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request | Job] = deque()
         self.stopping = False
         self.pace = 1.0  # seconds of the latest batch
         self.metrics = Metrics(lambda: len(self.waiting))
@@ -87,11 +97,33 @@ class Worker:
             self.waiting.append(request)
             self._changed.notify()
 
+    def run(self, work: Callable[[], Any]) -> Future[Any]:
+        """Put something else to do with the model into the queue.
+
+        Returns:
+            what `work` returns or raises, the latter as a `FoveateError`; cancelling it frees the
+            place in the queue.
+
+        Raises:
+            Busy: the queue is full. Stopping: the server stops.
+        """
+        job = Job(work)
+        job.done.add_done_callback(lambda _: self._leave(job))
+        with self._changed:
+            self.admit()
+            self.waiting.append(job)
+            self._changed.notify()
+        return job.done
+
+    def _leave(self, waiting: Request | Job) -> None:
+        with self._changed:
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
+
     def cancel(self, request: Request) -> None:
         """Nobody waits for this answer any more: its place in the queue or batch is free."""
         with self._changed:
-            if request in self.waiting:
-                self.waiting.remove(request)
+            self._leave(request)
             if not request.row.done:
                 request.row.done = True
                 self.metrics.cancelled.inc()
@@ -108,23 +140,37 @@ class Worker:
 
     def _run(self) -> None:
         while batch := self._next():
-            self.metrics.batches.observe(len(batch))
             start = time.monotonic()
-            self._answer(batch)
+            if isinstance(batch, Job):
+                self._do(batch)
+            else:
+                self.metrics.batches.observe(len(batch))
+                self._answer(batch)
             self.pace = time.monotonic() - start
 
-    def _next(self) -> list[Request]:
-        """The next batch; none when the server has stopped."""
+    def _next(self) -> list[Request] | Job:
+        """The next batch or job; none when the server has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or self.stopping)
             if not self.waiting:
                 return []
-            kind = self.waiting[0].kind
-            batch = [request for request in self.waiting if request.kind == kind]
-            batch = batch[: self.settings.batch]
+            first = self.waiting[0]
+            if isinstance(first, Job):
+                self.waiting.remove(first)
+                return first
+            others = (r for r in self.waiting if isinstance(r, Request) and r.kind == first.kind)
+            batch = list(itertools.islice(others, self.settings.batch))
             for request in batch:
                 self.waiting.remove(request)
             return batch
+
+    def _do(self, job: Job) -> None:
+        if not job.done.set_running_or_notify_cancel():
+            return
+        try:
+            job.done.set_result(job.work())
+        except Exception as error:
+            job.done.set_exception(_told(error))
 
     def _answer(self, batch: list[Request]) -> None:
         """Every request of the batch gets an `End` or an error."""
@@ -176,13 +222,17 @@ class Worker:
         if request.row.done:
             return
         request.row.done = True
-        if not isinstance(error, FoveateError):
-            log.error("The model failed on a request.", exc_info=error)
-            starved = out_of_memory(error)
-            told = "memory does not suffice for it" if starved else f"{type(error).__name__}"
-            error = Failed(f"The model failed on this request: {told}.")
-        request.row.deliver(error)
+        request.row.deliver(_told(error))
 
     def _decode(self, ids: list[int], **options: Any) -> str:
         with self.vlm.tokenizing:
             return self.vlm.tokenizer.decode(ids, **options)
+
+
+def _told(error: Exception) -> FoveateError:
+    """What a client is told of an error; what is not the client's mistake is logged."""
+    if isinstance(error, FoveateError):
+        return error
+    log.error("The model failed on a request.", exc_info=error)
+    told = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
+    return Failed(f"The model failed on this request: {told}.")
