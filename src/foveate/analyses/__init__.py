@@ -1,0 +1,1 @@
+"""Analyses: one file here is one analysis, found by walking this folder."""

@@ -1,0 +1,97 @@
+"""`foveate analyze`: what the papers' figures measure, on your model and pictures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..method import FoveateError
+from . import app
+from .common import DeviceOption, DtypeOption, ModelOption, load, make_folder
+
+if TYPE_CHECKING:
+    from ..masks import Picture
+
+
+@app.command()
+def analyze(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="decay, convergence, complexity, layers or heads; decay(covered=0.6) sets an "
+            "option. CLVS's Figures 7 and 8 are drawn by foveate sweep.",
+        ),
+    ],
+    model: ModelOption = "pocket",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="COCO's folder, with annotations/instances_val2014.json and val2014/; none: drawn "
+            "scenes."
+        ),
+    ] = "none",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Set beside vanilla, where methods are compared; repeat it for more."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="How many pictures; default: the analysis's own.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for NAME.png, .json and .md, and the rows they come from.")
+    ] = Path("."),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure what a figure of a paper shows, on your model: a figure, its numbers, a caption.
+
+    Stop it whenever you like: the same command goes on, and a larger --limit adds pictures.
+    """
+    from ..analysis import parse, run
+    from ..masks import coco_pictures, pocket_pictures
+
+    if name.partition("(")[0].strip() == "sweep":
+        raise FoveateError(
+            "Figures over a parameter (CLVS, Figures 7 and 8) are drawn by `foveate sweep`: see "
+            "`foveate sweep --help`."
+        )
+    analysis = parse(name)
+    count = limit or analysis.pictures
+    drawn = data == "none"
+    pictures = pocket_pictures(count) if drawn else coco_pictures(Path(data).expanduser(), count)
+    folder = make_folder(out)
+    given = [("model", model), ("data", data), *(("method", m) for m in method or ())]
+    given += [("limit", str(count)), ("out", str(out)), *([("dtype", dtype)] if dtype else [])]
+    options = [part for option, value in given for part in (f"--{option}", value)]
+    told = "drawn scenes, half against the pocket model's habits" if drawn else "COCO val2014"
+    try:
+        found = run(
+            analysis,
+            load(model, device=device, dtype=dtype),
+            pictures,
+            folder,
+            methods=method or (),
+            data=told,
+            command=shlex.join(["foveate", "analyze", name, *options]),
+            track=_track,
+        )
+    except KeyboardInterrupt:
+        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(found["caption"])
+    print(f"figure: {out / analysis.name}.png, numbers: {out / analysis.name}.json")
+
+
+def _track(pictures: Sequence[Picture]) -> Iterable[Picture]:
+    """The pictures, with a bar on stderr for who watches."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(pictures, "pictures", console=console, disable=not console.is_terminal)
