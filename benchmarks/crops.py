@@ -1,6 +1,7 @@
 """Does looking again help? Fine print on drawn scenes, and where the crops went.
 
-    python benchmarks/crops.py                                    # the table of docs/look-again
+    python benchmarks/crops.py --out docs/look-again              # the table and the pictures
+    python benchmarks/crops.py --layers --out docs/look-again     # where each layer looks
     python benchmarks/crops.py --questions 60 --method vanilla --method "vicrop(window=224)"
 
 The pocket model sees 768-pixel scenes at 96 pixels, where the print on a thing cannot be read: the
@@ -17,8 +18,13 @@ the scene says where the asked thing lies, so that crops can be judged by themse
 * seconds per question: wall-clock of reading passes and answer, questions about one scene asked
   together, pictures drawn and processed for the plain question before.
 * oracle: the crop of 336 pixels around the asked thing, from the ground truth: the ceiling.
+* layers (``--layers``): how often ViCrop's crop would hold the thing if the map were another
+  layer's, with the general instruction divided out and without, with ViCrop's suffix in the reading
+  passes and without. Other scenes than the table's, so that a layer can be chosen there.
 
-Every method has a folder of its own in the run's, and a run that was stopped goes on where it was.
+The pictures are asked about in ten parts, each part with all methods in turn, so that whatever else
+the machine does hits all alike. A run that was stopped goes on where it was, with other methods,
+too; ``--tenths`` ends it after some parts.
 Pictures of wins (plain wrong, method right) and failures (method wrong) are the first five of each,
 in the order of the questions.
 """
@@ -29,19 +35,21 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from foveate import VLM, FoveateError, Method
@@ -51,8 +59,9 @@ from foveate.data import Data
 from foveate.evaluation import evaluate
 from foveate.form import Registry
 from foveate.journal import Journal, write_json
+from foveate.look import GENERAL, SHORT, read
 from foveate.method import parse, text
-from foveate.methods.vicrop import Pixels, square
+from foveate.methods.vicrop import Pixels, ViCrop, square, window_search
 from foveate.run import RECORDS, key
 from foveate.significance import holm, interval, mcnemar
 from foveate.vlm import Chat
@@ -61,9 +70,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "vanilla"
 METHODS = (PLAIN, "vicrop", "vicrop(final_input=crop)", "carve", "laser")
 ORACLES = ("oracle", "oracle(final_input=crop)")
+MAPS = (
+    "question / general",
+    "question",
+    "question / general, no suffix",
+    "question, no suffix",
+)
 WHOLE = (0, 0, SIZE, SIZE)
 SEEN = 0.7  # of a thing's box
 EXAMPLES = 5
+TENTHS = 10  # parts of the pictures that a run is made of
 
 Stack = tuple[Method, ...]
 
@@ -103,7 +119,7 @@ def opened(path: Path, draw: Callable[[], Any], truth: dict[str, Pixels]) -> Ima
     """A scene's picture, drawn where there is no file of it yet."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # several runs may share the pictures
         draw().save(part, "PNG")
         part.replace(path)
     image = Image.open(path).convert("RGB")
@@ -154,38 +170,98 @@ def stack(given: str) -> Stack:
 # -- asking ----------------------------------------------------------------------------------------
 
 
-def ask(vlm: VLM, bench: FinePrint, methods: dict[str, Stack], run: Path, console: Console) -> Any:
+def ask(
+    vlm: VLM, bench: FinePrint, methods: dict[str, Stack], run: Path, tenths: int, console: Console
+) -> tuple[dict[str, list[Record]], dict[str, Any]]:
     """Records per method, and the environment of the last run."""
-    records, environment = {}, {}
+    records: dict[str, list[Record]] = {name: [] for name in methods}
+    environment: dict[str, Any] = {}
+    pictures = {s.image_name: s for s in bench.samples()}
     with Progress(console=console) as progress:
-        samples = {s.image_name: s for s in bench.samples()}
-        for sample in progress.track(samples.values(), description="drawing"):
-            sample.load()
-        for name, methods_ in methods.items():
-            folder = run / re.sub(r"[^\w.=-]+", "_", name).strip("_")
-            bar = progress.add_task(name, total=None)
-            results = evaluate(
-                [bench], vlm, [methods_], folder,
-                watch=lambda done, total, _, bar=bar: progress.update(  # type: ignore[misc]
-                    bar, completed=done, total=total
-                ),
-            )  # fmt: skip
-            progress.update(bar, total=1, completed=1)
-            with contextlib.closing(Journal(folder / RECORDS, key)) as journal:
-                records[name] = list(journal.rows.values())
-            environment = results["environment"]
-            failed = [r["error"] for r in records[name] if r["error"] is not None]
-            if failed:
-                raise FoveateError(f"{name}: {len(failed)} questions failed, first: {failed[0]}")
+        for number in range(tenths):
+            part = list(pictures.values())[number::TENTHS]
+            if not part:
+                break
+            bar = progress.add_task(f"part {number + 1}: drawing", total=len(part))
+            for sample in part:
+                sample.load()
+                progress.advance(bar)
+            for name, methods_ in methods.items():
+                progress.update(bar, description=f"part {number + 1}: {name}", completed=0)
+                folder = run / re.sub(r"[^\w.=-]+", "_", name).strip("_")
+
+                def watch(done: int, total: int, what: str, bar: TaskID = bar) -> None:
+                    progress.update(bar, completed=done, total=total)
+
+                shard = (number, TENTHS)
+                results = evaluate([bench], vlm, [methods_], folder, shard=shard, watch=watch)
+                path = folder / f"shard-{number}-of-{TENTHS}" / RECORDS
+                with contextlib.closing(Journal(path, key)) as journal:
+                    records[name] += journal.rows.values()
+                environment = results["environment"]
+                failed = [r["error"] for r in records[name] if r["error"] is not None]
+                if failed:
+                    raise FoveateError(f"{name}: {len(failed)} failed, the first: {failed[0]}")
+            progress.remove_task(bar)
     return records, environment
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def by_layer(vlm: VLM, bench: FinePrint, console: Console) -> dict[str, Any]:
+    """Per kind of map and layer, the share of the questions whose crop would hold the thing."""
+    method = ViCrop()
+    scenes: dict[str, list[Sample]] = {}
+    for sample in bench.samples():
+        scenes.setdefault(str(sample.image_name), []).append(sample)
+    hits: dict[str, list[list[bool]]] = {kind: [] for kind in MAPS}
+    with Progress(console=console) as progress:
+        for samples in progress.track(scenes.values(), description="layers"):
+            image = samples[0].load()
+            assert image is not None
+            images = [image]
+            for suffix, names in ((SHORT, list(MAPS)[:2]), ("", list(MAPS)[2:])):
+                texts = [s.prompt + suffix for s in samples] + [GENERAL + suffix]
+                readings = read(vlm, [Chat(images, text) for text in texts], None)
+                *asked, general = (r.map(r.weights[0]).double().numpy() for r in readings)
+                for sample, heat in zip(samples, asked, strict=True):
+                    for name, maps in zip(names, (heat / general, heat), strict=True):
+                        crops = [window_search(m, image.size, 336, method.ratios) for m in maps]
+                        hits[name].append([held(sample.meta["boxes"], c) >= SEEN for c in crops])
+    layer = ViCrop().resolve(vlm.model).layers
+    assert layer is not None
+    return {
+        "questions": len(hits["question / general"]),
+        "published": list(layer),
+        "held": {name: (100 * np.mean(rows, 0)).tolist() for name, rows in hits.items()},
+    }
+
+
+def layer_markdown(report: dict[str, Any]) -> str:
+    """Rows are layers, columns kinds of maps."""
+    rows = [["layer", *MAPS], ["---"] * (len(MAPS) + 1)]
+    for layer, shares in enumerate(zip(*report["held"].values(), strict=True)):
+        mark = ", the published depth" * (layer in report["published"])
+        rows.append([f"{layer}{mark}", *(f"{share:.0f} %" for share in shares)])
+    return "\n".join(
+        [
+            f"n = {report['questions']:,} questions, half of them against the habit, about other "
+            f"scenes than those above (seed {report['seed']}).",
+            "",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"Command: `{report['command']}`.",
+        ]
+    )
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def held(record: Record) -> float:
+def held(boxes: list[list[int]], crop: Sequence[int]) -> float:
     """The share of the asked thing's box that lies in the crop."""
-    (box,), crop = record["meta"]["boxes"], record["notes"]["crop"]
+    (box,) = boxes
     width = min(box[2], crop[2]) - max(box[0], crop[0])
     height = min(box[3], crop[3]) - max(box[1], crop[1])
     return max(0, width) * max(0, height) / ((box[2] - box[0]) * (box[3] - box[1]))
@@ -202,13 +278,18 @@ def figures(bench: FinePrint, records: list[Record], plain: list[Record]) -> dic
     found["all"] = right(records)
     found["seconds"] = fmean(r["ms"] for r in records) / 1000
     if all("crop" in r["notes"] for r in records):
-        cropped = [r for r in records if tuple(r["notes"]["crop"]) != WHOLE]
-        crops = [r["notes"]["crop"] for r in cropped]
-        areas = [(c[2] - c[0]) * (c[3] - c[1]) / SIZE**2 for c in crops]
+        parts: dict[str, list[Record]] = {"whole": [], "holds": [], "misses": []}
+        areas = []
+        for record in records:
+            crop = record["notes"]["crop"]
+            if tuple(crop) == WHOLE:
+                parts["whole"].append(record)
+                continue
+            share = held(record["meta"]["boxes"], crop)
+            parts["holds" if share >= SEEN else "misses"].append(record)
+            areas.append((crop[2] - crop[0]) * (crop[3] - crop[1]) / SIZE**2)
         found["crop"] = {
-            "whole": right([r for r in records if tuple(r["notes"]["crop"]) == WHOLE]),
-            "holds": right([r for r in cropped if held(r) >= SEEN]),
-            "misses": right([r for r in cropped if held(r) < SEEN]),
+            **{part: right(rows) for part, rows in parts.items()},
             "area": fmean(areas) if areas else None,
         }
     if records is not plain:
@@ -317,41 +398,42 @@ def draw(
     """Wins on the left, failures on the right: the scene with its frames, what the model saw."""
     from foveate.plots.style import BLUE, GAP, PAD, PAPER, QUIET, RED, Page, bare, wrapped
 
-    side, text_high = 2.0, 0.62
+    side, words, between = 2.0, 0.66, 0.6
     half = 2 * side + GAP
-    columns = examples(bench, records, plain)
     samples = {(s.split, s.line): s for s in bench.samples()}
     said = {(r["split"], r["line"]): r["answer"] for r in plain}
-    page = Page(
-        wide=2 * PAD + 2 * half + 0.5,
-        head=wrapped(f"{name}: fine print that it reads, and that it does not", 9.0, 8.3),
-        rows=EXAMPLES,
-        row=side + text_high,
-        notes=(
-            "Left: the first five questions that it answers right and the plain model wrong. "
-            "Right: the first five that it answers wrong. Of each, the scene with the asked thing "
-            "(orange) and the crop (blue, dashed), and the picture that the model was shown again."
-        ),
+    wide = 2 * (PAD + half) + between
+    notes = (
+        "The first five questions of each kind, in the order of the benchmark. Of each, the scene "
+        "with the asked thing (orange) and the crop (blue, dashed), and beside it the last picture "
+        "that the model was shown before it answered."
     )
-    for column, rows in enumerate(columns):
+    page = Page(wide, wrapped(name, wide, 8.3), EXAMPLES, side + words, notes)
+    heads = ("plain is wrong, now it is right", "now it is wrong")
+    for column, rows in enumerate(examples(bench, records, plain)):
+        left = PAD + column * (half + between)
+        page.write(left, page.top(0) - 0.32, heads[column], size=11, weight="bold")
         for number, record in enumerate(rows):
-            left, top = PAD + column * (half + 0.5), page.top(number)
-            place = (record["split"], record["line"])
+            place, top = (record["split"], record["line"]), page.top(number)
             image = samples[place].load()
             assert image is not None
             chat = vlm.chat([image], samples[place].prompt, None)
             shown = vlm.rewrite([chat], stack(name))[0].images[-1]
-            panels = [page.axes(left + i * (side + GAP), top, side, side) for i in range(2)]
-            panels[0].imshow(image)
-            panels[0].add_patch(_frame(record["meta"]["boxes"][0], ec=RED, lw=2))
-            panels[0].add_patch(_frame(record["notes"]["crop"], ec=PAPER, lw=3.5))
-            panels[0].add_patch(_frame(record["notes"]["crop"], ec=BLUE, lw=2, ls=(0, (4, 2))))
-            panels[1].imshow(shown)
-            for panel in panels:
+            scene, again = (page.axes(left + i * (side + GAP), top, side, side) for i in range(2))
+            scene.imshow(image)
+            scene.add_patch(_frame(record["meta"]["boxes"][0], ec=RED, lw=2))
+            scene.add_patch(_frame(record["notes"]["crop"], ec=PAPER, lw=3.5))
+            scene.add_patch(_frame(record["notes"]["crop"], ec=BLUE, lw=2, ls=(0, (4, 2))))
+            again.imshow(shown)
+            for panel in (scene, again):
                 bare(panel)
-            told = f"{record['label']!r}; plain {said[place]!r}, now {record['answer']!r}"
-            page.write(left, top + side + 0.06, record["question"], size=9)
-            page.write(left, top + side + 0.24, told, size=9, color=QUIET)
+            answers = [
+                f"label {record['label']}",
+                f"plain {said[place]}",
+                f"now {record['answer']}",
+            ]
+            page.write(left, top + side + 0.07, record["question"], size=9.5)
+            page.write(left, top + side + 0.26, ", ".join(answers), size=9.5, color=QUIET)
     page.write(PAD, page.bottom + 0.1, page.notes, size=8.5, color=QUIET, linespacing=1.35)
     page.figure.savefig(path, facecolor=PAPER)
     return path
@@ -367,39 +449,55 @@ def _frame(box: list[int], **style: Any) -> Any:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def written(page: str, table: str) -> str:
-    """A page with the table between its marks."""
-    start, end = "<!-- table -->\n", "\n<!-- end of table -->"
-    before, rest = page.split(start)
-    return before + start + table + end + rest.split(end)[1]
+def write(folder: Path, mark: str, report: dict[str, Any], table: str) -> None:
+    """``mark``.json, and the table between its marks in the folder's README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{mark}.json", report)
+    page = folder / "README.md"
+    start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    old = page.read_text("utf-8") if page.exists() else ""
+    if start not in old:
+        old += f"{start}{end}\n"
+    before, rest = old.split(start)
+    page.write_text(before + start + table + end + rest.split(end)[1], "utf-8")
 
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fine print, asked plainly and by looking again.")
-    parser.add_argument("--questions", type=int, default=500, help="per habit, an even number")
+    parser.add_argument("--layers", action="store_true", help="where each layer looks, instead")
+    parser.add_argument("--questions", type=int, help="per habit, even; 500, or 60 for --layers")
+    parser.add_argument("--tenths", type=int, default=TENTHS, help="only so many of ten parts")
     parser.add_argument("--method", action="append", help="text form; repeatable; also oracle(...)")
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "crops", help="records")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument(
-        "--out", type=Path, help="folder for crops.json, README.md and pictures; default: nothing"
+        "--out", type=Path, help="folder for tables (README.md, JSON) and pictures; default: none"
     )
     args, console = parser.parse_args(given), Console()
     if not console.is_terminal:
         console = Console(width=200)
     if args.threads:
         torch.set_num_threads(args.threads)
+    command = shlex.join(["python", "benchmarks/crops.py", *(given or sys.argv[1:])])
+    vlm, scenes = VLM.load("pocket", device="cpu"), str(args.run / "scenes")
+    if args.layers:
+        bench = FinePrint(questions=args.questions or 60, scenes=scenes, seed=1)
+        report = by_layer(vlm, bench, console) | {"seed": bench.seed, "command": command}
+        console.print(layer_markdown(report))
+        if args.out:
+            write(args.out, "layers", report, layer_markdown(report))
+        return 0
     try:
         chosen = [stack(m) for m in args.method or (*METHODS, *ORACLES)]
         methods = {PLAIN: ()} | {text(s): s for s in chosen}
-        bench = FinePrint(questions=args.questions, scenes=str(args.run / "scenes"))
-        vlm = VLM.load("pocket", device="cpu")
-        run = args.run / f"{args.questions}-per-habit"
-        records, environment = ask(vlm, bench, methods, run, console)
+        bench = FinePrint(questions=args.questions or 500, scenes=scenes)
+        run = args.run / f"{bench.questions}-per-habit"
+        records, environment = ask(vlm, bench, methods, run, args.tenths, console)
     except FoveateError as error:
         console.print(str(error))
         return 2
     found = compared(bench, records)
-    table = Table(*HEADS, title=f"{2 * args.questions:,} questions")
+    table = Table(*HEADS, title=f"{len(records[PLAIN]):,} questions")
     for name, entry in found.items():
         table.add_row(*cells(name, entry))
     console.print(table)
@@ -410,15 +508,11 @@ def main(given: list[str] | None = None) -> int:
         "questions": len(plain),
         "scenes": len({r["image"] for r in plain}),
         "parts": ", ".join(f"{found[PLAIN][h]['n']} {h} the habit" for h in HABITS),
-        "command": shlex.join(["python", "benchmarks/crops.py", *(given or sys.argv[1:])]),
+        "command": command,
         "environment": environment,
         "figures": found,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "crops.json", report)
-    page = args.out / "README.md"
-    old = page.read_text("utf-8") if page.exists() else "<!-- table -->\n\n<!-- end of table -->\n"
-    page.write_text(written(old, markdown(report)), "utf-8")
+    write(args.out, "crops", report, markdown(report))
     for name, rows in records.items():
         if name.isidentifier() and name not in (PLAIN, Oracle.name):
             draw(vlm, bench, name, rows, plain, args.out / f"{name}.png")
