@@ -4,8 +4,9 @@ The image's attention is read with the question and without it. What the questio
 layer, that layer's map chooses a crop, and the crop is what the model answers from. Hiding what
 the map points at gives a second stream of logits to decode against.
 
-The paper's text was not at hand and its code is not public. Equation numbers below are the
-paper's where its readers cite them; what they leave open is a parameter, marked "inferred".
+Written from the paper's abstract and captions ("published" below) and from what others who read
+it report ("reported", where two of them agree); its code is not public. What stays open is a
+parameter, marked "inferred". Numbers in brackets are those of the equations, as reported.
 """
 
 from __future__ import annotations
@@ -73,20 +74,20 @@ class LASER(Method):
     where nothing changes), ``vat`` (whether it is on), and the ``chain`` of pictures.
 
     Attributes:
-        noq: the prompt without the question. "empty": image and chat template alone, as two
-            readers of the paper have it; "instruction_only": with `suffix`, as a third has it.
-        heads: how many heads per layer count, or "all"; a model with fewer uses all. The paper
-            gives no number; its readers use 8 or all.
+        noq: the prompt without the question. "empty", reported: image and chat template alone;
+            "instruction_only", as one reader has it: with `suffix`.
+        heads: how many heads per layer count, or "all"; a model with fewer uses all. Inferred: the
+            paper gives no number, its readers use 8 or all.
         placement: of the crop; inferred. "slide_max_sum": the window that holds most of C, and of
             equal ones that nearest to C's centroid; "topk_bbox": around the box of the patches
             that VAT hides, no larger than they need; "centroid": around C's centroid.
-        share: of each side of the image, 0 to 1; 1 keeps the image whole. Published: 0.5.
-        floor: least side of a crop in pixels, 1 or more. Published: 224.
-        answer_input: "crop", what the paper's figures show, or "both", original and crop.
+        share: of each side of the image, 0 to 1; 1 keeps the image whole. Reported: 0.5.
+        floor: least side of a crop in pixels, 1 or more. Reported: 224.
+        answer_input: "crop", as the captions read, or "both", original and crop; inferred.
         vat: "always", "never", or "auto": for questions whose layer lies deeper than `auto_depth`.
-            The paper decodes easier questions directly; its rule is not known, "auto" is inferred.
+            Easier questions are published to do without; the rule for it, "auto", is inferred.
         auto_depth: None = half of the model's layers plus 2; inferred.
-        alpha: strength of VAT, 0 or more; 0 switches it off. Published: 1.
+        alpha: strength of VAT, 0 or more; 0 switches it off. Reported: 1.
         patches: share of the map's cells that VAT hides, 0 to 1; 0 switches it off. Inferred:
             32 of 576, as one reader has it; never more cells than the question added to.
         fill: what hides them, the image's "mean" colour, "grey" (127) or "black"; inferred.
@@ -95,10 +96,10 @@ class LASER(Method):
         suffix: follows the question in the reading pass, unless it ends with it; inferred. None:
             ViCrop's " Answer the question using a single word or phrase."
         first_layer: shallower layers are read but not chosen; inferred.
-        renorm: attention is divided by its sum over the image first, per layer and head. The paper
-            uses it raw; one reader renormalises.
+        renorm: attention is divided by its sum over the image first, per layer and head. Reported:
+            it is not; one reader does it.
         per_layer_norm: a layer's VAQ is divided by the mean norm of its heads' a_q; inferred.
-        layers: to read and choose from. Published: all.
+        layers: to read and choose from. Reported: all.
     """
 
     noq: Literal["empty", "instruction_only"] = "empty"
@@ -122,7 +123,7 @@ class LASER(Method):
     paper: ClassVar[str] = "2602.04304"
     reads: ClassVar[bool] = True
     passes: ClassVar[str] = (
-        "the image once, then per question two suffixes of one token; with VAT a second stream"
+        "the prompt twice: question, and once per image without; with VAT every token once more"
     )
     neutral: ClassVar[dict[str, Any]] = {"share": 1.0, "vat": "never"}
 
