@@ -7,9 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LMMS := $(VENV)/lmms
+SERVE := $(VENV)/serve
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-lmms lint speed clean
+.PHONY: demo test test-slow test-lmms test-serve lint speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/foveate demo --out demo
@@ -22,6 +23,9 @@ test-slow: $(VENV)/.testing
 
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
+
+test-serve: $(SERVE)/.installed
+	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serve -m "slow or not slow"
 
 lint: $(VENV)/.testing
 	$(BIN)/ruff check .
@@ -51,4 +55,11 @@ $(LMMS)/.installed: pyproject.toml tests/lmms/requirements.txt
 	$(LMMS)/bin/python -m pip install --quiet $(TORCH)
 	$(LMMS)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	$(LMMS)/bin/python -m pip install --quiet --requirement tests/lmms/requirements.txt --editable .
+	touch $@
+
+$(SERVE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --upgrade pip
+	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
+	$(SERVE)/bin/python -m pip install --quiet --editable ".[serve]" "ray[serve]>=2.60,<2.64" --group dev
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from typing import Annotated
 
@@ -82,5 +83,13 @@ def serve(
         remote_images=allow_remote_images,
         api_key=api_key,
     )
+    if engine is Engine.RAY:
+        from ..serve.replicas import run_replicas
+
+        opened = functools.partial(load, model, device=device, dtype=dtype)
+        run_replicas(opened, settings, host, port, replicas)
+        return
+    if replicas > 1:
+        raise FoveateError("--replicas goes with --engine ray.")
     sock = bind(host, port)
     Server(load(model, device=device, dtype=dtype), settings).run(sockets=[sock])
