@@ -140,6 +140,15 @@ def test_heads_are_reduced_as_asked(llava: VLM) -> None:
         np.testing.assert_allclose(found.runs[0].attention, expected, atol=5e-4)
 
 
+def test_largest_weights_are_drawn_as_shares(llava: VLM) -> None:
+    found = trace(llava, photo(), QUESTION, heads="max", max_new_tokens=1, object=(0, 0, 45, 60))
+    drawn = [getattr(run, found.measure) for run in found.runs]
+    assert found.measure == "object_share"
+    assert all(run.on_image.max() > 1 for run in found.runs)
+    assert all(values.max() <= 1 for values in drawn)
+    assert "of all attention</label>" not in page(found)
+
+
 def test_reading_changes_no_answer(traced: Trace, pocket: VLM) -> None:
     for run in traced.runs:
         plain = pocket.ask(traced.image, traced.question, run.method)
@@ -491,6 +500,7 @@ def test_layers_are_printed_with_the_chosen_one(run: Any, tmp_path: Path, pocket
         (("demo", "red?", "--object", "unicorn"), "There is no 'unicorn' in this scene: it has"),
         (("demo", "red?", "--object", "0,0,800,80"), "reaches outside the image"),
         (("demo", "red?", "--heads", "some"), "Cannot read the heads 'some'"),
+        (("demo", "red?", "--method", "all"), "name those to compare"),
         (("demo", "red?", "--method", "cvls"), "There is no method 'cvls'"),
         (("nowhere.png", "red?"), "There is no image nowhere.png"),
     ],

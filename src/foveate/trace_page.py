@@ -222,14 +222,14 @@ function chart(svg, lines, top, format) {
 }
 
 function curves() {
-  const key = data.object === null ? "on_image" : state.share ? "object_share" : "on_object";
+  const key = state.share ? "object_share" : data.measure;
   const known = data.runs.map((run, number) => ({run, number})).filter(({run}) => run[key]);
   const looks = known.map(({run, number}) => ({number, layers: data.layers, limit: null,
     marks: [], values: mean(run, run[key])}));
   const most = Math.max(1e-6, ...looks.flatMap((line) => line.values));
   const step = 10 ** Math.floor(Math.log10(most));
   const top = [1, 2, 4, 6, 8, 10].map((n) => n * step).find((t) => t >= most * 0.999) || most;
-  chart(find("look"), looks, top, percent);
+  chart(find("look"), looks, top, data.measure === "on_image" && data.largest ? String : percent);
   const every = Array.from({length: data.depth}, (_, i) => i);
   chart(find("doubt"), data.runs.map((run, number) => ({number, layers: every,
     limit: run.tested.length ? run.threshold : null, values: mean(run, run.uncertainty),
@@ -242,8 +242,11 @@ function curves() {
 
 function words(run) {
   const chosen = steps(run), at = state.layer, layer = data.layers[at];
-  const told = [`${percent(mean(run, run.on_image)[at])} of the attention on the image`];
-  if (run.on_object) told.push(`${percent(mean(run, run.on_object)[at])} on ${data.object}`);
+  const share = (name) => percent(mean(run, run[name])[at]), told = [];
+  if (!data.largest) told.push(`${share("on_image")} of the attention on the image`);
+  if (run.on_object)
+    told.push(`${data.largest ? `${share("object_share")} of the map` : share("on_object")}`
+      + ` on ${data.object}`);
   told.push(`uncertainty ${mean(run, run.uncertainty)[layer].toFixed(2)}`);
   if (run.threshold !== null) {
     const stops = [...new Set(chosen.map((s) => run.stopped[s]))];
@@ -374,7 +377,7 @@ curves.png beside it.</p></noscript>
 <main>
 <div class="methods" id="methods" tabindex="-1"></div>
 <div class="charts">
-<section><h2>{looked}, by layer</h2>{"" if target is None else _MEASURES}
+<section><h2>{looked}, by layer</h2>{_MEASURES * (trace.measure == "on_object")}
 <svg id="look" role="img" aria-label="{looked} by layer, a line per method"></svg></section>
 <section><h2>Uncertainty of the layer's own prediction</h2>
 <svg id="doubt" role="img" aria-label="Uncertainty by layer, a line per method"></svg></section>
@@ -425,11 +428,14 @@ def _about(trace: Trace) -> str:
 def _data(trace: Trace) -> dict[str, Any]:
     """What the script draws."""
     first = trace.runs[0]
-    watched = first.on_image if first.on_object is None else first.on_object
+    watched = getattr(first, trace.measure)
+    watched = first.on_image if watched is None else watched
     images = [_uri(_small(trace.image))]
     runs = [_run(trace, run, images) for run in trace.runs]
     return {
         "object": None if trace.target is None else trace.target.name,
+        "measure": trace.measure,
+        "largest": trace.heads == "max",
         "layers": first.layers,
         "depth": first.uncertainty.shape[1],
         "start": int(watched[: first.said].mean(0).argmax()),

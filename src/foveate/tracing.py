@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         method: the stack's text form.
-        answer: without the reader's records.
+        answer: what was said to what.
         tokens: what was written, one text per step; the end token, where it came, is "(end)".
         layers: decoder layers (0-based) whose attention was read: those with full attention.
         attention: (tokens, layers, N_v) float16: weights on the visual tokens after the softmax
@@ -96,7 +96,10 @@ class Run:
 
     @cached_property
     def on_image(self) -> np.ndarray:
-        """(tokens, layers) float32: what of the attention goes to the image."""
+        """(tokens, layers) float32: what of the attention goes to the image.
+
+        With ``heads="max"`` this is the sum of every token's largest weight, which may exceed 1.
+        """
         return self.attention.sum(-1, dtype=np.float32)
 
     @cached_property
@@ -136,6 +139,16 @@ class Trace:
     heads: Heads
     target: Target | None
     runs: tuple[Run, ...]
+
+    @property
+    def measure(self) -> Literal["on_image", "on_object", "object_share"]:
+        """The curve of a run that is drawn: attention to the object, without one to the image.
+
+        The largest weights over heads sum to more than 1, so of them the object's share is drawn.
+        """
+        if self.target is None:
+            return "on_image"
+        return "object_share" if self.heads == "max" else "on_object"
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write trace.json, trace.npz, strip.png, curves.png and index.html; older ones go.
@@ -384,7 +397,7 @@ def _run(
     resolved = own.resolve(vlm.model) if own else None
     return Run(
         method=text(stack),
-        answer=answer,
+        answer=replace(answer, record=None),
         tokens=tokens,
         layers=record.layers,
         attention=attention.numpy(),

@@ -24,6 +24,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..tracing import Heads, Trace
     from ..vlm import VLM
 
@@ -37,7 +39,9 @@ def trace(
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="As in `foveate ask`; repeat it. Default: vanilla and clvs."),
+        typer.Option(
+            help="vanilla, clvs, carve+clvs, ...; repeat it to compare. Default: vanilla and clvs."
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -72,6 +76,8 @@ def trace(
     """
     from ..target import known, read
 
+    if "all" in (method or ()):
+        raise FoveateError("There is no room to trace all methods: name those to compare.")
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     picture = read_picture(image)
@@ -142,11 +148,12 @@ def _print_trace(traced: Trace, limit: int) -> None:
     target = traced.target.name if traced.target else "the image"
     table = new_table("method", "answer", f"most attention to {target}", "CLVS stops after layer")
     for run in traced.runs:
-        values = run.on_object if traced.target else run.on_image
+        values: np.ndarray | None = getattr(run, traced.measure)
         peak = "not known"
         if values is not None:
             means = values[: run.said].mean(0)
-            peak = f"{means.max():.1%} in layer {run.layers[int(means.argmax())]}"
+            most = f"{means.max():.1%} in " if traced.heads != "max" else ""
+            peak = f"{most}layer {run.layers[int(means.argmax())]}"
         stops = sorted({"never" if at is None else f"{at:2}" for at in run.stopped[: run.said]})
         told = ", ".join(stop.strip() for stop in stops)
         table.add_row(run.method, said(run.answer), peak, told if run.threshold else "")

@@ -35,9 +35,10 @@ ACROSS, HIGH, ROW_GAP = 8, 1.3, 0.62  # layers in a line; inches
 THIN = 24  # tokens that get lines of their own
 HOW_TO_READ = (
     "Each small picture is one layer of the language model. The brighter a square, the more the "
-    "model looks there, as a mean over the tokens of its answer. The percentage is how much of its "
-    "attention goes to this picture at all. Within a layer, colours mean the same in every row."
+    "model looks there, as a mean over the tokens of its answer. Within a layer, colours mean the "
+    "same in every row."
 )
+_SHARES = " The percentage is how much of its attention goes to this picture at all."
 _MEANS = "Curves are means over the answer's tokens."
 _MEANS_AND_TOKENS = "Thick: means over the answer's tokens; thin: single tokens."
 
@@ -66,7 +67,7 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
     width = HIGH * min(max(*aspects, 0.6), 2.2) if len(aspects) > 1 else HIGH * aspects[0]
     lines = list(_lines(len(layers)))
     wide = 2 * PAD + 0.15 + (width + GAP) * (len(lines[0]) + 1)
-    notes = HOW_TO_READ
+    notes = HOW_TO_READ + _SHARES * (trace.heads != "max")
     if trace.target:
         notes += f" Outlined: {trace.target.name}."
     page = Page(
@@ -93,7 +94,7 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
                 low, span = scales[at]
                 panel.imshow(lit(back, (heat[at] - low) / span, picture.box))
                 _outline(panel, trace, picture, small.size)
-                told = f"layer {layers[at]}: {share[at]:.0%}"
+                told = f"layer {layers[at]}" + f": {share[at]:.0%}" * (trace.heads != "max")
                 panel.set_xlabel(told, size=8, color=QUIET, labelpad=2)
                 bare(panel)
             row += 1
@@ -113,8 +114,6 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     """
     path = Path(path)
     check_path(path)
-    object_known = trace.target is not None and any(run.share is not None for run in trace.runs)
-    target = trace.target.name if trace.target and object_known else "the image"
     thin = max(run.said for run in trace.runs) > 1 and sum(run.said for run in trace.runs) <= THIN
     notes = (
         f"{_MEANS_AND_TOKENS if thin else _MEANS} Attention is that of the last "
@@ -135,7 +134,7 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     lower = page.axes(PAD + 0.75, page.top(1) + 0.1, wide - 2 * PAD - 0.85, 2.5)
     depth = trace.runs[0].uncertainty.shape[1]
     for color, run in zip(_colors(trace.runs), trace.runs, strict=True):
-        values = run.on_object if object_known else run.on_image
+        values: np.ndarray | None = getattr(run, trace.measure)
         told = textwrap.shorten(f"{run.method}: {run.answer.text}", 40, placeholder=" ...")
         if values is not None:
             _curve(upper, run.layers, values[: run.said], thin, color, told)
@@ -148,11 +147,12 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
                 lower.plot(
                     [layer], [at], "v", color=color, ms=8, mec=PAPER, zorder=5, clip_on=False
                 )
-    upper.set_ylabel(f"attention to {textwrap.shorten(target, 30)}", size=10, color=INK)
+    upper.set_ylabel(_measured(trace), size=10, color=INK)
     lower.set_ylabel("uncertainty u", size=10, color=INK)
     lower.set_ylim(0, 1)
     upper.set_ylim(bottom=0)
-    upper.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    if trace.measure != "on_image" or trace.heads != "max":
+        upper.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     for panel in (upper, lower):
         panel.set_xlim(-0.3, depth - 0.7)
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -166,6 +166,14 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     page.write(PAD, page.bottom + 0.1, page.notes, size=8.5, color=QUIET, linespacing=1.35)
     page.figure.savefig(path, facecolor=PAPER)
     return path
+
+
+def _measured(trace: Trace) -> str:
+    """What the upper curves are."""
+    target = textwrap.shorten(trace.target.name if trace.target else "the image", 24)
+    if trace.heads != "max":
+        return f"attention to {target}"
+    return f"share on {target}" if trace.target else "largest weights, sum"
 
 
 def _colors(runs: Sequence[Run]) -> list[str]:
