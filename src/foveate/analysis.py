@@ -121,16 +121,16 @@ def run(
     """
     from .plots.analysis import Sheet
 
-    _ready(analysis)
-    if methods and not analysis.compares:
-        raise FoveateError(f"{analysis.name} is about the plain model: leave out --method.")
-    stacks = _stacks(analysis, vlm, methods)
+    compared = stacks(analysis, methods)
+    for stack in compared.values():
+        with vlm.using(stack):  # what the model cannot be served with is refused here
+            pass
     settings = {
         "analysis": str(analysis),
         "model": vlm.name,
         "shape": shape(vlm.model),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "methods": list(stacks),
+        "methods": list(compared),
         "data": data,
     }
     journal = Journal(out / f"{analysis.name}.jsonl", lambda row: row["picture"], settings)
@@ -140,7 +140,7 @@ def run(
             if picture.name in journal.rows:
                 continue
             try:
-                row = analysis.measure(vlm, picture, stacks)
+                row = analysis.measure(vlm, picture, compared)
             except FoveateError as error:
                 failures[picture.name] = str(error)
             else:
@@ -164,7 +164,7 @@ def run(
         "analysis": str(analysis),
         "source": analysis.source,
         "model": vlm.name,
-        "methods": list(stacks),
+        "methods": list(compared),
         "data": data,
         "pictures": len(rows),
         "command": command,
@@ -182,17 +182,20 @@ def run(
     return found
 
 
-def _ready(analysis: Analysis) -> None:
-    """Refuse, before anything is read, what a package is missing for."""
+def stacks(analysis: Analysis, methods: Sequence[str] = ()) -> dict[str, Stack]:
+    """What is compared, by its text form, vanilla first.
+
+    Raises:
+        FoveateError: a package is missing, or the methods cannot be compared.
+    """
     for module in ("matplotlib", *analysis.needs):
         if importlib.util.find_spec(module) is None:
             raise FoveateError(
                 f"{analysis.name} needs {module}: install it with `pip install 'foveate[plot]'`."
             )
-
-
-def _stacks(analysis: Analysis, vlm: VLM, methods: Sequence[str]) -> dict[str, Stack]:
-    stacks: dict[str, Stack] = {"vanilla": ()}
+    if methods and not analysis.compares:
+        raise FoveateError(f"{analysis.name} is about the plain model: leave out --method.")
+    found: dict[str, Stack] = {"vanilla": ()}
     for given in methods or analysis.methods:
         stack = as_stack(given)
         for method in stack:
@@ -201,9 +204,8 @@ def _stacks(analysis: Analysis, vlm: VLM, methods: Sequence[str]) -> dict[str, S
                     f"{method.name} shows the model another picture, which {analysis.name} cannot "
                     "compare: choose methods that leave it as it is."
                 )
-        with vlm.using(stack):  # what the model cannot be served with is refused here
-            stacks[text(stack)] = stack
-    return stacks
+        found[text(stack)] = stack
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -53,7 +53,7 @@ def analyze(
 
     Stop it whenever you like: the same command goes on, and a larger --limit adds pictures.
     """
-    from ..analysis import parse, run
+    from ..analysis import parse, run, stacks
     from ..masks import coco_pictures, pocket_pictures
 
     if name.partition("(")[0].strip() == "sweep":
@@ -62,6 +62,7 @@ def analyze(
             "`foveate sweep --help`."
         )
     analysis = parse(name)
+    stacks(analysis, method or ())  # mistakes are told before anything is read
     count = limit or analysis.pictures
     drawn = data == "none"
     pictures = pocket_pictures(count) if drawn else coco_pictures(Path(data).expanduser(), count)
