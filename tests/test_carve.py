@@ -295,7 +295,7 @@ def test_narrow_crops_stay_of_a_reasonable_size() -> None:
 # -- against the reference, on models --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2])
 def test_on_the_pocket_model_it_is_the_reference(pocket: VLM, count: int) -> None:
     chats, method = about(3, count), resolved(pocket, "carve(steps=6)")
     image, grid = chats[0].images[0], (12, 12)
@@ -416,6 +416,7 @@ def test_keeping_everything_gives_the_original_back(pocket: VLM) -> None:
     for text in ("carve(keep=1)", "carve(keep=1,variant=released,final_input=refined)"):
         new = rewritten(pocket, chats, text)
         assert all(a.images is b.images for a, b in zip(new, chats, strict=True))
+        assert all(chat.notes.get("kept", 1) == 1 for chat in new)
         one, plain = (pocket.answer(c, (), 4)[0] for c in (new[:1], chats[:1]))
         assert (one.tokens, one.probabilities) == (plain.tokens, plain.probabilities)
     both = rewritten(pocket, chats, "carve(keep=1,variant=released)")
@@ -430,6 +431,8 @@ def test_the_general_instruction_itself_is_asked_about_the_whole_image(pocket: V
     chats = [Chat(images, GENERAL), Chat(images, GENERAL + SUFFIX), Chat(images, "What is red?")]
     new = rewritten(pocket, chats, "carve(steps=8)")
     assert [chat.notes["crop"] == [0, 0, SIDE, SIDE] for chat in new] == [True, True, False]
+    assert [chat.notes["kept"] == 1 for chat in new] == [True, True, False]
+    assert [chat.notes["regions"][1] for chat in new[:2]] == [0, 0]
     assert new[0].images is images
     layers = resolved(pocket, "carve").layers
     reading = read(pocket, [Chat(images, GENERAL + SUFFIX)] * 2, layers, max_new_tokens=8)
@@ -505,12 +508,12 @@ def test_parameters_out_of_range(text: str, why: str) -> None:
 # -- together with others --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stack", ["carve+clvs", "clvs+carve"])
+@pytest.mark.parametrize("stack", ["carve(steps=2)+clvs", "clvs+carve(steps=2)"])
 def test_the_refined_picture_is_answered_with_the_other_method(pocket: VLM, stack: str) -> None:
     chats = about(3, 2)
     image, text = chats[0].images[0], "Describe this image."
     answer = pocket.ask(image, text, stack, max_new_tokens=8)
-    alone = pocket.ask(image, text, "carve", max_new_tokens=8)
+    alone = pocket.ask(image, text, "carve(steps=2)", max_new_tokens=8)
     assert found(answer.chat) == found(alone.chat), "reading passes run plain"
     (refined,) = answer.chat.images
     assert refined.tobytes() == alone.chat.images[0].tobytes()
@@ -524,12 +527,12 @@ def test_the_refined_picture_is_answered_with_the_other_method(pocket: VLM, stac
 def test_grouped_questions_are_answered_as_one_by_one(pocket: VLM) -> None:
     unit = units(Scenes())[0]
     shared, alone = (
-        Asker(pocket, ["carve(steps=4)"]),
-        Asker(pocket, ["carve(steps=4)"], share=False),
+        Asker(pocket, ["carve(steps=2)"]),
+        Asker(pocket, ["carve(steps=2)"], share=False),
     )
-    together = shared.answer(shared.load(unit), "carve(steps=4)")
+    together = shared.answer(shared.load(unit), "carve(steps=2)")
     pocket.readings.clear()
-    singly = [r for q in unit for r in alone.answer(alone.load([q]), "carve(steps=4)")]
+    singly = [r for q in unit for r in alone.answer(alone.load([q]), "carve(steps=2)")]
     assert [r["error"] for r in together] == [None] * len(unit)
     assert [r["answer"] for r in together] == [r["answer"] for r in singly]
     assert [r["notes"] for r in together] == [r["notes"] for r in singly]

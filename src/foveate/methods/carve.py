@@ -55,8 +55,8 @@ class CARVE(Method):
     image is asked about. A crop is magnified to at most four times the original's pixels.
 
     Notes: "crop", the box [left, top, right, bottom] in pixels of the original; "kept", the share
-    of the image's pixels that are not black; "regions", [found, kept]; "steps", how many were
-    contrasted.
+    of the image's pixels that are not black; "regions", [found, kept]; "steps", how many both
+    passes had.
 
     Attributes:
         variant: "paper" or "released" (the authors' code): what `final_input`, `regions` and `keep`
@@ -146,7 +146,8 @@ class CARVE(Method):
         if image is None:
             return chats
         if self.keep == 1:
-            return [self._shown(chat, image, image, {}) for chat in chats]
+            whole = {"crop": [0, 0, *image.size], "kept": 1.0}
+            return [self._shown(chat, image, image, whole) for chat in chats]
         new = []
         maps, general, box = self._maps(vlm, chats)
         for chat, asked in zip(chats, maps, strict=True):
@@ -154,8 +155,10 @@ class CARVE(Method):
             contrast = self.contrasted(asked, general)
             mask, counts = self.masked(contrast.numpy(), image.size, box)
             if self._asked(chat.text) == self._asked(self.instruction or ""):
-                mask[:] = False
+                mask[:], counts = False, [counts[0], 0]
             crop, picture = cut(image, mask)
+            if picture is image:
+                mask[:] = True
             panels = (
                 Panel("attention to the general instruction", image, _mean(general), box),
                 Panel("attention to the question", image, _mean(asked), box),
