@@ -138,10 +138,12 @@ class Oracle(Method, register=False):
     Attributes:
         window: side of the crop in pixels.
         final_input: as ViCrop's.
+        black: everything but the thing's box is black, as CARVE masks.
     """
 
     window: int = 336
     final_input: Literal["both", "crop"] = "both"
+    black: bool = False
 
     name: ClassVar[str] = "oracle"
 
@@ -149,10 +151,13 @@ class Oracle(Method, register=False):
         image = chats[0].images[0]
         truth, found = TRUTH[fingerprint(image)], []
         for chat in chats:
-            left, top, right, bottom = truth[chat.text]
+            box = left, top, right, bottom = truth[chat.text]
             centre = ((left + right) // 2, (top + bottom) // 2)
-            crop = square(centre, self.window // 2, image.size)
-            piece = image.crop(crop)
+            crop, source = square(centre, self.window // 2, image.size), image
+            if self.black:
+                source = Image.new("RGB", image.size)
+                source.paste(image.crop(box), (left, top))
+            piece = source.crop(crop)
             images = [image, piece] if self.final_input == "both" else [piece]
             found.append(replace(chat, images=images, notes={"crop": list(crop)}))
         return found

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import crops
@@ -113,6 +114,11 @@ def test_the_oracle_shows_the_asked_thing(vlm: VLM, tmp_path: Path) -> None:
             assert right - left == bottom - top == (330 if shown == 2 else 336)
             assert len(found.images) == shown
             assert found.images[-1].tobytes() == image.crop((left, top, right, bottom)).tobytes()
+        (found,) = vlm.rewrite([chat], crops.stack("oracle(black=True,window=768)"))
+        mask = np.zeros((768, 768, 1), bool)
+        ((left, top, right, bottom),) = sample.meta["boxes"]
+        mask[top:bottom, left:right] = True
+        assert np.array_equal(found.images[-1], np.asarray(image) * mask)
 
 
 def test_the_layers_table_speaks_of_vicrops_own_crops(
