@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -100,7 +101,7 @@ async def start(request: Request) -> Response:
 async def one_scene(request: Request, number: str) -> Response:
     """A drawn scene: its picture, what is on it, and questions whose answers are known."""
     house: House = request.app.state.house
-    if not number.isdecimal() or len(number) > 6:
+    if not re.fullmatch("[0-9]{1,6}", number):
         raise Refusal(f"There is no scene {number[:100]!r}: give a number from 0 to {LAST}.")
     return _json(await anyio.to_thread.run_sync(_scene, int(number), limiter=house.reading))
 
@@ -143,19 +144,21 @@ def _scene(number: int) -> dict[str, Any]:
     chosen = [rng.choice(kind) for kind in kinds.values()]
     described = questions.caption(questions.look(scene), rng)
     chosen += [described] if described else []
+    things = list(world.counts(scene))
     return {
         "number": number,
         "image": _uri(world.draw(scene, SIDE), "PNG"),
-        "things": list(world.counts(scene)),
+        "things": things,
         "questions": [
-            {
-                "text": q.text,
-                "answer": q.answer,
-                "things": list(dict.fromkeys(scene.things[i].kind for i in q.things)),
-            }
-            for q in chosen
+            {"text": q.text, "answer": q.answer, "thing": _named(q.text, things)} for q in chosen
         ],
     }
+
+
+def _named(text: str, things: list[str]) -> str | None:
+    """The first of these things that a text names, be it as a plural."""
+    found = re.search(rf"\b({'|'.join(things)})", text)
+    return found and found[1]
 
 
 def _uri(image: Image.Image, kind: str) -> str:

@@ -95,10 +95,10 @@ function setPicture(uri, about, scene = null) {
     radio.checked = scene !== null && Number(radio.value) === scene.number;
   find("number").value = scene?.number ?? "";
   find("known").replaceChildren();
-  for (const {text, things} of form.known)
+  for (const {text, thing} of form.known)
     make("button", find("known"), {type: "button"}, text).onclick = () => {
       find("question").value = text;
-      setObject(things[0] ?? "");
+      setObject(thing ?? "");
     };
   const object = find("object"), before = object.value;
   object.replaceChildren();
@@ -550,9 +550,9 @@ try {
   fill();
   listen();
   if (!await restore() && await pickScene(0)) {
-    const [first] = form.known;
+    const first = form.known.find(({thing}) => thing) ?? form.known[0];
     find("question").value = first.text;
-    setObject(first.things[0] ?? "");
+    setObject(first.thing ?? "");
   }
 } catch (error) {
   tell(error.message, true);
