@@ -21,7 +21,7 @@ from foveate.analyses.convergence import Convergence, Lens, logistic
 from foveate.analyses.decay import Decay
 from foveate.analyses.heads import Heads
 from foveate.analyses.layers import Layers, association
-from foveate.analysis import analyses, parse, run
+from foveate.analysis import analyses, chance, parse, run
 from foveate.intervals import mean, proportion
 from foveate.look import GENERAL, SHORT
 from foveate.masks import Asked, Picture, coco_pictures, pocket_pictures, union
@@ -360,8 +360,16 @@ def test_convergence_is_counted() -> None:
     assert [b["n"] for b in found["bins"]] == [0, 0, 0, 8, 0, 0, 0, 0, 0, 8]
     assert found["bins"][3]["mean"] == 0.5
     assert math.isnan(found["by_layer"][2]["r"])
+    assert found["stop"]["layer"] == 2
+    assert (found["stop"]["share"], found["stop"]["converged"]) == (1, 1)
     x, y = [0.9] * 8 + [0.35] * 8, [0] * 12 + [1] * 4
     assert found["correlation"]["r"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+def test_chances_too_small_to_tell_are_bounds() -> None:
+    assert [chance(p) for p in (0.0, 1e-20, 0.0123, 1.0)] == [
+        "p < 1e-16", "p < 1e-16", "p = 0.012", "p = 1"
+    ]  # fmt: skip
 
 
 def slow_logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:

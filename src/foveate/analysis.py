@@ -238,3 +238,8 @@ def rounded(values: Tensor) -> list[Any]:
 def percent(value: float, digits: int = 1, sign: bool = False) -> str:
     """A fraction in words: ``31.7 %``."""
     return f"{100 * value:{'+' if sign else ''}.{digits}f} %"
+
+
+def chance(p: float) -> str:
+    """A p-value in words; what is too small for the computation's digits as a bound."""
+    return f"p = {p:.2g}" if not p < 1e-16 else "p < 1e-16"

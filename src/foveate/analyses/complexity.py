@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..analysis import Analysis, Numbers, Row, Stack, rounded
+from ..analysis import Analysis, Numbers, Row, Stack, chance, rounded
 from ..intervals import correlation, mean, proportion
 from ..look import GENERAL, SHORT, read
 from ..masks import Picture
@@ -137,13 +137,13 @@ class Complexity(Analysis):
         ]
         for name, word in (("texture", "texture"), ("color", "colour")):
             found = numbers["complexity"][name]
-            r = [f"{k} {_signed(found[k]['rho'])} (p = {_p(found[k]['p'])})" for k in KINDS]
+            r = [f"{k} {_signed(found[k]['rho'])} ({chance(found[k]['p'])})" for k in KINDS]
             told.append(
                 f"Spearman's correlation of {word} ({found['smallest']:.3f} to "
                 f"{found['largest']:.3f}) and entropy over pictures: {', '.join(r)}."
             )
         r = [
-            f"{k} {_signed(numbers['accuracy'][k]['r'])} (p = {_p(numbers['accuracy'][k]['p'])})"
+            f"{k} {_signed(numbers['accuracy'][k]['r'])} ({chance(numbers['accuracy'][k]['p'])})"
             for k in KINDS
         ]
         told.append(
@@ -259,7 +259,3 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Numbers:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis import Analysis, Numbers, Row, Stack, ask, rounded
+from ..analysis import Analysis, Numbers, Row, Stack, ask, chance, percent, rounded
 from ..intervals import correlation, mean, proportion
 from ..masks import Picture
 from ..methods.clvs import CLVS
@@ -121,6 +121,11 @@ class Convergence(Analysis):
             "correlation": correlation(x, y),
             "by_layer": [correlation(u[:, la], converged[:, la]) for la in range(depth)],
             "logistic": logistic(x, y, groups),
+            "stop": {
+                "layer": (layer := min(math.floor(CLVS.stop_from * depth) + 1, depth - 1)),
+                "share": float((stops := u[:, layer] < CLVS.stop_threshold).mean()),
+                "converged": float(converged[stops, layer].mean()) if stops.any() else math.nan,
+            },
             "bins": [
                 {"from": edges[b], "to": edges[b + 1], **proportion(y[place == b])}
                 for b in range(BINS)
@@ -144,8 +149,14 @@ class Convergence(Analysis):
             told.append(
                 f"Logistic regression: a step of u by 0.1 multiplies the odds of convergence by "
                 f"{fit['odds']['mean']:.2f} (95 % interval {fit['odds']['low']:.2f} to "
-                f"{fit['odds']['high']:.2f}, p = {fit['p']:.2g}; errors clustered by picture)."
+                f"{fit['odds']['high']:.2f}, {chance(fit['p'])}; errors clustered by picture)."
             )
+        stop = numbers["stop"]
+        told.append(
+            f"In layer {stop['layer']}, the first that CLVS tests, u lies below its threshold "
+            f"{CLVS.stop_threshold:g} for {percent(stop['share'])} of the questions; of these "
+            f"{percent(stop['converged'])} have converged."
+        )
         told.append(
             "Both u and convergence go with depth, so the correlation within each layer is shown, "
             "too; its intervals take questions as independent. Bands of the curves: 95 % "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded
+from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
 from ..form import FoveateError
 from ..intervals import mean
 from ..masks import Picture
@@ -97,7 +97,7 @@ class Layers(Analysis):
         if found := numbers["association"]:
             told.append(
                 f"Kind of question and chosen layer: Cramér's V {found['v']:.2f}, chi-squared test "
-                f"p = {found['p']:.2g} (questions taken as independent)."
+                f"{chance(found['p'])} (questions taken as independent)."
             )
         told.append("Bands: 95 % t-intervals over pictures.")
         return " ".join(told)
