@@ -673,3 +673,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert found["pictures"] == 2
     assert found["caption"] in (tmp_path / "decay.md").read_text()
+
+
+def test_a_stopped_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {
+        p.name: row for p, row in zip(pocket_pictures(4), made_up([[0.1, 0.3]] * 4), strict=True)
+    }
+    read: list[str] = []
+
+    def measure(self: Decay, vlm: VLM, picture: Picture, stacks: Any) -> Any:
+        read.append(picture.name)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return {k: v for k, v in rows[picture.name].items() if k != "picture"}
+
+    monkeypatch.setattr(Decay, "measure", measure)
+    monkeypatch.setattr(Sheet, "save", lambda self, path: None)
+    for code, told in ((130, "stopped; the same command goes on"), (0, "")):
+        with pytest.raises(SystemExit) as stop:
+            commands.main(["analyze", "decay", "--limit", "4", "--out", str(tmp_path)])
+        assert (stop.value.code or 0) == code
+        assert told in capsys.readouterr().err
+    names = list(rows)
+    assert read == [*names[:3], *names[2:]]
+    found = json.loads((tmp_path / "decay.json").read_text())["numbers"]
+    assert found["methods"]["vanilla"]["object"]["mean"] == [0.1, 0.3]
