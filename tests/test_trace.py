@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPImageProcessorPil
 
 from foveate import FoveateError, Method, commands, trace
 from foveate.methods.clvs import CLVS
@@ -263,6 +264,33 @@ def test_curves_are_sums_over_the_objects_tokens(traced: Trace) -> None:
                 assert share == pytest.approx(mass / sum(row), abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llava_next", "idefics3"])
+def test_tokens_of_tiles_count_by_their_own_cells(family: str) -> None:
+    vlm, image = tiny.vlm(family), photo()
+    (run,) = trace(vlm, image, QUESTION, ["vanilla"], object=(0, 0, 30, 60), max_new_tokens=1).runs
+    grids = vlm.grids(vlm.chat([image], QUESTION, None))
+    assert len(grids) > 1
+    assert run.share is not None
+    for token, share in enumerate(run.share.tolist()):
+        boxes = [box for grid in grids if (box := grid.cell(token))]
+        expected = 0.0  # a newline's
+        for left, top, right, bottom in boxes:
+            wide = max(0, min(right, 1 / 3) - max(left, 0))
+            high = max(0, min(bottom, 1) - max(top, 0))
+            expected = wide * high / ((right - left) * (bottom - top))
+        assert share == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_object_that_the_processor_cuts_away_is_told(llava: VLM) -> None:
+    cutting = tiny.llava()
+    cutting.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=tiny.SIDE)
+    vlm = VLM(llava.model, cutting)
+    with pytest.warns(UserWarning, match="does not look with vanilla: it was cut away"):
+        found = trace(vlm, photo(), QUESTION, ["vanilla"], object=(0, 0, 9, 60), max_new_tokens=1)
+    assert found.runs[0].on_object is not None
+    assert found.runs[0].on_object.max() == 0
+
+
 class Halves(Method, register=False):
     """Asks about the right half; says so, or not."""
 
@@ -438,7 +466,7 @@ def test_the_page_draws_itself_in_a_browser(traced: Trace, saved: Path) -> None:
     address = f"{(saved / 'index.html').as_uri()}#layer=4&token=0"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000"]
     dom = subprocess.run(
-        ["chromium", *options, "--dump-dom", address], capture_output=True, text=True, timeout=120
+        ["chromium", *options, "--dump-dom", address], capture_output=True, text=True, timeout=400
     ).stdout
     assert 'data-ready="yes"' in dom
     assert "4 of 11" in re.sub(r"<.*?>", "", dom)

@@ -346,12 +346,14 @@ def trace(
         if watch:
             watch(f"tracing {name}, {number + 1} of {len(stacks)}")
         run = _run(vlm, chat, stack, recorder, clvs, found, max_new_tokens)
-        if found is not None and run.share is None:
-            warnings.warn(
+        if found is not None and (run.share is None or not run.share.any()):
+            why = (
                 f"It is not known what part of the image {name} asked about, so its attention to "
-                "the object is left out.",
-                stacklevel=2,
+                "the object is left out."
+                if run.share is None
+                else f"The object lies where the model does not look with {name}: it was cut away."
             )
+            warnings.warn(why, stacklevel=2)
         runs.append(run)
     return Trace(vlm.name, picture, question, heads, found, tuple(runs))
 
