@@ -437,8 +437,16 @@ function setLayer(index) {
 
 // ---- links
 
-/** The address of the page says all that is shown; a picture only where it is small. */
+let late;
+
+/** Write the link into the page's address, soon: browsers allow it only so often. */
 function keepLink() {
+  clearTimeout(late);
+  late = setTimeout(writeLink, 200);
+}
+
+/** The address of the page says all that is shown; a picture only where it is small. */
+function writeLink() {
   const {asked, layer, token} = shown, said = new URLSearchParams();
   if (asked.scene !== null) said.set("scene", asked.scene);
   else if (asked.image.length <= LINKED) said.set("image", asked.image);
@@ -458,6 +466,7 @@ async function copyLink() {
     return;
   }
   const whole = shown.asked.scene !== null || shown.asked.image.length <= LINKED;
+  writeLink();
   const rest = whole ? "" : " The picture is too large for it: whoever opens it chooses it again.";
   try {
     await navigator.clipboard.writeText(location.href);
