@@ -304,7 +304,6 @@ def test_layers_and_window_of_the_published_models(small: VLM, pocket: VLM) -> N
         ("qwen2_5_vl", 36, 22, 224),
         ("qwen2_5_vl", 28, 22, 224),
         ("qwen2_vl", 28, 14, 224),
-        ("instructblip", 32, 14, 224),
         ("llava", 24, 10, 336),
         ("internvl", 40, 14, 336),
     ]:

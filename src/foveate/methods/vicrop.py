@@ -44,7 +44,8 @@ class ViCrop(Method):
 
     Attributes:
         window: side of the smallest window in pixels of the image. Published: the input side of
-            the model's vision tower as the authors state it, 336, and 224 for BLIP and Qwen.
+            the vision tower, 336 for LLaVA-1.5, and 224 for Qwen. BLIP, which the authors also
+            crop for, has visual tokens without a place on the image and is refused.
         ratios: sides of the windows tried, in units of `window`, rising. Published.
         final_input: "both" shows the image and the crop, as published; "crop" only the crop.
         instruction: what is asked for the general pass. None: the published "Write a general
@@ -69,8 +70,6 @@ class ViCrop(Method):
         "llava": {"layers": (14,)},
         "qwen": {"window": 224},
         "qwen2_5_vl": {"layers": (22,)},
-        "blip": {"window": 224},
-        "instructblip": {"window": 224},
     }
     reads: ClassVar[bool] = True
     passes: ClassVar[str] = "the prompt twice: question, and once per image a general instruction"
