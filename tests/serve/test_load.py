@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
 from tests.serve.conftest import PATIENCE, data_uri, question, running, scene
 
@@ -110,6 +111,7 @@ def memory() -> float:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 def test_many_clients(vlm):
     expected = {
         key: vlm.ask(scene(key[0]), key[1], key[2], max_new_tokens=TOKENS).text

@@ -19,7 +19,7 @@ import pytest
 
 from tests.serve.conftest import question, scene
 
-SECONDS = 300.0  # for all of it
+SECONDS = 600.0  # for all of it
 WORDS = "Please describe this image in detail."
 
 pytestmark = pytest.mark.skipif(

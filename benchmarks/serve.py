@@ -1,0 +1,168 @@
+"""What micro-batching brings: requests per second of the server, many clients, in one run.
+
+    python benchmarks/serve.py                                   # pocket and 0.5b
+    python benchmarks/serve.py --sizes pocket --method clvs --clients 16 --tokens 32
+
+The same model is served twice, with a batch of 1 and with a batch of so many clients, and both are
+asked in turn by clients that all send one request, about a picture each, at the same moment: from
+the first request sent to the last answer heard. The clients run in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import datetime
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import speed
+import torch
+import uvicorn
+
+from foveate import VLM
+from foveate.pocket import world
+from foveate.serve.app import create_app
+from foveate.serve.settings import Settings
+
+ASKED = "Please describe this image in detail."
+ABOUT = """\
+Requests per second that clients get from `foveate serve`, all of them asking at the same moment.
+
+* one at a time: `--batch-size 1`. together: as many as there are clients.
+* ratio: of the two, measured in turn in one run; median over these pairs, with its quartiles.
+* "same" counts requests that were answered alike both ways.
+
+A prompt of hundreds of visual tokens keeps the cores busy by itself, so reading the pictures and
+the prompts gains nothing from a batch on a CPU; a decode step reads all weights for one token, and
+in a batch reads them once for all. The ratio therefore grows with the length of the answers, and
+with the accelerator's distance between arithmetic and memory."""
+
+
+@contextlib.contextmanager
+def served(vlm: VLM, batch: int) -> Iterator[str]:
+    """The model at an address, until the block ends."""
+    app = create_app(vlm, Settings(batch=batch, queue=1024))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def picture(number: int) -> str:
+    stream = io.BytesIO()
+    world.draw(world.sample(number)).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def ask(url: str, pictures: list[str], method: str, tokens: int) -> tuple[float, list[str]]:
+    """Seconds until all clients have their answers, and the answers."""
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600)
+    id = client.models.list().data[0].id
+
+    def one(uri: str) -> str:
+        parts = [{"type": "text", "text": ASKED}, {"type": "image_url", "image_url": {"url": uri}}]
+        answer = client.chat.completions.create(
+            model=id,
+            messages=[{"role": "user", "content": parts}],  # type: ignore[list-item, misc]
+            max_tokens=tokens,
+            extra_body={"method": method},
+        )
+        return answer.choices[0].message.content or ""
+
+    with client, ThreadPoolExecutor(len(pictures)) as pool:
+        start = time.perf_counter()
+        answers = list(pool.map(one, pictures))
+        return time.perf_counter() - start, answers
+
+
+def measured(vlm: VLM, args: argparse.Namespace) -> dict[str, Any]:
+    """Pairs of seconds, one at a time and together, and how many answers were the same."""
+    pairs, same = [], 0
+    with served(vlm, 1) as alone, served(vlm, args.clients) as together:
+        for url in (alone, together):  # warm up
+            ask(url, [picture(0)], args.method, 2)
+        for repetition in range(args.repetitions):
+            first = 1 + repetition * args.clients
+            pictures = [picture(first + i) for i in range(args.clients)]
+            one, said = ask(alone, pictures, args.method, args.tokens)
+            other, found = ask(together, pictures, args.method, args.tokens)
+            pairs.append((one, other))
+            same += sum(a == b for a, b in zip(said, found, strict=True))
+    model, asked = vlm.model, len(pairs) * args.clients
+    note = (
+        f"{model.num_parameters() / 1e6:,.0f} M parameters, "
+        f"{str(model.dtype).removeprefix('torch.')}, {args.clients} clients, "
+        f"answers of up to {args.tokens} tokens"
+    )
+    figures = {
+        "alone": asked / sum(one for one, _ in pairs),
+        "together": asked / sum(other for _, other in pairs),
+        "ratio": speed.spread([one / other for one, other in pairs]),
+        "same": same / asked,
+    }
+    return {"note": note, "figures": {args.method: figures}, "samples": {"pairs": pairs}}
+
+
+def tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """A table per size: title, columns, cells."""
+    columns = ["", "one at a time, requests/s", "together, requests/s", "ratio", "same"]
+    for size, found in sizes.items():
+        yield (
+            f"{size}: {found['note']}",
+            columns,
+            [
+                [
+                    name,
+                    f"{row['alone']:.3g}",
+                    f"{row['together']:.3g}",
+                    f"{row['ratio']['median']:.2f} "
+                    f"({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})",
+                    f"{row['same']:.0%}",
+                ]
+                for name, row in found["figures"].items()
+            ],
+        )
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The server with and without micro-batches.")
+    parser.add_argument("--sizes", default="pocket,0.5b", help="of speed.py's, by commas")
+    parser.add_argument("--method", default="vanilla")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serve-cpu"))
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    args = arguments(given)
+    speed.TABLES["serve"], speed.ABOUT["serve"] = tables, ABOUT
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    report: dict[str, Any] = {"kind": "serve", "about": {}, "sizes": {}}
+    for size in args.sizes.split(","):
+        report["sizes"][size] = measured(speed.SUBJECTS[size](args.device, torch.float32), args)
+        report["about"] = speed.environment(args.device, started)
+        speed.save(report, args.out)  # after every size: a long run may be stopped
+    print(speed.markdown(report))
+
+
+if __name__ == "__main__":
+    main()
