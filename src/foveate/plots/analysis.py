@@ -47,7 +47,6 @@ class Sheet:
         for number, (title, x, y, draw) in enumerate(self.panels):
             row, column = divmod(number, 2)
             left, top = PAD + LEFT + column * (WIDE + BETWEEN), page.top(row)
-            page.write(left, top, title, size=10.5, weight="bold")
             panel = page.axes(left, top + ABOVE, WIDE, HIGH)
             panel.set_xlabel(x, size=9.5, color=INK)
             panel.set_ylabel(y, size=9.5, color=INK)
@@ -55,6 +54,9 @@ class Sheet:
             panel.tick_params(labelsize=8.5)
             draw(panel)
             handles, names = panel.get_legend_handles_labels()
+            lines = -(-len(names) // 4)
+            above = top + ABOVE - 0.26 - 0.18 * lines
+            page.write(left, above, title, size=10.5, weight="bold")
             if names:
                 panel.legend(
                     handles, names, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4,
