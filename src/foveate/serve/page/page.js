@@ -318,7 +318,6 @@ async function answer(one, asked, signal) {
     const data = await (await call("explore/trace",
       {...about, ...object, image: asked.image, question: asked.question}, signal)).json();
     await addMaps(one, data);
-    if (signal.aborted) return;
     one.state.textContent = end;
     one.state.hidden = !end;
     show();
@@ -412,9 +411,11 @@ function showColumn(one, maps, ends, at) {
       `Attention of ${method} in layer ${shown.layer} while it writes ${when}`);
   });
   const told = [`${percent(mean(one, run.on_image)[at])} of the attention on the image`];
-  if (run.on_object)
-    told.push(`${percent(mean(one, run.on_object)[at])} on ${objectName(shown.asked)}`);
-  else if (shown.asked.object) told.push("what of it on the object is not known");
+  const object = objectName(shown.asked);
+  if (run.on_object?.flat().some((share) => share > 0))
+    told.push(`${percent(mean(one, run.on_object)[at])} on ${object}`);
+  else if (run.on_object) told.push(`${object} is not in what it was shown`);
+  else if (shown.asked.object) told.push(`what of it on ${object} is not known`);
   const stops = [...new Set(chosen.map((step) => run.stopped[step]))];
   if (run.threshold !== null)
     told.push(stops.length > 1 ? "CLVS stops after different layers" : stops[0] === null
@@ -538,7 +539,10 @@ function listen() {
     event.preventDefault();
     find("form").requestSubmit();
   };
-  find("stop").onclick = () => running.abort();
+  find("stop").onclick = () => {
+    running.abort();
+    find("ask").focus();  // the button that had the focus goes away
+  };
   find("link").onclick = copyLink;
   find("add").onclick = addStack;
   find("stack").onkeydown = (event) => {
