@@ -68,8 +68,20 @@ from foveate.vlm import Chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "vanilla"
-METHODS = (PLAIN, "vicrop", "vicrop(final_input=crop)", "carve", "laser")
-ORACLES = ("oracle", "oracle(final_input=crop)")
+METHODS = (  # with the published settings, with better ones, and what a crop can do at best
+    PLAIN,
+    "vicrop",
+    "vicrop(final_input=crop)",
+    "vicrop(layers=(4,))",
+    "carve",
+    "carve(time=start,keep=0.2,regions=1,layers=(3,4,5,6))",
+    "laser",
+    "oracle",
+    "oracle(final_input=crop)",
+    "oracle(final_input=crop,black=True)",
+    "oracle(final_input=crop,window=168)",
+    "oracle(final_input=crop,window=672)",
+)
 MAPS = (
     "question / general",
     "question",
@@ -493,7 +505,7 @@ def main(given: list[str] | None = None) -> int:
             write(args.out, "layers", report, layer_markdown(report))
         return 0
     try:
-        chosen = [stack(m) for m in args.method or (*METHODS, *ORACLES)]
+        chosen = [stack(m) for m in args.method or METHODS]
         methods = {PLAIN: ()} | {text(s): s for s in chosen}
         bench = FinePrint(questions=args.questions or 500, scenes=scenes)
         run = args.run / f"{bench.questions}-per-habit"

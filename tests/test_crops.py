@@ -121,6 +121,7 @@ def test_the_oracle_shows_the_asked_thing(vlm: VLM, tmp_path: Path) -> None:
         assert np.array_equal(found.images[-1], np.asarray(image) * mask)
 
 
+@pytest.mark.slow
 def test_the_layers_table_speaks_of_vicrops_own_crops(
     vlm: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
