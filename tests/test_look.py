@@ -14,7 +14,7 @@ from PIL import Image
 from foveate import VLM, FoveateError, Method
 from foveate.commands import main
 from foveate.look import GENERAL, SHORT, Chain, Panel, kept, read, the_image
-from foveate.method import registry
+from foveate.method import as_stack, registry
 from foveate.pocket import world
 from foveate.vlm import Chat
 
@@ -154,3 +154,9 @@ def test_a_model_whose_layout_is_not_known_is_refused() -> None:
     unknown = type("Unknown", (), {"config": type("C", (), {"model_type": "aya_vision"})()})()
     with pytest.raises(FoveateError, match="looking has to know where aya_vision's image tokens"):
         Looking().resolve(unknown)
+
+
+def test_two_methods_that_look_are_refused() -> None:
+    with pytest.raises(FoveateError, match="carve and laser both look for a better picture"):
+        as_stack("carve+laser")
+    assert len(as_stack("carve(keep=1.0)+laser+clvs")) == 3

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -33,6 +33,8 @@ GENERAL = "Write a general description of the image."
 SHORT = " Answer the question using a single word or phrase."
 """What their authors append to question and general instruction."""
 
+Pixels = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels of an image, the last two exclusive."""
 
 _KEPT = 32  # readings that a VLM keeps
 
@@ -95,6 +97,49 @@ def read(
     else:
         answers = vlm.answer(chats, (recorder,), max_new_tokens)
     return [_reading(answer, where, max_new_tokens) for answer in answers]
+
+
+def read_beside(
+    vlm: VLM,
+    chats: Sequence[Chat],
+    layers: tuple[int, ...] | None,
+    instruction: str,
+    suffix: str,
+    *,
+    max_new_tokens: int = 1,
+) -> tuple[list[Reading], Reading]:
+    """Readings of the chats' questions, and of a general instruction about their one image.
+
+    The instruction is read along with the first questions and kept for later ones.
+
+    Args:
+        suffix: follows the instruction and every question that does not end with it.
+    """
+
+    def plain(text: str) -> Chat:
+        return replace(chats[0], text=followed(text, suffix), notes={}, contrast=None)
+
+    questions, general = [plain(chat.text) for chat in chats], plain(instruction)
+    found: list[Reading] = []
+
+    def first() -> Reading:
+        reading, *rest = read(vlm, [general, *questions], layers, max_new_tokens=max_new_tokens)
+        found.extend(rest)
+        return reading
+
+    key = (layers, max_new_tokens, general.text, general.system)
+    beside = kept(vlm, chats[0].images[0], key, first)
+    return found or read(vlm, questions, layers, max_new_tokens=max_new_tokens), beside
+
+
+def followed(text: str, suffix: str) -> str:
+    """The text with the suffix behind it, where it does not end with it."""
+    return text if text.endswith(suffix.strip()) else text + suffix
+
+
+def fractions(crop: Pixels, size: tuple[int, int]) -> Box:
+    """A box in pixels as fractions of an image of (width, height)."""
+    return crop[0] / size[0], crop[1] / size[1], crop[2] / size[0], crop[3] / size[1]
 
 
 def _reading(answer: Answer, where: list[Grid], limit: int) -> Reading:

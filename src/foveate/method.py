@@ -181,6 +181,12 @@ class Method(Form):
             layers = tuple(sorted(_published(published, depth) & set(full)))
         else:
             layers = full
+        if self.reads and not layers:
+            raise FoveateError(
+                f"{self.name}: the layers at the published depth have sliding-window attention in "
+                "this model and do not see the whole image, the full-attention layers are "
+                f"{', '.join(map(str, full))}: choose among them with layers=(N,)."
+            )
         return dataclasses.replace(self, layers=layers, **values)
 
     @property
@@ -274,6 +280,11 @@ def as_stack(*given: Method | str) -> tuple[Method, ...]:
     for name in names:
         if names.count(name) > 1:
             raise FoveateError(f"The method {name} is named twice: give each method once.")
+    lookers = [m.name for m in stack if m.reads and not m.is_neutral]
+    if len(lookers) > 1:
+        raise FoveateError(
+            f"{' and '.join(lookers)} both look for a better picture: use only one at a time."
+        )
     owners = [m.name for m in stack if m.wants("contrast") and not m.is_neutral]
     if len(owners) > 1:
         raise FoveateError(

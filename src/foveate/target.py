@@ -198,10 +198,10 @@ def known(image: str | Path) -> Names:
         found = (row["scene"] for row in rows if row["image"] == f"images/{path.name}")
         scene = next(map(world.Scene.from_dict, found), None)
     kinds = dict.fromkeys(thing.kind for thing in scene.things) if scene else {}
-    return {kind: partial(_of_kind, scene, kind) for kind in kinds}
+    return {kind: partial(of_kind, scene, kind) for kind in kinds}
 
 
-def _of_kind(scene: Any, kind: str, size: int) -> np.ndarray:
+def of_kind(scene: Any, kind: str, size: int) -> np.ndarray:
     """All things of one kind, (size, size) bool."""
     from .pocket import world
 

@@ -348,7 +348,7 @@ Promise.all(data.runs.flatMap((run) => run.pictures.map(load))).then(() => {
 def page(trace: Trace) -> str:
     """The whole page: no outside resource, usable from a file."""
     question = markup.escape(trace.question)
-    inside = json.dumps(_data(trace), separators=(",", ":")).replace("<", "\\u003c")
+    inside = json.dumps(drawn(trace), separators=(",", ":")).replace("<", "\\u003c")
     target = None if trace.target is None else markup.escape(trace.target.name)
     looked = "Attention to the image" if target is None else f"Attention to {target}"
     return f"""<!DOCTYPE html>
@@ -425,7 +425,7 @@ def _about(trace: Trace) -> str:
     return markup.escape(told)
 
 
-def _data(trace: Trace) -> dict[str, Any]:
+def drawn(trace: Trace) -> dict[str, Any]:
     """What the script draws."""
     first = trace.runs[0]
     watched = getattr(first, trace.measure)

@@ -19,7 +19,10 @@ from ..method import FoveateError
 from .common import note
 
 # of the help; commands that are not named here follow by name
-ORDER = ("ask", "methods", "doctor", "heads", "draw", "demo", "eval", "sweep", "report", "train")
+ORDER = (
+    *("ask", "trace", "serve", "methods", "heads", "eval", "sweep", "report", "analyze"),
+    *("demo", "draw", "doctor", "train"),
+)
 
 app = typer.Typer(
     help="Ask a vision-language model about an image, plain and with visual-attention methods.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..method import Method
 from ..regions import regions
 
 if TYPE_CHECKING:
+    from ..look import Pixels
     from ..vision import Box
     from ..vlm import VLM, Chat
 
@@ -132,15 +133,10 @@ class CARVE(Method):
         values = VARIANTS[self.variant] | VERSIONS[self.version]
         values |= {"instruction": GENERAL, "suffix": SHORT}
         missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        resolved = replace(super().resolve(model), **missing)
-        self.require(
-            bool(resolved.layers),
-            "none of the published layers sees the whole image on this model, choose with layers=",
-        )
-        return resolved
+        return replace(super().resolve(model), **missing)
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..look import Chain, Panel, the_image
+        from ..look import Chain, Panel, followed, fractions, read_beside, the_image
 
         image = the_image(self, chats)
         if image is None:
@@ -148,13 +144,18 @@ class CARVE(Method):
         if self.keep == 1:
             whole = {"crop": [0, 0, *image.size], "kept": 1.0}
             return [self._shown(chat, image, image, whole) for chat in chats]
-        new = []
-        maps, general, box = self._maps(vlm, chats)
-        for chat, asked in zip(chats, maps, strict=True):
+        instruction, suffix = cast(str, self.instruction), cast(str, self.suffix)  # resolved
+        limit = 1 if self.time == "start" else self.steps
+        found, beside = read_beside(
+            vlm, chats, self.layers, instruction, suffix, max_new_tokens=limit
+        )
+        general, box, new = beside.map(beside.weights), beside.box, []
+        for chat, reading in zip(chats, found, strict=True):
+            asked = reading.map(reading.weights)
             steps = min(len(asked), len(general))
             contrast = self.contrasted(asked, general)
             mask, counts = self.masked(contrast.numpy(), image.size, box)
-            if self._asked(chat.text) == self._asked(self.instruction or ""):
+            if followed(chat.text, suffix) == followed(instruction, suffix):
                 mask[:], counts = False, [counts[0], 0]
             crop, picture = cut(image, mask)
             if picture is image:
@@ -163,7 +164,7 @@ class CARVE(Method):
                 Panel("attention to the general instruction", image, _mean(general), box),
                 Panel("attention to the question", image, _mean(asked), box),
                 Panel("contrast: question / general", image, contrast.numpy(), box),
-                Panel("mask", dimmed(image, mask), frames=(_fractions(crop, image.size),)),
+                Panel("mask", dimmed(image, mask), frames=(fractions(crop, image.size),)),
                 Panel("refined", picture),
             )
             notes = {
@@ -176,10 +177,6 @@ class CARVE(Method):
             new.append(self._shown(chat, image, picture, notes))
         return new
 
-    def _asked(self, text: str) -> str:
-        suffix = self.suffix or ""
-        return text if text.endswith(suffix.strip()) else text + suffix
-
     def _shown(
         self, chat: Chat, image: Image.Image, picture: Image.Image, notes: dict[str, Any]
     ) -> Chat:
@@ -188,30 +185,6 @@ class CARVE(Method):
         if self.final_input == "both":
             images = [image, picture]
         return replace(chat, images=images, notes={**chat.notes, **notes})
-
-    def _maps(self, vlm: VLM, chats: list[Chat]) -> tuple[list[Tensor], Tensor, Box]:
-        """Each question's maps (steps, layers, rows, cols), the general ones, what they cover.
-
-        The general pass goes along with the first questions about an image.
-        """
-        from ..look import Reading, kept, read
-
-        def plain(text: str) -> Chat:
-            return replace(chats[0], text=self._asked(text), notes={}, contrast=None)
-
-        limit = 1 if self.time == "start" else self.steps
-        questions, general = [plain(chat.text) for chat in chats], plain(self.instruction or "")
-        found: list[Reading] = []
-
-        def first() -> Tensor:
-            reading, *rest = read(vlm, [general, *questions], self.layers, max_new_tokens=limit)
-            found.extend(rest)
-            return reading.map(reading.weights)
-
-        key = (self.name, self.layers, limit, general.text, general.system)
-        clutter = kept(vlm, chats[0].images[0], key, first)
-        found = found or read(vlm, questions, self.layers, max_new_tokens=limit)
-        return [reading.map(reading.weights) for reading in found], clutter, found[0].box
 
     def contrasted(self, asked: Tensor, general: Tensor) -> Tensor:
         """Ratios fused over steps and layers, S of section 4 on the token grid, (rows, cols).
@@ -269,11 +242,6 @@ def _mean(maps: Tensor) -> np.ndarray:
     return maps.mean((0, 1)).numpy()
 
 
-def _fractions(crop: tuple[int, int, int, int], size: tuple[int, int]) -> Box:
-    left, top, right, bottom = crop
-    return left / size[0], top / size[1], right / size[0], bottom / size[1]
-
-
 def resized(
     heat: np.ndarray, size: tuple[int, int], box: Box = (0.0, 0.0, 1.0, 1.0)
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -312,7 +280,7 @@ def _samples(
     return first, low, np.minimum(low + 1, cells - 1), (at - low).astype(np.float32)
 
 
-def cut(image: Image.Image, mask: np.ndarray) -> tuple[tuple[int, int, int, int], Image.Image]:
+def cut(image: Image.Image, mask: np.ndarray) -> tuple[Pixels, Image.Image]:
     """The box of what is kept, in pixels, and what is in it, black elsewhere, magnified.
 
     The image itself where nothing is kept.

@@ -24,12 +24,9 @@ from ..method import Method
 
 if TYPE_CHECKING:
     from ..context import Context
-    from ..look import Chain, Reading
+    from ..look import Chain, Pixels, Reading
     from ..vision import Box
     from ..vlm import VLM, Chat
-
-Pixels = tuple[int, int, int, int]
-"""(left, top, right, bottom), half-open, in pixels of the original image."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +155,13 @@ class LASER(Method):
         Call it on a method that was resolved for the model. The image is read once, where the
         model allows it; equal prompts are read once, so their readings are equal to the bit.
         """
-        from ..look import SHORT, read  # imports transformers
+        from ..look import SHORT, followed, read  # imports transformers
 
         suffix = SHORT if self.suffix is None else self.suffix
         unasked = suffix.strip() if self.noq == "instruction_only" else ""
         pairs = []
         for chat in chats:
-            asked = chat.text if chat.text.endswith(suffix.strip()) else chat.text + suffix
+            asked = followed(chat.text, suffix)
             pairs.append(((chat.system, asked), (chat.system, unasked)))
         prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
         plain = [
@@ -353,11 +350,9 @@ def _chain(
     part: Image.Image,
 ) -> Chain:
     """From both readings to what the model is shown."""
-    from ..look import Chain, Panel
+    from ..look import Chain, Panel, fractions
 
-    (width, height), at = image.size, f"layer {found.layer}"
-    frame = (crop[0] / width, crop[1] / height, crop[2] / width, crop[3] / height)
-    panels = []
+    frame, at, panels = fractions(crop, image.size), f"layer {found.layer}", []
     if found.layer is not None:
         maps = {
             f"attention with the question, {at}": (found.asked, ()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -16,11 +16,9 @@ from PIL import Image
 from ..method import Method
 
 if TYPE_CHECKING:
+    from ..look import Pixels
     from ..vision import Box
     from ..vlm import VLM, Chat
-
-Pixels = tuple[int, int, int, int]
-"""(left, top, right, bottom) on the original image, the last two exclusive."""
 
 _FLAT = 1e-4  # a map whose values differ by less than this share of the largest says nothing
 _FINE = 2**40  # the largest value, as an integer: sums are then exact, and ties are ties
@@ -86,30 +84,38 @@ class ViCrop(Method):
             "instruction must not be empty",
         )
 
-    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..look import Chain, Panel, the_image  # imports transformers
+    def resolve(self, model: Any) -> Method:
+        from ..look import GENERAL, SHORT  # imports transformers
 
-        assert self.window is not None  # resolved
+        values: dict[str, Any] = {"instruction": GENERAL, "suffix": SHORT}
+        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
+        return replace(super().resolve(model), **missing)
+
+    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
+        from ..look import Chain, Panel, Reading, fractions, read_beside, the_image
+
         image = the_image(self, chats)
         if image is None:
             return chats
-        self.require(
-            bool(self.layers),
-            "the layer at the published depth has sliding-window attention in this model: give "
-            "layers=(N,) with one that sees the whole image",
-        )
-        maps, general, box = self._maps(vlm, chats, image)
+        window, instruction, suffix = cast(Any, (self.window, self.instruction, self.suffix))
+        readings, beside = read_beside(vlm, chats, self.layers, instruction, suffix)
+
+        def heat(reading: Reading) -> np.ndarray:
+            return reading.map(reading.weights[0].mean(0)).double().numpy()
+
+        general, box = heat(beside), beside.box
         cut: dict[Pixels, Image.Image] = {}  # one picture for equal crops: they share its prefix
         found = []
-        for chat, asked in zip(chats, maps, strict=True):
+        for chat, reading in zip(chats, readings, strict=True):
+            asked = heat(reading)
             relative = asked / general.clip(min=np.finfo(np.float32).tiny)
             crop = whole = (0, 0, *image.size)
             if np.ptp(relative) > _FLAT * relative.max():
-                crop = window_search(relative, image.size, self.window, self.ratios, box)
+                crop = window_search(relative, image.size, window, self.ratios, box)
             panels = [
                 Panel("attention to the general instruction", image, general, box),
                 Panel("attention to the question", image, asked, box),
-                Panel("question / general", image, relative, box, (_fractions(crop, image.size),)),
+                Panel("question / general", image, relative, box, (fractions(crop, image.size),)),
             ]
             images, contrast = chat.images, chat.contrast
             if crop != whole:
@@ -123,36 +129,6 @@ class ViCrop(Method):
 
     def _shown(self, image: Image.Image, crop: Image.Image) -> list[Image.Image]:
         return [image, crop] if self.final_input == "both" else [crop]
-
-    def _maps(
-        self, vlm: VLM, chats: list[Chat], image: Image.Image
-    ) -> tuple[list[np.ndarray], np.ndarray, Box]:
-        """Each question's map (rows, cols), the general one, and what of the image they cover."""
-        from ..look import GENERAL, SHORT, Reading, kept, read
-
-        suffix = SHORT if self.suffix is None else self.suffix
-        instruction = GENERAL if self.instruction is None else self.instruction
-
-        def ask(text: str) -> Chat:
-            told = text if text.endswith(suffix.strip()) else text + suffix
-            return replace(chats[0], text=told, notes={}, contrast=None)
-
-        def heat(reading: Reading) -> np.ndarray:
-            return reading.map(reading.weights[0].mean(0)).double().numpy()
-
-        asked, readings = [ask(chat.text) for chat in chats], list[Reading]()
-
-        def first() -> np.ndarray:
-            """The general pass, on the prefix of the questions at hand."""
-            *questions, general = read(vlm, [*asked, ask(instruction)], self.layers)
-            readings.extend(questions)
-            return heat(general)
-
-        key = (self.name, self.layers, instruction, suffix, chats[0].system)
-        general = kept(vlm, image, key, first)
-        if not readings:
-            readings = read(vlm, asked, self.layers)
-        return [heat(reading) for reading in readings], general, readings[0].box
 
 
 def window_search(
@@ -231,7 +207,3 @@ def square(centre: tuple[int, int], half: int, size: tuple[int, int]) -> Pixels:
         ends.append((max(0, middle - half), min(limit, middle + half)))
     (left, right), (top, bottom) = ends
     return left, top, right, bottom
-
-
-def _fractions(crop: Pixels, size: tuple[int, int]) -> Box:
-    return crop[0] / size[0], crop[1] / size[1], crop[2] / size[0], crop[3] / size[1]

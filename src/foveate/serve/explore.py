@@ -27,9 +27,8 @@ from pydantic import Field, ValidationError
 from ..method import get
 from ..pocket import questions, world
 from ..report_page import STYLE
-from ..target import Target, read
-from ..target import _of_kind as of_kind
-from ..trace_page import _data as drawn
+from ..target import Target, of_kind, read
+from ..trace_page import drawn
 from ..tracing import Trace, trace
 from ..vlm import Chat
 from . import asking, wire
