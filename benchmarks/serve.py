@@ -41,10 +41,12 @@ Requests per second that clients get from `foveate serve`, all of them asking at
 * ratio: of the two, measured in turn in one run; median over these pairs, with its quartiles.
 * "same" counts requests that were answered alike both ways.
 
-A prompt of hundreds of visual tokens keeps the cores busy by itself, so reading the pictures and
-the prompts gains nothing from a batch on a CPU; a decode step reads all weights for one token, and
-in a batch reads them once for all. The ratio therefore grows with the length of the answers, and
-with the accelerator's distance between arithmetic and memory."""
+Reading a picture and a prompt of hundreds of tokens keeps a core busy by itself, so there a batch
+gains little on a CPU. A decode step reads all weights, and pays what every call of PyTorch costs,
+once for all rows of a batch: there is the gain, and it grows with the length of the answers.
+PyTorch has one thread here: where others work on the machine, each operation on several threads
+waits for the slowest of them.
+"""
 
 
 @contextlib.contextmanager
@@ -147,6 +149,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; more need idle cores")
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serve-cpu"))
     return parser.parse_args(given)
@@ -154,6 +157,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
+    torch.set_num_threads(args.threads)
     speed.TABLES["serve"], speed.ABOUT["serve"] = tables, ABOUT
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     report: dict[str, Any] = {"kind": "serve", "about": {}, "sizes": {}}

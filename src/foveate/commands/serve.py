@@ -10,7 +10,7 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, ModelOption, load
+from .common import DeviceOption, DtypeOption, ModelOption, load, note
 
 
 class Engine(StrEnum):
@@ -71,6 +71,8 @@ def serve(
         raise FoveateError(
             f"The server needs {error.name}: pip install 'foveate[serve]'."
         ) from error
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        note(f"whoever reaches {host} may ask: set FOVEATE_API_KEY to let in fewer.")
     settings = Settings(
         batch=batch_size,
         queue=queue,

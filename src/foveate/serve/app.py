@@ -41,7 +41,8 @@ class House:
         self.worker = queue.Worker(vlm, settings)
         self.catalogue = Catalogue(vlm)
         self.started = int(time.time())
-        self.reading = anyio.CapacityLimiter(4)  # requests whose content is decoded at a time
+        # requests whose content is decoded at a time; fetching is waiting, and needs more
+        self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 4)
 
 
 def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
