@@ -61,7 +61,7 @@ from foveate.form import Registry
 from foveate.journal import Journal, write_json
 from foveate.look import GENERAL, SHORT, read
 from foveate.method import parse, text
-from foveate.methods.vicrop import Pixels, ViCrop, square, window_search
+from foveate.methods.vicrop import ViCrop, square, window_search
 from foveate.run import RECORDS, key
 from foveate.significance import holm, interval, mcnemar
 from foveate.vlm import Chat
@@ -99,8 +99,12 @@ Stack = tuple[Method, ...]
 # -- questions with their ground truth -------------------------------------------------------------
 
 
-TRUTH: dict[str, dict[str, Pixels]] = {}
+TRUTH: dict[str, dict[str, tuple[int, ...]]] = {}
 """Fingerprint of a picture -> prompt -> the asked thing's box; filled as pictures are opened."""
+
+
+ASKED: dict[PocketBench, list[Sample]] = {}
+"""The questions of benchmarks that were read: every part asks for them anew."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,12 @@ class FinePrint(PocketBench):
     categories: tuple[Literal["print"], ...] = ("print",)  # type: ignore[assignment]
 
     def read(self, data: Data) -> Iterator[Sample]:
-        samples = list(super().read(data))
-        truth: dict[str, dict[str, Pixels]] = {}
+        if self not in ASKED:
+            ASKED[self] = list(self._pictured(list(super().read(data))))
+        yield from ASKED[self]
+
+    def _pictured(self, samples: list[Sample]) -> Iterator[Sample]:
+        truth: dict[str, dict[str, tuple[int, ...]]] = {}
         for sample in samples:
             (box,) = sample.meta["boxes"]
             truth.setdefault(str(sample.image_name), {})[sample.prompt] = tuple(box)
@@ -127,7 +135,7 @@ class FinePrint(PocketBench):
             yield replace(sample, image=functools.partial(opened, path, draw, truth[name]))
 
 
-def opened(path: Path, draw: Callable[[], Any], truth: dict[str, Pixels]) -> Image.Image:
+def opened(path: Path, draw: Callable[[], Any], truth: dict[str, tuple[int, ...]]) -> Image.Image:
     """A scene's picture, drawn where there is no file of it yet."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +171,7 @@ class Oracle(Method, register=False):
         image = chats[0].images[0]
         truth, found = TRUTH[fingerprint(image)], []
         for chat in chats:
-            box = left, top, right, bottom = truth[chat.text]
+            left, top, right, bottom = box = truth[chat.text]
             centre = ((left + right) // 2, (top + bottom) // 2)
             crop, source = square(centre, self.window // 2, image.size), image
             if self.black:
@@ -201,7 +209,8 @@ def ask(
                 break
             bar = progress.add_task(f"part {number + 1}: drawing", total=len(part))
             for sample in part:
-                sample.load()
+                if not (Path(bench.scenes) / f"{sample.image_name}.png").exists():
+                    sample.load()
                 progress.advance(bar)
             for name, methods_ in methods.items():
                 progress.update(bar, description=f"part {number + 1}: {name}", completed=0)
