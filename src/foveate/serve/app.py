@@ -123,7 +123,7 @@ def _model(house: House, id: str) -> dict[str, Any]:
 async def chat_completions(request: Request) -> Response:
     house: House = request.app.state.house
     house.worker.admit()  # before the body is read
-    body = await _body(request, house.settings)
+    body = await read_body(request, house.settings)
     asked, waiting = await anyio.to_thread.run_sync(_question, house, body, limiter=house.reading)
     events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
 
@@ -144,7 +144,7 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse(writer.completion([first, *[event async for event in answer]]))
 
 
-async def _body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send elsewhere unasked is of another type
         raise errors.WrongType("The body must be JSON, and its content type application/json.")

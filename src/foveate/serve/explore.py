@@ -32,7 +32,7 @@ from ..trace_page import drawn
 from ..tracing import Trace, trace
 from ..vlm import Chat
 from . import asking, wire
-from .app import House, _body, authorised
+from .app import House, authorised, read_body
 from .errors import Gone, Refusal
 
 PAGE = Path(__file__).parent / "page"
@@ -203,7 +203,7 @@ async def attention(request: Request) -> Response:
     """
     house: House = request.app.state.house
     house.worker.admit()  # before the body is read
-    body = await _body(request, house.settings)
+    body = await read_body(request, house.settings)
     work = await anyio.to_thread.run_sync(_work, house, body, limiter=house.reading)
     traced = await _result(request, house.worker.run(work))
     return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=house.reading)
