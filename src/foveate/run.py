@@ -282,14 +282,14 @@ def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 def _units(b: Benchmark, samples: list[Sample], shard: tuple[int, int]) -> list[list[Question]]:
     """Questions grouped by image and limit, in the order of first appearance; of this shard."""
-    groups: dict[Hashable, list[Question]] = {}
+    name, groups = str(b), dict[Hashable, list[Question]]()
     numbers: dict[Hashable, int] = {}  # of images: all questions about one go to one shard
     for sample in samples:
         alone = sample.image_name is None or sample.image is None
         image = (sample.split, sample.line) if alone else sample.image_name
         limit = sample.meta.get("max_new_tokens", b.max_new_tokens)
         if numbers.setdefault(image, len(numbers)) % shard[1] == shard[0]:
-            groups.setdefault((image, limit), []).append(Question(str(b), sample, limit))
+            groups.setdefault((image, limit), []).append(Question(name, sample, limit))
     return list(groups.values())
 
 
@@ -301,10 +301,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Scores of every benchmark and method of a run among its records."""
     found = {}
+    parts: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        parts.setdefault((record["benchmark"], record["method"]), []).append(record)
     for b in benchmarks:
         entries: dict[str, Any] = {}
         for name in configuration["methods"]:
-            own = [r for r in records if (r["benchmark"], r["method"]) == (str(b), name)]
+            own = parts.get((str(b), name), [])
             errors = [r["error"] for r in own if r["error"] is not None]
             times = sorted(r["ms"] for r in own)
             scores: dict[str, float] = {}
