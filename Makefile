@@ -61,5 +61,5 @@ $(SERVE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --upgrade pip
 	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
-	$(SERVE)/bin/python -m pip install --quiet --editable ".[serve]" "ray[serve]>=2.60,<2.64" playwright --group dev
+	$(SERVE)/bin/python -m pip install --quiet --editable ".[serve,ray]" playwright --group dev
 	touch $@

@@ -197,7 +197,7 @@ class Asker:
                 ms = 1e3 * (time.perf_counter() - start) / len(asked)
                 return [(answer, ms) for answer in answers]
             except Exception as error:
-                starved, why = _out_of_memory(error), _told(error)
+                starved, why = out_of_memory(error), _told(error)
             # the failure is forgotten by now, and with it the tensors that it held
             if starved:
                 gc.collect()
@@ -314,10 +314,10 @@ def _told(error: Exception) -> str:
     """An error in a record: a sentence as it is, another failure with its kind."""
     if isinstance(error, FoveateError):
         return str(error)
-    return "out of memory" if _out_of_memory(error) else f"{type(error).__name__}: {error}"
+    return "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     said = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)

@@ -218,7 +218,7 @@ def _ray() -> Iterator[Any]:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=quiet)
         except Exception as error:  # no such cluster, no room, a machine too busy to start it
             raise FoveateError(
-                f"Ray cannot be had at {address!r} ({_last_line(error)}): check RAY_ADDRESS, "
+                f"Ray cannot be had at {address!r} ({last_line(error)}): check RAY_ADDRESS, "
                 "'local' starts it on this machine."
             ) from error
         yield ray
@@ -236,11 +236,11 @@ def _one_sentence(ray: Any) -> Iterator[None]:
         if isinstance(cause, FoveateError):
             raise cause from error
         raise FoveateError(
-            f"Ray gave up ({type(cause).__name__}: {_last_line(cause)}): the same command goes on "
+            f"Ray gave up ({type(cause).__name__}: {last_line(cause)}): the same command goes on "
             "with what is missing."
         ) from error
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip().rstrip(".")

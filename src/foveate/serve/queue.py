@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..evaluation import _out_of_memory as out_of_memory
+from ..evaluation import out_of_memory
 from ..method import FoveateError, Method, text
 from ..vlm import VLM, Chat
 from .errors import Busy, Failed, Stopping

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..method import FoveateError
-from ..scale import _last_line
+from ..scale import last_line
 from ..vlm import VLM
 from .settings import Settings
 
@@ -57,7 +57,7 @@ def run_replicas(
 
     try:
         needs = _share(ray.cluster_resources(), replicas)
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             serve.ingress(build)(),
             name=NAME,
             num_replicas=replicas,
@@ -72,7 +72,7 @@ def run_replicas(
         stopped.wait()
         serve.delete(NAME)  # nothing new comes in, and they finish
     except (ray.exceptions.RayError, RuntimeError) as error:
-        raise FoveateError(f"Ray Serve gave up ({_last_line(error)}).") from error
+        raise FoveateError(f"Ray Serve gave up ({last_line(error)}).") from error
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -86,7 +86,9 @@ def _ray() -> Any:
         import ray
         import ray.serve
     except ImportError as error:
-        raise FoveateError("This needs Ray Serve: pip install 'ray[serve]>=2.60,<2.64'.") from error
+        raise FoveateError(
+            "This needs Ray Serve: install it with `pip install 'foveate[ray]'`."
+        ) from error
     address = os.environ.get("RAY_ADDRESS", "local")
     if not ray.is_initialized():
         try:
@@ -95,7 +97,7 @@ def _ray() -> Any:
             )
         except Exception as error:  # no such cluster, no room, a machine too busy to start it
             raise FoveateError(
-                f"Ray cannot be had at {address!r} ({_last_line(error)}): check RAY_ADDRESS, "
+                f"Ray cannot be had at {address!r} ({last_line(error)}): check RAY_ADDRESS, "
                 "'local' starts it on this machine."
             ) from error
     return ray
