@@ -24,17 +24,36 @@ SHAPE = "0.5b"  # whose costs the table of methods shows
 
 
 def method_table() -> Iterator[list[str]]:
-    """Every method: what it changes, where, and what it costs."""
+    """Every method that acts inside the model: what it changes, where, and what it costs."""
     measured = _load("methods-cpu")["sizes"][SHAPE]["figures"]
     yield ["method", "what it does", "stages", "rows", "extra passes", "prefill", "decode"]
     for name, cls in methods().items():
-        about = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        paper = f" ([{cls.paper}](https://arxiv.org/abs/{cls.paper}))" if cls.paper else ""
+        if "rewrite" in cls.stages:
+            continue
         stages = ", ".join(f"`{s}`" for s in _stages(cls))
         rows = cls.rows if {"scores", "weights"} & cls.stages else "none"
         cost = next((v for row, v in measured.items() if re.match(rf"{name}\b", row)), None)
         ratios = [_ratio(cost, part) if cost else "not measured" for part in ("prefill", "decode")]
-        yield [f"`{name}`", about + paper, stages, rows, _passes(cls), *ratios]
+        yield [f"`{name}`", _about(cls), stages, rows, _passes(cls), *ratios]
+
+
+def look_table() -> Iterator[list[str]]:
+    """Every method that looks again: its extra passes and what an answer costs, at every size."""
+    costs = ["over a plain answer", "published loop over it"]
+    yield ["method", "what it does", "extra passes", "shape", *costs]
+    found = [_load(path.stem)["sizes"] for path in sorted(RESULTS.glob("look-*.json"))]
+    for name, cls in methods().items():
+        measured = [
+            (size, row, figures)
+            for sizes in found
+            for size, entry in sizes.items()
+            for row, figures in entry["figures"].items()
+            if re.match(rf"{name}\b", row)
+        ]
+        for size, row, figures in measured:
+            ratios = [figures[key]["median"] for key in ("over plain", "published over method")]
+            medians = [f"{ratio:.2f}" for ratio in ratios]
+            yield [f"`{row}`", _about(cls), figures["passes"], size, *medians]
 
 
 def speed_table() -> Iterator[list[str]]:
@@ -60,8 +79,14 @@ def question_table() -> Iterator[list[str]]:
             about = ""
 
 
+def _about(cls: type[Method]) -> str:
+    about = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    return about + (f" ([{cls.paper}](https://arxiv.org/abs/{cls.paper}))" if cls.paper else "")
+
+
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "methods": method_table,
+    "looks": look_table,
     "speed": speed_table,
     "questions": question_table,
 }
@@ -73,8 +98,8 @@ def _stages(cls: type[Method]) -> list[str]:
 
 
 def _passes(cls: type[Method]) -> str:
-    if "contrast" not in cls.stages:
-        return "none"
+    if cls.passes or "contrast" not in cls.stages:
+        return cls.passes or "none"
     if cls.ahead:
         return "the prompt once more"
     return "every token once more, " + ("in one batch" if cls.pixels else "on a cache of its own")
