@@ -277,6 +277,35 @@ def test_export_can_be_read_back(tmp_path: Path) -> None:
     assert same
 
 
+def test_exported_conversations_are_in_llavas_format_and_mixed(tmp_path: Path) -> None:
+    questions.export(5, tmp_path, seed=3, habit="with", size=64)
+    rows = [json.loads(line) for line in (tmp_path / "conversations.jsonl").open()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    per_image = Counter(row["image"] for row in rows)
+    assert set(per_image) == {f"images/{k:06d}.png" for k in range(5)}
+    assert min(per_image.values()) > 10
+    said = Counter[str]()
+    for row in rows:
+        assert set(row) == {"id", "image", "conversations"}
+        human, gpt = row["conversations"]
+        assert (human["from"], gpt["from"]) == ("human", "gpt")
+        assert human["value"].startswith("<image>\n")
+        assert human["value"].count("<image>") == 1
+        said[gpt["value"] if gpt["value"] in ("yes", "no") else "open"] += 1
+    assert said["yes"] == said["no"]  # whole pairs
+    assert said["yes"] + said["no"] > said["open"] > 10
+    scenes = [json.loads(line) for line in (tmp_path / "scenes.jsonl").open()]
+    there = {entry["image"]: entry["counts"] for entry in scenes}
+    checked = 0
+    for row in rows:
+        human, gpt = row["conversations"]
+        found = re.fullmatch(r"<image>\nIs there an? (\w+) in the image\?", human["value"])
+        if found and found[1] in KINDS:
+            assert gpt["value"] == ("yes" if found[1] in there[row["image"]] else "no")
+            checked += 1
+    assert checked > 3
+
+
 def test_export_refuses_nonsense(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         questions.export(0, tmp_path)

@@ -1,4 +1,4 @@
-"""`foveate draw`: scenes with masks, questions and ground truth."""
+"""`foveate draw`: scenes with masks, questions, ground truth and conversations to train on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def draw(
     ] = Habit.BOTH,
     size: Annotated[int, typer.Option(min=32, max=4096, help="Side in pixels.")] = 768,
 ) -> None:
-    """Draw scenes, with masks, questions and ground truth, for experiments of your own."""
+    """Draw scenes, with masks, questions and ground truth, for experiments of your own.
+
+    conversations.jsonl is for foveate train cli --data.
+    """
     from ..pocket.questions import export
 
     print(f"{number} scenes: {export(number, make_folder(out), seed, habit.value, size)}")

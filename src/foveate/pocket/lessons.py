@@ -255,14 +255,13 @@ class Packer:
         scene, box = pool.view(index)
         view = close = questions.look(scene, box)
         if not both:
-            return self.pack((index,), self._lesson(view, stage, rng, close))
+            return self.pack((index,), self.lesson(view, stage, rng, close))
         if rng.random() < 0.7:  # then print is asked of the window, the rest of the scene
             view = questions.look(scene)
-        return self.pack((index - pool.scenes, index), self._lesson(view, stage, rng, close))
+        return self.pack((index - pool.scenes, index), self.lesson(view, stage, rng, close))
 
-    def _lesson(
-        self, view: Look, stage: str, rng: random.Random, close: Look
-    ) -> list[list[Question]]:
+    @staticmethod
+    def lesson(view: Look, stage: str, rng: random.Random, close: Look) -> list[list[Question]]:
         """Questions for one sequence; `close` is the look at which print is legible, if any."""
         asked: list[Question | None] = []
         if stage == "caption":
@@ -283,7 +282,7 @@ class Packer:
                 pair = questions.pairs(close if category == "print" else view, rng, category)
                 if pair and not set(pair) & set(asked):  # whole pairs, or yes would be rarer
                     asked += pair
-        kept = [self._suffixed(q, rng) for q in dict.fromkeys(asked) if q is not None]
+        kept = [Packer._suffixed(q, rng) for q in dict.fromkeys(asked) if q is not None]
         first, rest = kept[:1], kept[1:]
         rng.shuffle(rest)
         turns: list[list[Question]] = []

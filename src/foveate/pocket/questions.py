@@ -5,6 +5,7 @@
     opened(look, rng, topic=None) -> Question | None    # an open question
     caption(look, rng) -> Question
     exam(scene, rng) -> list[Question]                  # balanced, for evaluation
+    conversations(look, rng, image) -> rows             # for training, in LLaVA's format
     export(n, out, seed=0, habit="both", size=768) -> Path   # `foveate draw N --out DIR`
 
 Categories: existence (splits random, popular, adversarial as in POPE, here by the frequency and
@@ -19,6 +20,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -555,13 +557,36 @@ def window_around(thing: Thing, rng: random.Random, side: float) -> Box:
     return (corner[0], corner[1], corner[0] + side, corner[1] + side)
 
 
+def conversations(view: Look, rng: random.Random, image: str) -> Iterator[dict[str, Any]]:
+    """Questions for training about a scene or window, mixed as in the pocket model's last stage.
+
+    Args:
+        image: the picture's path, for the rows.
+
+    Yields:
+        Rows in LLaVA's format, one question each: {"id", "image", "conversations": [{"from":
+        "human", "value": "<image>\n..."}, {"from": "gpt", "value": ...}]}.
+    """
+    from foveate.pocket.lessons import Packer  # imports transformers
+
+    asked = [q for turns in Packer.lesson(view, "yesno", rng, view) for q in turns]
+    for number, question in enumerate(asked):
+        told = ("human", f"<image>\n{question.text}"), ("gpt", question.answer)
+        yield {
+            "id": f"{Path(image).stem}-{number}",
+            "image": image,
+            "conversations": [{"from": who, "value": value} for who, value in told],
+        }
+
+
 def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: int = 768) -> Path:
     """Write n scenes with pictures, masks, ground truth and questions; returns the folder.
 
     images/000000.png (size x size), masks/000000.png (8 bits: 0 background, i + 1 thing i),
     scenes.jsonl (the scene, boxes in pixels, counts, relations), questions.jsonl (id, image,
     question, answer, label, category, split, habit, things, and for print the window to look
-    through). `habit`: "with", "against" or "both" (halves, marked in every row).
+    through), conversations.jsonl (other questions, for `foveate train cli`: see `conversations`).
+    `habit`: "with", "against" or "both" (halves, marked in every row).
     """
     if n < 1:
         raise ValueError(f"the number of scenes must be at least 1, not {n}")
@@ -573,6 +598,7 @@ def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: in
     with (
         (out / "scenes.jsonl").open("w", encoding="utf-8") as scenes,
         (out / "questions.jsonl").open("w", encoding="utf-8") as questions,
+        (out / "conversations.jsonl").open("w", encoding="utf-8") as lessons,
     ):
         number = 0
         for k in range(n):
@@ -598,6 +624,9 @@ def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: in
                 row |= {("question" if k == "text" else k): v for k, v in asdict(question).items()}
                 questions.write(json.dumps(row | ({"window": box} if box else {})) + "\n")
                 number += 1
+            rng = random.Random(f"conversations-{seed}-{k}")
+            for row in conversations(look(scene), rng, f"images/{name}"):
+                lessons.write(json.dumps(row) + "\n")
     return out
 
 
