@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from foveate import Method, Recorder, enhance, prefill
+from foveate import FoveateError, Method, Recorder, enhance, prefill
 from foveate.context import attention_layers
 from foveate.method import from_json, methods, parse, text, to_json
+from foveate.methods.cli import CLI, SERVES
 from foveate.shared import next_position, suffix_batch
 from tests import models
 
@@ -26,7 +27,14 @@ METHODS = [cls for cls in methods().values() if "rewrite" not in cls.stages] + [
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.name)
 def method(request: pytest.FixtureRequest) -> Method:
     """Every registered method in turn, and the recorder, with the parameters of `example`."""
-    return request.param(**request.param.example)
+    found = request.param(**request.param.example)
+    if isinstance(found, CLI) and "family" in request.fixturenames:
+        family = request.getfixturevalue("family")
+        if models.build(family).config.model_type not in SERVES:
+            with pytest.raises(FoveateError, match="cli follows the images of"):
+                found.resolve(models.build(family))
+            pytest.skip(f"refused: cli does not know how {family} projects its images")
+    return found
 
 
 def logits(model: Any, inputs: dict[str, Tensor], method: Method | None, **options: Any) -> Tensor:

@@ -25,11 +25,20 @@ def attention_layers(model: PreTrainedModel) -> tuple[int, ...]:
 class Stack:
     """Resolved methods on one model, and which of them acts where. Shared by all contexts."""
 
-    def __init__(self, model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        methods: tuple[Method, ...],
+        plans: dict[str, Any] | None = None,
+    ) -> None:
+        plans = plans or {}
         self.model = model
         self.decoder = model.get_decoder()
         self.methods = tuple(m.resolve(model) for m in methods)
-        self.plans = tuple(m.setup(model) for m in self.methods)
+        self.plans = tuple(
+            plans[m.name] if m.name in plans else m.setup(model) for m in self.methods
+        )
+        self.vision = tuple(sorted({k for m in self.methods for k in m.vision_layers or ()}))
         self.depth: int = self.decoder.config.num_hidden_layers
         attention = [i for i, m in enumerate(self.methods) if m.edits_attention]
         self.edits = {
@@ -62,6 +71,10 @@ class Context:
         paired: whether the model runs 2B rows, the second half of them the second stream.
         notes: each row's notes of the chat it came from; empty without a front door.
         contrast: pixels that `Chat.contrast` gives this batch for a second stream, else None.
+        vision: during the stage `see`, what vision blocks gave for the images of this piece of
+            prompt: k -> (images or tiles, patches, D_v), k = 1 being the first block's output.
+        inputs: during the stage `see`, what the model was given, without caches and positions;
+            ``attention_mask`` (B, new) int64 is always there, ``labels`` where they were given.
         plan: what the acting method's `setup` returned.
         memory: the acting method's own dictionary. Values are tensors (batch-first), or lists and
             dictionaries of them; replace tensors, never change them in place.
@@ -86,6 +99,8 @@ class Context:
         self.other: Stream | None = None
         self.ahead: Tensor | None = None
         self.paired = False
+        self.vision: dict[int, Tensor] = {}
+        self.inputs: dict[str, Any] = {}
         self.see(visual, visual.shape[1])
         for i in stack.at("begin"):
             self.use(i).begin(self)
@@ -124,7 +139,7 @@ class Context:
 
     def renew(self) -> None:
         """A forward begins."""
-        self.step: dict[Any, tuple[Tensor, ...]] = {}
+        self.step: dict[Any, Any] = {}
         self.resting: frozenset[int] = frozenset()
 
     def keep(self, i: int, new: Tensor, old: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .attention import register
 from .context import Context, Stack, Stream, adopt, length
 from .method import FoveateError, Method, as_stack
 from .thin import Switch, thin_products
-from .vision import visual_mask, visual_token_ids
+from .vision import vision_blocks, visual_mask, visual_token_ids
 
 _NOT_INPUTS = {
     "foveate",
@@ -61,6 +61,8 @@ class _Engine:
         self.befores = stack.at("before")
         self.thin = Switch()  # on while both streams are rows of the batch
         self.beside: tuple[dict[str, Any], int] | None = None  # what `second` is to run
+        self.seen: dict[int, Tensor] = {}  # what vision blocks gave in this forward
+        self.given: dict[str, Any] = {}  # to the forward, where a method asks for vision blocks
 
     def install(self) -> Iterator[Any]:
         """Register every hook; yields the handles."""
@@ -73,6 +75,10 @@ class _Engine:
                 hook = functools.partial(self.enter, i)
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True)
             yield decoder.layers[-1].register_forward_hook(self.leave, with_kwargs=True)
+        if self.stack.vision:
+            blocks = vision_blocks(model)
+            for k in self.stack.vision:
+                yield blocks[k - 1].register_forward_hook(functools.partial(self.look, k))
 
     def open(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the top model's forward: find or make the context and pass it on."""
@@ -99,6 +105,10 @@ class _Engine:
             else:
                 self.extend(ctx, kwargs, cache)
         kwargs["foveate"] = ctx
+        self.seen, self.given = {}, {}
+        if self.stack.vision and ctx.phase != "decode":
+            labels = {"labels": kwargs["labels"]} if kwargs.get("labels") is not None else {}
+            self.given = self.piece(kwargs, cache) | labels
         self.thin.on = False
         if self.stack.owner is not None and ctx.acts(self.stack.owner):
             kwargs = self.contrast(model, ctx, kwargs, cache)
@@ -187,6 +197,30 @@ class _Engine:
             positions = positions.expand(len(ctx.positions), -1, -1)
             positions = torch.cat([ctx.positions, positions.to(ctx.positions.device)], 2)
         ctx.positions = positions
+        if self.stack.vision and ctx.visual[:, -new:].any():
+            self.see(ctx)
+
+    def look(self, k: int, block: Any, args: Any, out: Any) -> None:
+        """After vision block k - 1."""
+        self.seen[k] = out[0] if isinstance(out, tuple) else out
+
+    def see(self, ctx: Context) -> None:
+        """Between the vision tower and the decoder: the methods get what the tower's blocks gave.
+
+        Of two streams in one batch it is the first one's.
+        """
+        seers = [i for i in self.stack.at("see") if ctx.acts(i)]
+        if seers and not self.seen:
+            raise FoveateError(
+                f"{self.stack.methods[seers[0]].name} reads the vision tower, which did not run "
+                "for this prompt: pass pixel_values instead of images that were encoded before."
+            )
+        times = 2 if ctx.paired else 1
+        ctx.vision = {k: v[: len(v) // times] for k, v in self.seen.items()}
+        ctx.inputs = self.given
+        for i in seers:
+            ctx.use(i).see(ctx)
+        ctx.vision, ctx.inputs, self.seen, self.given = {}, {}, {}, {}
 
     def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before decoder layer `layer`."""
@@ -489,12 +523,14 @@ def attach(
     image_token_id: int | None = None,
     notes: list[dict[str, Any]] | None = None,
     contrast: dict[str, Tensor] | None = None,
+    plans: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """`enhance` for methods whose `rewrite`, if any, has been run by the caller.
 
     Args:
         notes: one per prompt, for ``ctx.notes``. contrast: the prompts' pixels for a second
             stream, as the processor returns them, for ``ctx.contrast``; only with notes.
+        plans: method name -> what its `setup` would return, such as a module in training.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     methods = tuple(m for m in methods if not m.is_neutral)
@@ -502,7 +538,7 @@ def attach(
         yield
         return
     decoder = _checked_decoder(model)
-    stack = Stack(model, methods)
+    stack = Stack(model, methods, plans)
     image_ids = visual_token_ids(model.config, image_token_id)
     if not image_ids and stack.needs_image:
         visual_mask((), torch.zeros(1, 1, dtype=torch.long))  # says what to do
@@ -522,11 +558,13 @@ def attach(
         generate: Any = getattr(model, "generate", None)
         if generate is not None:
             model.generate = _guarded(generate)  # type: ignore[assignment]
-        if stack.owner is not None and stack.methods[stack.owner].pixels:
+        contrasts = stack.owner is not None and stack.methods[stack.owner].pixels
+        if contrasts or stack.vision:
             # generate() would encode the pixels before the forward, and then repeat what it made
             model._supports_mm_encoder_outputs = lambda: False  # type: ignore[assignment]
             expand: Any = model._expand_inputs_for_generation
             model._expand_inputs_for_generation = _expanding(expand, engine.visual)
+        if contrasts:
             engine.thin = extras.enter_context(thin_products(model))
         yield
     finally:
@@ -629,8 +667,8 @@ def _expanding(expand: Callable[..., Any], visual: Callable[..., Tensor]) -> Cal
         one_each = bool(visual(kwargs).any(1).all())
         if any(len(v) != len(ids) for v in tensors.values()) or not one_each:
             raise FoveateError(
-                "Beam search with a second stream of pixels takes one picture per prompt, stored "
-                "in one row: ask one prompt at a time."
+                "Beam search with a method that needs the pixels takes one picture per prompt, "
+                "stored in one row: ask one prompt at a time."
             )
         return expand(expand_size=expand_size, **kwargs)
 

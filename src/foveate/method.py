@@ -34,7 +34,7 @@ __all__ = [
     "to_json",
 ]
 
-STAGES = ("rewrite", "contrast", "begin", "before", "scores", "weights", "logits")
+STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "logits")
 RESERVED = ("vanilla", "all")
 
 registry = Registry("method", "foveate.methods", "clvs(smoothing=0.7)+vcd", RESERVED)
@@ -73,6 +73,8 @@ class Method(Form):
     pixels: ClassVar[bool] = True  # its second stream is made from pixel values
     reads: ClassVar[bool] = False  # its `rewrite` reads the attention of `layers`
     passes: ClassVar[str] = ""  # what it runs beside the answer, in words
+    # after `resolve`: vision blocks whose output it wants in `see`; k is the output of block k - 1
+    vision_layers: ClassVar[tuple[int, ...] | None] = None
 
     stages: ClassVar[frozenset[str]] = frozenset()
 
@@ -105,6 +107,10 @@ class Method(Form):
 
     def begin(self, ctx: Context) -> None:
         """A sequence starts: allocate ``ctx.memory`` (tensors batch-first)."""
+
+    def see(self, ctx: Context) -> None:
+        """This prompt's images are encoded, the language model has not begun: `ctx.vision` holds
+        what the vision blocks of `vision_layers` gave, `ctx.inputs` what the model was given."""
 
     def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
         """Residual stream (B, Q, D) entering `layer`; ``layer == L`` is the final norm's input."""

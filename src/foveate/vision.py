@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .method import FoveateError
 
@@ -61,6 +61,20 @@ def visual_mask(
         "This model's configuration names no image token: pass image_token_id=N to enhance(), the "
         "id of the placeholder that stands for the image in input_ids."
     )
+
+
+def vision_blocks(model: Any) -> nn.ModuleList:
+    """The transformer blocks of a model's vision tower, in order.
+
+    Raises:
+        FoveateError: where the model has no tower of such blocks.
+    """
+    tower = getattr(getattr(model, "model", None), "vision_tower", None)
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    for module in tower.modules() if isinstance(tower, nn.Module) else ():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise FoveateError(f"{model.config.model_type} has no vision tower whose blocks can be read.")
 
 
 def runs(visual: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""CLI (arXiv 2601.10710) from its equations: one prompt, no cache, every sum written out.
+
+The vision states come from a pass of the tower of its own; keys and values of the summaries are
+formed; the prompt and what was generated go through the model together, again for every token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from foveate.injection import CrossLayerInjection
+
+GELU = torch.nn.functional.gelu
+
+
+class CLI:
+    """One model with an injection, one prompt at a time.
+
+    Args:
+        module: read for its weights and settings only.
+        gate: a number in the place of every gate, or None for the learnt ones.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, module: CrossLayerInjection, gate: float | None = None
+    ) -> None:
+        self.model, self.module, self.forced = model, module, gate
+        self.settings: dict[str, Any] = module._hub_mixin_config
+        self.weights = {k: v.detach() for k, v in module.state_dict().items()}
+        self.found: dict[tuple[int, int], Tensor] = {}
+
+    def logits(self, inputs: dict[str, Tensor], written: Tensor | None = None) -> Tensor:
+        """(S, V) of a prompt (1, Q) and what was written after it (n,)."""
+        ids = inputs["input_ids"]
+        self.length = ids.shape[1]
+        self.image = (ids[0] == self.model.config.image_token_id).nonzero()[:, 0]
+        if written is not None:
+            ids = torch.cat([ids, written[None]], 1)
+        with torch.no_grad():
+            brought = self.amp(inputs)
+            depth = len(self.model.get_decoder().layers)
+            hooks = [
+                layer.register_forward_pre_hook(self.entering(i, brought), with_kwargs=True)
+                for i, layer in enumerate(self.model.get_decoder().layers)
+            ]
+            last = self.model.get_decoder().layers[-1]
+            hooks.append(last.register_forward_hook(self.leaving(depth, brought)))
+            try:
+                rest = {k: v for k, v in inputs.items() if k != "attention_mask"}
+                rest |= {"input_ids": ids}
+                return self.model(**rest, use_cache=False).logits[0]
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def amp(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+        """V_k' of every vision layer, packed as the model packs: k -> (N, D)."""
+        core, config = self.model.model, self.model.config
+        pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+        counts = [1] * len(pixels)
+        if sizes is not None:
+            alone = len(sizes) == 1 or config.model_type == "llava_next"
+            counts = [
+                image_size_to_num_patches(
+                    size, config.image_grid_pinpoints, config.vision_config.image_size
+                )
+                if alone
+                else 1
+                for size in sizes
+            ]
+            pixels = torch.cat([p[:n] for p, n in zip(pixels, counts, strict=True)])
+        states = core.vision_tower(pixels, output_hidden_states=True).hidden_states
+        out = {}
+        for k in self.settings["vision_layers"]:
+            if f"paths.{k}.down.weight" not in self.weights:
+                continue
+            state = states[k]
+            if config.vision_feature_select_strategy == "default":
+                state = state[:, 1:]
+            down, up = (self.weights[f"paths.{k}.{n}.weight"] for n in ("down", "up"))
+            scale = self.settings["alpha"] / self.settings["rank"]
+            brought = core.multi_modal_projector(state) + scale * (state @ down.T @ up.T)
+            if self.settings["norm"] == "rms":
+                eps = torch.finfo(brought.dtype).eps
+                mean = brought.pow(2).mean(-1, keepdim=True)
+                brought = brought / (mean + eps).sqrt() * self.weights["norm.weight"]
+            if sizes is None:
+                out[k] = brought.flatten(0, 1)
+                continue
+            extra: dict[str, Any] = {"image_newline": core.image_newline}
+            if config.model_type == "llava_next":
+                extra["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+            else:
+                extra["vision_aspect_ratio"] = config.vision_aspect_ratio
+            tiles = torch.split(brought, counts)
+            packed, _ = core.pack_image_features(list(tiles), sizes, **extra)
+            out[k] = torch.cat(list(packed))
+        return out
+
+    def routed(self, index: int) -> list[int]:
+        """Vision layers of the decoder layer that is the `index`-th to take."""
+        layers = list(self.settings["vision_layers"])
+        if self.settings["routes"] == "one-to-many":
+            return [layers[-1]]
+        if self.settings["routes"] == "one-to-one":
+            return [layers[index * len(layers) // len(self.settings["layers"])]]
+        return layers
+
+    def update(self, layer: int, hidden: Tensor, brought: dict[int, Tensor]) -> Tensor:
+        """H_I + sum over k of g V_k', on (S, D)."""
+        hidden = hidden.clone()
+        before = hidden.clone()
+        prompt = before[: self.length]
+        if self.settings["summary"] == "image":
+            prompt = before[self.image]
+        ks = self.routed(self.settings["layers"].index(layer))
+        for k in ks:
+            for n, column in enumerate(self.image):
+                gate = self.gate(layer, k, brought[k], prompt, n)
+                share = 1 / len(ks) if self.settings["reduce"] == "mean" else 1.0
+                hidden[column] += share * gate * brought[k][n]
+        return hidden
+
+    def gate(self, layer: int, k: int, features: Tensor, prompt: Tensor, n: int) -> Tensor:
+        """g of one visual token: (1,) or (D,)."""
+        kind = self.settings["gate"]
+        if self.forced is not None or kind == "open":
+            return torch.tensor([1.0 if self.forced is None else self.forced])
+        if kind == "static":
+            return self.weights[f"gates.{layer}-{k}.value"].flatten()
+        name = f"gates.{layer}-{k}" if self.settings["share"] == "pair" else f"gates.{layer}"
+        own = features[n] if kind == "token" else self.summary(f"{name}.vision", features)
+        held = self.summary(f"{name}.hidden", prompt)
+        first = torch.cat(
+            [
+                self.weights[f"{name}.from_vision.weight"],
+                self.weights[f"{name}.from_hidden.weight"],
+            ],
+            1,
+        )
+        inner = GELU(first @ torch.cat([own, held]) + self.weights[f"{name}.from_vision.bias"])
+        out = self.weights[f"{name}.last.weight"] @ inner + self.weights[f"{name}.last.bias"]
+        gate = out.tanh() if kind == "tanh" else out.sigmoid()
+        self.found[layer, k] = gate
+        return gate
+
+    def summary(self, name: str, x: Tensor) -> Tensor:
+        """Multi-head attention of the learnt query over x (S, D): (D,)."""
+        weights = {n: self.weights[f"{name}.{n}.weight"] for n in ("q", "k", "v", "out")}
+        query, keys, values = weights["q"] @ self.weights[f"{name}.query"], x, x
+        keys, values = keys @ weights["k"].T, values @ weights["v"].T
+        size = len(query) // self.settings["heads"]
+        heads = []
+        for h in range(self.settings["heads"]):
+            part = slice(h * size, (h + 1) * size)
+            weight = (keys[:, part] @ query[part] / math.sqrt(size)).softmax(0)
+            heads.append(weight @ values[:, part])
+        return weights["out"] @ torch.cat(heads)
+
+    def entering(self, layer: int, brought: dict[int, Tensor]) -> Any:
+        layer -= self.settings["place"] == "after"
+
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            if layer not in self.settings["layers"]:
+                return None
+            return (self.update(layer, args[0][0], brought)[None], *args[1:]), kwargs
+
+        return hook
+
+    def leaving(self, depth: int, brought: dict[int, Tensor]) -> Any:
+        def hook(module: Any, args: Any, out: Tensor) -> Any:
+            if self.settings["place"] == "before" or depth - 1 not in self.settings["layers"]:
+                return None
+            return self.update(depth - 1, out[0], brought)[None]
+
+        return hook
