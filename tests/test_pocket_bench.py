@@ -20,8 +20,8 @@ from foveate.benchmark import Problems, Record, Sample, parse
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, TASKS, YES_NO, PocketBench
 from foveate.heads import FIRST_SCENE as FIRST_OF_HEADS
 from foveate.pocket import lessons, questions, world
+from foveate.pocket.training import EXAM_SEED
 from foveate.pocket.world import COLORS, KINDS, PATTERNS, SIZES, Scene, Thing
-from foveate.train import EXAM_SEED
 from tests.goldens import records
 
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from foveate import train
 from foveate.method import FoveateError
-from foveate.pocket import build, lessons, questions
+from foveate.pocket import build, lessons, questions, training
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
 
 TINY = {"vision_layers": 1, "vision_width": 64, "text_layers": 1, "text_width": 64}
-SHORT = dict.fromkeys(train.STAGES, 3)
+SHORT = dict.fromkeys(training.STAGES, 3)
 RUN = {
     "scenes": 12, "windows": 6, "shape": TINY, "steps": SHORT, "precision": "no",
-    "batch": dict.fromkeys(train.STAGES, 2),
+    "batch": dict.fromkeys(training.STAGES, 2),
 }  # fmt: skip
 
 
@@ -36,8 +36,9 @@ class Line(nn.Module):
         torch.manual_seed(0)
         self.layer, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return (self.drop(self.layer(batch["x"])) - batch["y"]).square().mean()
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        losses = (self.drop(self.layer(batch["x"])) - batch["y"]).square()
+        return losses.sum(), torch.tensor(losses.numel())
 
 
 def line_batches(step: int) -> dict[str, Tensor]:
@@ -98,10 +99,10 @@ def test_every_item_comes_once_per_epoch() -> None:
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    whole = train.train_pocket(tmp_path / "whole", "caption", **RUN)
+    whole = training.train_pocket(tmp_path / "whole", "caption", **RUN)
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from foveate.train import train_pocket\n"
+        "from foveate.pocket.training import train_pocket\n"
         f"train_pocket(sys.argv[1], 'caption', checkpoint_every=0, **{RUN!r})"
     )
     cut = tmp_path / "cut"
@@ -114,7 +115,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> No
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert not (cut / "caption.pt").exists()
-    train.train_pocket(cut, "caption", **RUN)
+    training.train_pocket(cut, "caption", **RUN)
     first, second = (torch.load(f / "caption.pt") for f in (whole.parent, cut))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not list(cut.glob("*.step-*"))
@@ -122,18 +123,18 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> No
 
 def test_until_and_reuse(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="Unknown stage"):
-        train.train_pocket(tmp_path, "sleep")
-    folder = train.train_pocket(tmp_path / "run", "open", **RUN)
+        training.train_pocket(tmp_path, "sleep")
+    folder = training.train_pocket(tmp_path / "run", "open", **RUN)
     assert folder.name == "open"
     model, processor = build.load_pocket(folder)
     assert model.config.text_config.num_hidden_layers == 1
     assert not (tmp_path / "run" / "yesno").exists()
     with pytest.raises(FoveateError, match="resume"):
-        train.train_pocket(tmp_path / "run", "open", resume=False, **RUN)
-    rows = train.evaluate_pocket(folder, n=1)
+        training.train_pocket(tmp_path / "run", "open", resume=False, **RUN)
+    rows = training.evaluate_pocket(folder, n=1)
     assert set(rows) == {"with", "against"}
     assert {"existence", "existence, popular", "attribute", "open"} <= set(rows["with"])
-    table = train.format_report(rows)
+    table = training.format_report(rows)
     assert "| existence |" in table
     assert processor.tokenizer.padding_side == "left"
 
@@ -147,9 +148,9 @@ def test_packed_questions_equal_single_prompts(tmp_path: Path, both: bool) -> No
     packer = lessons.Packer(processor)
     one = packer.item(pool, 4, "yesno", random.Random(5), both)
     pixels = torch.from_numpy(np.stack([pool.pixels[i] for i in one.images]))
-    lesson = train.LanguageLesson(model, packer.image)
+    lesson = training.LanguageLesson(model, packer.image)
     with torch.no_grad():
-        tower = model.model.vision_tower(train.normalised(pixels)).last_hidden_state[:, 1:]
+        tower = model.model.vision_tower(training.normalised(pixels)).last_hidden_state[:, 1:]
         batch = {k: torch.from_numpy(v) for k, v in lessons.collate([one]).items()}
         logits = model.lm_head(lesson.hidden(batch | {"features": tower}))[0]
     asked = {int(one.segments[at]): (question, at) for question, at in reversed(one.asked)}
@@ -193,7 +194,7 @@ def test_two_turns_in_a_row_are_packed_as_the_template_writes_them() -> None:
 
 
 def test_the_state_before_yes_and_no_is_kept(tmp_path: Path) -> None:
-    folder = train.train_pocket(tmp_path, "yesno", **RUN)
+    folder = training.train_pocket(tmp_path, "yesno", **RUN)
     before, _ = build.load_open(folder)
     alone, _ = build.load_pocket(tmp_path / "open")
     after, _ = build.load_pocket(folder)

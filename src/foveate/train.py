@@ -1,27 +1,22 @@
-"""Training: one loop on Accelerate, and the pocket model's four stages on top of it.
+"""Training: one loop on Accelerate, for the pocket model and for cross-layer injection.
 
     fit(lesson, batches, folder=, name=, minutes= | steps=, ...) -> Clock
-    train_pocket(out, until="yesno", seed=0, resume=True, ...) -> Path   # the last stage's folder
-    evaluate_pocket(folder=WEIGHTS, n=100, seed=0) -> dict               # the card's table
-    format_report(report) -> str
+    drawn(count, size, step, seed) -> list[int]     # the items of a step
 
-Stages: "tower" (every patch learns to say what it shows, in the words of the language model),
-"caption", "open" (captions and open questions), "yesno" (pairs of yes/no questions on the same
-fact, beside open ones). Each ends by its budget with a learning rate run down to nothing, and
-leaves `out/<stage>/`, a folder that plain transformers loads. A run that is killed continues from
-its last checkpoint as if nothing had happened.
+It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP, as Accelerate is
+configured. A run that is killed continues from its last checkpoint as if nothing had happened.
 """
+
+from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,19 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
 
-from foveate.method import FoveateError
-from foveate.pocket import build, lessons, questions, world
+from .form import FoveateError
 
-STAGES = ("tower", "caption", "open", "yesno")
-MINUTES = {"tower": 25.0, "caption": 3.0, "open": 19.0, "yesno": 44.0}  # of two CPU cores
-RATES = {"tower": 3e-3, "caption": 2e-3, "open": 2e-3, "yesno": 2e-3}
-BATCH = {"tower": 32, "caption": 16, "open": 16, "yesno": 16}
-
-
-# -------------------------------------------------------------------------------- the loop
+WARM_UP = 40  # steps
 
 
 @dataclass
@@ -58,6 +44,19 @@ class Clock:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
 
+def start(precision: str) -> Any:
+    """This process's Accelerator: "no", "bf16" or "fp16"; on the CPU where there is no GPU."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+    except ImportError as error:
+        raise FoveateError('Training needs accelerate: pip install "foveate[train]".') from error
+
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one looks at the data
+    cpu = not torch.cuda.is_available()
+    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
+
+
 def fit(
     lesson: nn.Module,
     batches: Callable[[int], dict[str, Tensor]],
@@ -67,83 +66,108 @@ def fit(
     minutes: float | None = None,
     steps: int | None = None,
     rate: float = 2e-3,
+    warm_up: int = WARM_UP,
     seed: int = 0,
     resume: bool = True,
     precision: str = "bf16",
     checkpoint_every: float = 120,
+    log_every: int = 50,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: float = 180,
+    accelerator: Any = None,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> Clock:
-    """Minimise `lesson(batch)` (a scalar loss) over its trainable parameters.
+    """Minimise a loss over the trainable parameters of `lesson`.
 
-    `batches(step)` gives the batch of a step and must depend on nothing else: a resumed run then
-    equals an undisturbed one (bit for bit with `steps`; with `minutes` the budget counts only
-    time spent training). Matrices are trained by Muon, all else by AdamW. The rate warms up,
-    stays, and falls linearly to zero over the last 30 %. Accuracies go to `folder/log.jsonl`.
+    `lesson(batch)` gives a sum of losses and its weight, scalars; what is minimised is the sum over
+    all processes by the weight over all processes, so that it does not matter how a batch is
+    divided among them. `batches(step)` gives this process's batch of a step and must depend on
+    nothing else: a resumed run then equals an undisturbed one (bit for bit with `steps`; with
+    `minutes` the budget counts only time spent training). The rate warms up, stays, and falls
+    linearly to zero over the last 30 %. Losses and accuracies go to `folder/log.jsonl`.
+
+    Args:
+        precision: as `start` takes it; unused where `accelerator` is given.
+        checkpoint_every, evaluate_every: seconds.
+        log_every: steps; with 1 the log has the loss of each step instead of a running mean.
+        optimizers: with the peak rate of each parameter group under "peak"; default: Muon for
+            matrices, AdamW for all else, at `rate`.
+        finish: called in every process with the trained lesson as Accelerate prepared it.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-    except ImportError as error:
-        raise FoveateError('Training needs accelerate: pip install "foveate[train]".') from error
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps as the budget of a stage")
+    accelerator = accelerator or start(precision)
+
+    from accelerate.utils import set_seed
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     set_seed(seed)
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    optimizers = make_optimizers(lesson, rate)
+    optimizers = optimizers or make_optimizers(lesson, rate)
     lesson, *optimizers = accelerator.prepare(lesson, *optimizers)
     clock = Clock()
     accelerator.register_for_checkpointing(clock)
     folder.mkdir(parents=True, exist_ok=True)
     last = latest(folder, name) if resume else None
     if last:
-        accelerator.load_state(str(last))
+        accelerator.load_state(str(last), strict=False)
+    main, journal = accelerator.is_main_process, folder / "log.jsonl"
+    if main:
+        forget(journal, name, clock.step)
 
     def done() -> float:
         share = clock.step / steps if steps else clock.seconds / (60 * (minutes or 1))
         return min(1.0, share)
 
     def log(**row: Any) -> None:
-        if accelerator.is_main_process:
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        if main:
+            with journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": name, "step": clock.step} | row) + "\n")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     running, saved, examined = math.nan, time.monotonic(), time.monotonic()
-    with Progress(*columns, TimeElapsedColumn(), disable=not accelerator.is_main_process) as bar:
+    with Progress(*columns, TimeElapsedColumn(), disable=not main) as bar:
         task = bar.add_task(name, total=1.0, note="")
         for batch in ahead(batches, clock.step):
             if done() >= 1:
                 break
             began = time.monotonic()
-            now = rate_at(clock.step, done())
+            now = rate_at(clock.step, done(), warm_up)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * now
                 optimizer.zero_grad()
-            batch = {k: v.to(accelerator.device) for k, v in batch.items()}
-            loss = lesson(batch)
-            accelerator.backward(loss)
+            total, weight = lesson({k: v.to(accelerator.device) for k, v in batch.items()})
+            # the clock is the main process's, and so is the decision to save
+            save = main and began - saved > checkpoint_every
+            told = torch.stack([total.detach().double(), weight.double()])
+            told = torch.cat([told, told.new_tensor([save, clock.seconds if main else 0.0])])
+            summed, count, save, clock.seconds = accelerator.reduce(told, "sum").tolist()
+            count = count or 1.0
+            accelerator.backward(total * (accelerator.num_processes / count))
             accelerator.clip_grad_norm_(lesson.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            value = float(loss.detach())
+            value = summed / count
             running = value if math.isnan(running) else running + 0.05 * (value - running)
             clock.step += 1
             clock.seconds += time.monotonic() - began
             note = f"loss {running:.3f}  {clock.seconds / clock.step:.2f} s/step  {clock.step}"
             bar.update(task, completed=done(), note=note)
-            if time.monotonic() - saved > checkpoint_every:
+            if log_every == 1:
+                log(seconds=round(clock.seconds, 2), loss=value, rate=now)
+            elif clock.step % log_every == 0:
+                log(seconds=round(clock.seconds), loss=round(running, 4))
+            if save:
                 save_checkpoint(accelerator, folder, name, clock.step)
                 saved = time.monotonic()
-            if clock.step % 50 == 0:
-                log(seconds=round(clock.seconds), loss=round(running, 4))
             if evaluate and time.monotonic() - examined > evaluate_every:
                 log(seconds=round(clock.seconds), loss=round(running, 4), **evaluate())
                 examined = time.monotonic()
-    log(seconds=round(clock.seconds), loss=round(running, 4), **(evaluate() if evaluate else {}))
+    if log_every > 1:
+        log(seconds=round(clock.seconds), loss=round(running, 4), **(evaluate or dict)())
+    if finish:
+        finish(lesson)
     accelerator.free_memory()
     return clock
 
@@ -169,277 +193,9 @@ def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimize
     return made
 
 
-def rate_at(step: int, done: float) -> float:
-    """Share of the peak rate: 40 steps of warm-up, a plateau, a linear end over the last 30 %."""
-    return min(1.0, (step + 1) / 40) * min(1.0, (1 - done) / 0.3)
-
-
-def ahead(batches: Callable[[int], dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-    """The batches from `step` on, each prepared in a thread while the one before is learnt."""
-    with ThreadPoolExecutor(1) as worker:
-        waiting = [worker.submit(batches, step + i) for i in range(2)]
-        while True:
-            step += 1
-            waiting.append(worker.submit(batches, step + 1))
-            yield waiting.pop(0).result()
-
-
-def save_checkpoint(accelerator: Any, folder: Path, name: str, step: int) -> None:
-    """Write beside the older checkpoint, mark complete, then drop the older."""
-    target = folder / f"{name}.step-{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
-    accelerator.save_state(str(target), safe_serialization=False)
-    (target / "complete").touch()
-    for old in folder.glob(f"{name}.step-*"):
-        if old != target:
-            shutil.rmtree(old)
-
-
-def latest(folder: Path, name: str) -> Path | None:
-    """The newest complete checkpoint of a stage."""
-    found = [p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists()]
-    return max(found, default=None)
-
-
-def drop_checkpoints(folder: Path, name: str) -> None:
-    for old in folder.glob(f"{name}.step-*"):
-        shutil.rmtree(old)
-
-
-# ----------------------------------------------------------------------- what is minimised
-
-
-# what matters most for answers, and comes last, weighs most
-WEIGHTS = {"kind": 2.0, "color": 1.0, "pattern": 1.0, "size": 1.0, "print": 1.5, "row": 0.5,
-           "column": 0.5, "number": 0.1}  # fmt: skip
-
-
-class TowerLesson(nn.Module):
-    """Every patch says what it shows: scores are products with the words' own embeddings.
-
-    The projected features thereby start out in the language model's space, which is what lets
-    its attention find things by name as soon as it starts to learn.
-    """
-
-    def __init__(self, model: nn.Module, processor: Any):
-        super().__init__()
-        core: Any = model
-        self.tower, self.projector = core.model.vision_tower, core.model.multi_modal_projector
-        self.embed = core.model.language_model.embed_tokens
-        self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
-        for p in self.helper.parameters():
-            nn.init.zeros_(p)
-        words = [w for group in lessons.DENSE.values() for w in group]
-        ids = [build.encode(processor, word) for word in words]
-        assert all(len(i) == 1 for i in ids)
-        self.register_buffer("words", torch.tensor(ids).flatten(), persistent=False)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        values, scores = self.scores(batch["pixels"])
-        loss = scores.new_zeros(())
-        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
-        for k, (name, part) in enumerate(zip(lessons.DENSE, parts, strict=True)):
-            target = batch["labels"][..., k].flatten()
-            part = part.flatten(0, 1)
-            weight = WEIGHTS[name]
-            if name == "print":
-                some = target == lessons.SOME_PRINT
-                target = target.masked_fill(some, lessons.IGNORE)
-                nothing = F.log_softmax(part[some], -1)[:, -1]
-                missed = -torch.log1p(-nothing.exp().clamp(max=1 - 1e-6)).sum()
-                loss = loss + missed / max(1, len(some) // 4)
-            valid = (target != lessons.IGNORE).sum().clamp(min=1)
-            total = F.cross_entropy(part, target, ignore_index=lessons.IGNORE, reduction="sum")
-            loss = loss + weight * total / valid
-        centers = batch["centers"]
-        there = ~centers.isnan().any(-1)
-        return loss + 10 * F.mse_loss(self.helper(values)[there].float(), centers[there])
-
-    def scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features (B, 144, D) and word scores (B, 144, words) in fp32."""
-        hidden = self.tower(normalised(pixels)).last_hidden_state[:, 1:]
-        values = self.projector(hidden)
-        return values, 16 * (values @ self.embed(self.words).T).float()
-
-
-class LanguageLesson(nn.Module):
-    """Packed questions on frozen features: cross-entropy of the answers' tokens."""
-
-    def __init__(self, model: nn.Module, image_token: int):
-        super().__init__()
-        core: Any = model
-        self.projector, self.decoder = core.model.multi_modal_projector, core.model.language_model
-        self.image_token = image_token
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        hidden = self.hidden(batch)
-        chosen = batch["labels"] != lessons.IGNORE
-        logits = F.linear(hidden[chosen], self.decoder.embed_tokens.weight).float()
-        losses = F.cross_entropy(logits, batch["labels"][chosen], reduction="none")
-        weights = batch["weights"][chosen]
-        return (losses * weights).sum() / weights.sum()
-
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Final hidden states (B, S, D) of packed sequences."""
-        ids, segments = batch["ids"], batch["segments"]
-        seen = self.projector(batch["features"].to(self.projector.linear_1.weight.dtype))
-        embeds = self.decoder.embed_tokens(ids)
-        embeds = embeds.masked_scatter((ids == self.image_token)[..., None], seen.to(embeds.dtype))
-        prefix = int((segments[0] == 0).sum())
-        unseen = ~chunk_mask(segments, prefix).flatten(0, 1)
-        bias = torch.zeros(unseen.shape, device=ids.device).masked_fill(unseen, -1e4)
-        config = self.decoder.config
-        usual, config._attn_implementation = config._attn_implementation, PACKED
-        try:
-            return self.decoder(
-                inputs_embeds=embeds,
-                position_ids=batch["positions"],
-                use_cache=False,
-                packed=(prefix, bias),
-            ).last_hidden_state
-        finally:
-            config._attn_implementation = usual
-
-
-# Attention of packed sequences. A mask over all pairs would do; but a question sees the shared
-# start and itself, so questions are cut into chunks that see the start, the chunk before and
-# their own. Plain products, because the CPU's fused kernel takes longer to differentiate when
-# heads are this small.
-PACKED = "foveate_packed"
-CHUNK = lessons.CHUNK
-
-
-def chunk_mask(segments: Tensor, prefix: int) -> Tensor:
-    """bool (B, chunks, CHUNK, prefix + 2 CHUNK), True = attend."""
-    own = segments[:, prefix:].unflatten(1, (-1, CHUNK))
-    before = F.pad(own[:, :-1], (0, 0, 1, 0), value=-2)
-    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=segments.device).tril()
-    return torch.cat(
-        [
-            own.new_ones(*own.shape, prefix, dtype=torch.bool),
-            own[..., None] == before[:, :, None],
-            (own[..., None] == own[:, :, None]) & causal,
-        ],
-        dim=-1,
-    )
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float = 1.0,
-    packed: tuple[int, Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Exact attention for `Packer` sequences; query (B, H, S, D), key and value (B, Hkv, S, D)."""
-    assert packed is not None
-    prefix, bias = packed
-    query, key = query.to(value.dtype) * scaling, key.to(value.dtype)
-    group = query.shape[1] // key.shape[1]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """q (N, H, R, D), k and v (N, Hkv, K, D), bias (N | 1, R, K): one product per group."""
-        rows = q.unflatten(1, (-1, group)).flatten(2, 3)
-        scores = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)) + bias[:, None, None]
-        return (scores.flatten(2, 3).softmax(-1) @ v).unflatten(2, (group, -1)).flatten(1, 2)
-
-    def chunks(x: Tensor) -> Tensor:
-        return x[:, :, prefix:].unflatten(2, (-1, CHUNK)).transpose(1, 2)  # (B, n, H, CHUNK, D)
-
-    def context(x: Tensor) -> Tensor:
-        own = chunks(x)
-        shared = x[:, None, :, :prefix].expand(-1, own.shape[1], -1, -1, -1)
-        before = F.pad(own[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-        return torch.cat([shared, before, own], dim=3).flatten(0, 1)
-
-    future = torch.full((1, prefix, prefix), -1e4, dtype=value.dtype, device=value.device).triu(1)
-    start = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], future)
-    rest = attend(chunks(query).flatten(0, 1), context(key), context(value), bias.to(value.dtype))
-    rest = rest.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([start, rest], dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(PACKED, packed_attention)
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 (B, 96, 96, 3) to what the image processor gives: float (B, 3, 96, 96)."""
-    mean, std = (torch.tensor(v, device=pixels.device) for v in (build.MEAN, build.STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-# ------------------------------------------------------------------------- the pocket model
-
-
-def train_pocket(
-    out: Path | str,
-    until: str = "yesno",
-    *,
-    seed: int = 0,
-    resume: bool = True,
-    minutes: dict[str, float] | None = None,
-    steps: dict[str, int] | None = None,
-    scenes: int = 30_000,
-    windows: int = 14_000,
-    batch: dict[str, int] | None = None,
-    rates: dict[str, float] | None = None,
-    shape: dict[str, int] | None = None,
-    precision: str = "bf16",
-    checkpoint_every: float = 120,
-    evaluate_every: float = 180,
-) -> Path:
-    """Train the pocket model through its stages up to `until`; returns that stage's folder.
-
-    `minutes` or `steps` per stage override the budgets; `shape` goes to `build_pocket`. With
-    `resume`, finished stages in `out` are taken as they are and a broken-off one is continued.
-    `out` takes 85 KB of disk per scene and window: 3.7 GB by default.
-    """
-    if until not in STAGES:
-        raise FoveateError(f'Unknown stage "{until}": choose one of {", ".join(STAGES)}.')
-    out = Path(out)
-    if not resume and out.exists() and any(out.glob("*.pt")):
-        raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    budget = MINUTES | (minutes or {})
-    sizes = BATCH | (batch or {})
-    model, processor = build.build_pocket(seed, **(shape or {}))
-    pool = lessons.Pool(out / "pool", scenes, windows, seed).build()
-    held = lessons.Pool(
-        out / "held", min(64, scenes), min(48, windows), seed, questions.FIRST_HELD_OUT
-    ).build()
-    for stage in STAGES[: STAGES.index(until) + 1]:
-        ended = out / f"{stage}.pt"
-        if ended.exists():
-            model.load_state_dict(torch.load(ended, weights_only=True))
-            continue
-        common: dict[str, Any] = {
-            "folder": out,
-            "name": stage,
-            "minutes": None if steps else budget[stage],
-            "steps": steps[stage] if steps else None,
-            "seed": seed,
-            "resume": resume,
-            "precision": precision,
-            "checkpoint_every": checkpoint_every,
-            "evaluate_every": evaluate_every,
-            "rate": (RATES | (rates or {}))[stage],
-        }
-        for p in model.parameters():
-            p.requires_grad_(True)
-        if stage == "tower":
-            _train_tower(model, processor, pool, held, sizes[stage], common)
-        else:
-            _train_language(model, processor, pool, held, sizes[stage], stage, common)
-        part = ended.with_suffix(".part")
-        torch.save(model.state_dict(), part)
-        part.replace(ended)
-        build.save_pocket(model, processor, out / stage)
-        drop_checkpoints(out, stage)
-    if until == "yesno":
-        build.save_open(torch.load(out / "open.pt", weights_only=True), out / until)
-    return out / until
+def rate_at(step: int, done: float, warm_up: int = WARM_UP) -> float:
+    """Share of the peak rate: a warm-up, a plateau, a linear end over the last 30 %."""
+    return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - done) / 0.3)
 
 
 @lru_cache(maxsize=2)
@@ -453,276 +209,57 @@ def drawn(count: int, size: int, step: int, seed: int) -> list[int]:
     return [int(_shuffled(count, seed, p // count)[p % count]) for p in places]
 
 
-def _train_tower(
-    model: Any,
-    processor: Any,
-    pool: lessons.Pool,
-    held: lessons.Pool,
-    size: int,
-    common: dict[str, Any],
-) -> None:
-    lesson = TowerLesson(model, processor)
-    with torch.no_grad():  # words of some length, so that scores can be large from the start
-        torch.nn.init.normal_(
-            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(common["seed"])
-        )
-
-    def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), size, step, common["seed"])
-        return {k: torch.from_numpy(v) for k, v in lessons.dense_batch(pool, items).items()}
-
-    def evaluate() -> dict[str, float]:
-        return tower_accuracy(lesson, held, common["precision"])
-
-    model.train()
-    fit(lesson, batches, evaluate=evaluate, **common)
-    model.eval()
+def ahead(batches: Callable[[int], dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
+    """The batches from `step` on, each prepared in a thread while the one before is learnt."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = [worker.submit(batches, step + i) for i in range(2)]
+        while True:
+            step += 1
+            waiting.append(worker.submit(batches, step + 1))
+            yield waiting.pop(0).result()
 
 
-@torch.no_grad()
-def tower_accuracy(
-    lesson: TowerLesson, held: lessons.Pool, precision: str = "bf16"
-) -> dict[str, float]:
-    """Share of the held-out patches whose word is right, per kind of label."""
-    right: dict[str, list[float]] = defaultdict(list)
-    device = next(lesson.parameters()).device
-    for i in range(0, len(held), 32):
-        batch = lessons.dense_batch(held, list(range(i, min(i + 32, len(held)))))
-        with autocast(precision, device):
-            scores = lesson.scores(torch.from_numpy(batch["pixels"]).to(device))[1].cpu()
-        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
-        for (name, words), part in zip(lessons.DENSE.items(), parts, strict=True):
-            target = torch.from_numpy(batch["labels"][..., lessons.TAG[name]])
-            hit = part.argmax(-1) == target
-            valid = (target >= 0) & (target < len(words))
-            if name == "kind":
-                valid &= target < len(world.KINDS)
-            if name == "print":
-                valid &= target < len(lessons.GLYPHS)
-            right[name] += hit[valid].float().tolist()
-    return {name: round(float(np.mean(v)), 4) for name, v in right.items() if v}
+# ------------------------------------------------------------------------------ checkpoints
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    """Accelerate's precision for code outside its loop."""
-    if precision == "no":
-        return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype)
+def save_checkpoint(accelerator: Any, folder: Path, name: str, step: int) -> None:
+    """Write beside the older checkpoint, mark complete, then drop the older; in all processes."""
+    target = folder / f"{name}.step-{step:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(target), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (target / "complete").touch()
+        for old in folder.glob(f"{name}.step-*"):
+            if old != target:
+                shutil.rmtree(old)
 
 
-def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray:
-    """The frozen tower's output for a whole pool: float16 (items, 144, D), computed once."""
-    path, width = pool.folder / "features.npy", model.config.vision_config.hidden_size
-    if not path.exists():
-        part = path.with_suffix(".part")
-        shape = (len(pool), build.VISUAL_TOKENS, width)
-        array = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-        device = next(model.parameters()).device
-        with torch.no_grad(), autocast(precision, device):
-            for i in range(0, len(pool), 64):
-                pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
-                hidden = model.model.vision_tower(normalised(pixels)).last_hidden_state[:, 1:]
-                array[i : i + 64] = hidden.half().cpu().numpy()
-        array.flush()
-        part.replace(path)
-    return np.load(path, mmap_mode="r")
+def latest(folder: Path, name: str) -> Path | None:
+    """The newest complete checkpoint of a stage."""
+    found = [p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists()]
+    return max(found, default=None)
 
 
-def _train_language(
-    model: Any,
-    processor: Any,
-    pool: lessons.Pool,
-    held: lessons.Pool,
-    size: int,
-    stage: str,
-    common: dict[str, Any],
-) -> None:
-    model.model.vision_tower.requires_grad_(False)
-    seen = {id(p): tower_features(model, p, common["precision"]) for p in (pool, held)}
-    packer = lessons.Packer(processor)
-    lesson = LanguageLesson(model, packer.image)
-    salt = common["seed"] + 1000 * STAGES.index(stage)
-
-    def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), size, step, salt)
-        rng = random.Random(f"{salt}-{step}")
-        return pack_batch(packer, pool, seen[id(pool)], items, stage, rng)
-
-    def evaluate() -> dict[str, float]:
-        return quiz(lesson, packer, held, seen[id(held)], common["precision"])
-
-    model.train()
-    fit(lesson, batches, evaluate=evaluate, **common)
-    model.eval()
+def drop_checkpoints(folder: Path, name: str) -> None:
+    for old in folder.glob(f"{name}.step-*"):
+        shutil.rmtree(old)
 
 
-def pack_batch(
-    packer: lessons.Packer,
-    pool: lessons.Pool,
-    features: np.ndarray,
-    items: list[int],
-    stage: str,
-    rng: random.Random,
-) -> dict[str, Tensor]:
-    """The batch of some pool items; one batch in twenty shows windows after their scenes."""
-    both = rng.random() < 0.05 and pool.windows > 0
-    if both:
-        items = [pool.scenes + i % pool.windows for i in items]
-    return with_features([packer.item(pool, i, stage, rng, both) for i in items], features)
-
-
-def with_features(packed: list[lessons.Packed], features: np.ndarray) -> dict[str, Tensor]:
-    """Collate, and add the features of the pictures in the order of their tokens."""
-    batch = {k: torch.from_numpy(v) for k, v in lessons.collate(packed).items()}
-    pictures = [i for one in packed for i in one.images]
-    batch["features"] = torch.from_numpy(np.stack([features[i] for i in pictures]))
-    return batch
-
-
-@torch.no_grad()
-def quiz(
-    lesson: LanguageLesson,
-    packer: lessons.Packer,
-    held: lessons.Pool,
-    features: np.ndarray,
-    precision: str = "bf16",
-) -> dict[str, float]:
-    """Accuracy of the first answer token on held-out pictures, by category and form."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    device = next(lesson.parameters()).device
-    for i in range(0, len(held), 16):
-        items = list(range(i, min(i + 16, len(held))))
-        packed = [packer.item(held, k, "yesno", random.Random(k)) for k in items]
-        batch = {k: v.to(device) for k, v in with_features(packed, features).items()}
-        with autocast(precision, device):
-            hidden = lesson.hidden(batch)
-            best = F.linear(hidden, lesson.decoder.embed_tokens.weight).argmax(-1).cpu()
-        for row, one in enumerate(packed):
-            for question, at in one.asked:
-                if question.category == "caption":
-                    continue
-                form = "yesno" if question.label else "open"
-                where = "" if held.scenes > items[row] else "_window"
-                name = f"{form}_{question.category}"
-                if question.category == "print":
-                    name += f"{where}_{question.topic}"
-                hit = int(best[row, at]) == int(one.labels[at])
-                right[name].append(hit)
-                if question.category != "print":
-                    right[form].append(hit)
-    return {name: round(float(np.mean(v)), 4) for name, v in sorted(right.items())}
-
-
-# -------------------------------------------------------------------------- the card's table
-
-EXAM_SEED = questions.FIRST_HELD_OUT + 500_000_000
-
-
-@torch.no_grad()
-def evaluate_pocket(
-    folder: Path | str = build.WEIGHTS, n: int = 100, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Ask a saved model about n fresh scenes with and n against the habit, as a user would.
-
-    Pictures of 768 pixels go through the processor, windows are cropped out of them, questions
-    through the chat template, answers come from greedy `generate` in fp32 and must be right word
-    by word. Returns {habit: {row: {"accuracy", "yes" (share of yes answers, else nan), "n"}}}.
-    """
-    model, processor = build.load_pocket(folder)
-    report = {}
-    for habit in ("with", "against"):
-        given: dict[str, list[tuple[bool, bool | None]]] = defaultdict(list)
-        for k in range(n):
-            scene = world.sample(EXAM_SEED + seed * 1_000_003 + k, habit)
-            rng = random.Random(f"exam-{seed}-{k}")
-            image = world.draw(scene, 768)
-            asked = [([image], q, rows_of(q)) for q in questions.exam(scene, rng)]
-            for box, i in questions.print_windows(scene, rng):
-                view, thing = questions.look(scene, box), scene.things[i]
-                if i not in view.single():
-                    continue
-                text = rng.choice(questions.OPEN["print"]).format(kind=thing.kind)
-                one = questions.Question(text, thing.print.lower(), "print", "print")
-                x0, y0, x1, y1 = (round(768 * edge) for edge in box)
-                crop = image.crop((x0, y0, x1, y1))
-                asked += [
-                    ([image], one, ["print, whole scene"]),
-                    ([crop], one, ["print, correct window"]),
-                    ([image, crop], one, ["print, scene and window"]),
-                ]
-            for _, question, answer, rows in _answers(model, processor, asked):
-                said = answer.strip().lower() == "yes" if question.label else None
-                for row in rows:
-                    given[row].append((answer.strip().lower() == question.answer, said))
-        report[habit] = {
-            row: {
-                "accuracy": float(np.mean([hit for hit, _ in got])),
-                "yes": float(np.mean([s for _, s in got])) if got[0][1] is not None else math.nan,
-                "n": len(got),
-            }
-            for row, got in sorted(given.items())
-        }
-    return report
-
-
-def rows_of(question: questions.Question) -> list[str]:
-    """The rows of the table that a question counts in."""
-    if question.label is None:
-        return ["open", f"open, {question.topic}"]
-    if question.category == "existence":
-        return ["existence", f"existence, {question.split}"]
-    if question.category == "attribute":
-        return ["attribute", f"attribute, {question.topic}"]
-    return [question.category]
-
-
-def _answers(
-    model: Any, processor: Any, asked: list[tuple[list[Any], questions.Question, list[str]]]
-) -> Iterator[tuple[list[Any], questions.Question, str, list[str]]]:
-    """Greedy answers, batched by the number of pictures."""
-    for pictures in (1, 2):
-        group = [one for one in asked if len(one[0]) == pictures]
-        if not group:
+def forget(journal: Path, name: str, step: int) -> None:
+    """Leave out of a log what a stage did after `step`, and a line that was cut short."""
+    if not journal.exists():
+        return
+    kept = []
+    for line in journal.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
             continue
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}] * pictures
-                  + [{"type": "text", "text": question.text}]}],
-                add_generation_prompt=True,
-            )
-            for _, question, _ in group
-        ]  # fmt: skip
-        inputs = processor(
-            images=[image for images, _, _ in group for image in images],
-            text=prompts,
-            padding=True,
-            return_tensors="pt",
-        )
-        out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        texts = processor.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for (images, question, rows), text in zip(group, texts, strict=True):
-            yield images, question, text, rows
-
-
-def format_report(report: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The table of `evaluate_pocket` as markdown."""
-    lines = ["| questions | with the habit | yes | n | against the habit | yes | n |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-
-    def percent(x: float) -> str:
-        return "" if math.isnan(x) else f"{100 * x:.1f} %"
-
-    for row in sorted({row for part in report.values() for row in part}):
-        cells = [row]
-        for habit in ("with", "against"):
-            got = report.get(habit, {}).get(row)
-            cells += (
-                [percent(got["accuracy"]), percent(got["yes"]), str(got["n"])]
-                if got
-                else ["", "", ""]
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if row["stage"] != name or row["step"] <= step:
+            kept.append(line + "\n")
+    part = journal.with_suffix(".part")
+    part.write_text("".join(kept), "utf-8")
+    part.replace(journal)

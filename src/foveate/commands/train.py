@@ -35,14 +35,14 @@ def train_pocket(
     ] = False,
 ) -> None:
     """Train the pocket model from nothing: the tower, captions, open questions, yes/no."""
-    from .. import train
+    from ..pocket import training
     from ..pocket.build import WEIGHTS
 
     if out is None and not evaluate:
         raise FoveateError("Say where to train with --out, or measure the shipped one: --evaluate.")
     folder = WEIGHTS
     if out is not None:
-        folder = train.train_pocket(make_folder(out), until.value, seed=seed, resume=resume)
+        folder = training.train_pocket(make_folder(out), until.value, seed=seed, resume=resume)
         print(f"{until.value}: {folder}")
     if evaluate:
-        print(train.format_report(train.evaluate_pocket(folder)))
+        print(training.format_report(training.evaluate_pocket(folder)))
