@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate import loading
-from foveate.method import FoveateError, Method
+from foveate.method import FoveateError, Method, as_stack
 from foveate.record import Recorder
-from foveate.vlm import VLM, Answer, Chat
+from foveate.shared import ask_together, prepare, shareable
+from foveate.vlm import VLM, Answer, Chat, Turn
 from tests import models as families
 from tests import tiny
 
@@ -187,6 +189,103 @@ def test_a_system_prompt_comes_first(vlm, monkeypatch):
         vlm.prompt(chat)
 
 
+CONVERSATIONS = [  # how many pictures each user turn has, the question's last
+    (1, 0),
+    (0, 1),
+    (1, 1),
+    (1, 0, 0),
+    (0, 2, 0),
+]
+
+
+def conversation(counts: tuple[int, ...], system: str | None = None) -> Chat:
+    turns = []
+    for number, count in enumerate(counts[:-1]):
+        turns += [Turn("user", f"w3{number} w4{number}", count), Turn("assistant", f"w5{number}")]
+    images = [picture(number) for number in range(sum(counts))]
+    return Chat(images, "red", system, earlier=tuple(turns))
+
+
+def by_template(vlm: VLM, counts: tuple[int, ...], system: str | None = None) -> list[int]:
+    """The same conversation through the processor's template and plain `generate`."""
+    pictures = (picture(number) for number in range(sum(counts)))
+    told = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    for number, count in enumerate(counts):
+        text = "red" if number == len(counts) - 1 else f"w3{number} w4{number}"
+        parts = [{"type": "image", "image": next(pictures)} for _ in range(count)]
+        told.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
+        if number < len(counts) - 1:
+            said = [{"type": "text", "text": f"w5{number}"}]
+            told.append({"role": "assistant", "content": said})
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = vlm.processor.apply_chat_template(told, add_generation_prompt=True, **options)
+    out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("counts", CONVERSATIONS)
+@pytest.mark.parametrize("system", [None, "w60 w61"])
+def test_a_conversation_is_answered_as_plain_transformers_answers_it(vlm, counts, system):
+    answer = vlm.answer([conversation(counts, system)], (), 6)[0]
+    expected = by_template(vlm, counts, system)
+    assert list(answer.tokens) == [vlm.tokenizer.decode([token]) for token in expected]
+    bare = conversation(counts, system)
+    alone = vlm.answer([Chat(bare.images, bare.text, system)], (), 6)[0]
+    assert answer.probabilities != pytest.approx(alone.probabilities, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has no image")
+@pytest.mark.parametrize("method", ["clvs", "vcd"])
+def test_conversations_share_a_batch(vlm, method):
+    chats, stack = [conversation(counts) for counts in CONVERSATIONS], as_stack(method)
+    chats = [chat for chat in chats if chat.kind == 1]
+    assert len(chats) == 3
+    for chat, answer in zip(chats, vlm.answer(chats, stack, 6), strict=True):
+        same(answer, vlm.answer([chat], stack, 6)[0])
+
+
+def test_a_template_without_earlier_turns_is_refused(vlm, monkeypatch):
+    monkeypatch.setattr(vlm.processor, "chat_template", "USER: {{ messages[-1].content[0].text }}")
+    with pytest.raises(FoveateError, match="drops earlier turns"):
+        vlm.prompt(conversation((1, 0)))
+
+
+def test_questions_in_one_conversation_share_its_prefix(vlm):
+    first = conversation((1, 0, 0))
+    chats = [replace(first, text=text) for text in ("red", "Is there a cat?", "w70 w71")]
+    assert shareable(vlm, chats, ())
+    for chat, answer in zip(chats, ask_together(vlm, prepare(vlm, chats), (), 6), strict=True):
+        same(answer, vlm.answer([chat], (), 6)[0])
+    other = replace(first, earlier=(replace(first.earlier[0], text="w80"), *first.earlier[1:]))
+    together = prepare(vlm, [first, other])  # the picture stands before what differs
+    assert together.prefix["input_ids"].shape[1] < vlm.inputs([first])["input_ids"].shape[1] - 8
+    for chat, answer in zip([first, other], ask_together(vlm, together, (), 6), strict=True):
+        same(answer, vlm.answer([chat], (), 6)[0])
+    later = Chat(first.images, first.text, earlier=(Turn("user", "w30"), Turn("assistant", "w50")))
+    assert prepare(vlm, [first, later]) is None
+
+
+def test_methods_that_look_again_do_so_within_the_conversation(vlm):
+    seen = []
+
+    class Beside(Method):
+        def rewrite(self, vlm, chats):
+            seen.append((dict(vlm.readings), chats[0].earlier))
+            vlm.readings["kept"] = chats[0].earlier
+            return [replace(c, images=[*c.images, c.images[0].transpose(FLIP)]) for c in chats]
+
+    chat = conversation((1, 0))
+    for earlier in (chat.earlier, (), chat.earlier, ()):
+        (shown,) = vlm.rewrite([replace(chat, earlier=earlier)], (Beside(),))
+        assert vlm.prompt(shown).count("<image>") == 2
+    assert vlm.prompt(shown).endswith("user : <image> <image> red assistant :")
+    # what was read about the picture alone says nothing about it in a conversation
+    assert seen == [({}, chat.earlier), ({}, ()), ({}, chat.earlier), ({"kept": ()}, ())]
+    (shown,) = vlm.rewrite([chat], (Beside(),))
+    assert vlm.prompt(shown).endswith("user : <image> red assistant :")
+    vlm.readings.clear()
+
+
 def test_the_start_token_stands_once(vlm):
     ids = vlm.inputs([Chat([picture(0)], "red")])["input_ids"][0].tolist()
     assert ids.count(families.BOS) == 1
@@ -203,6 +302,8 @@ def test_an_empty_question_is_refused(vlm, question):
 def test_bad_requests_are_refused_before_anything_runs(vlm):
     with pytest.raises(FoveateError, match="<image>"):
         vlm.ask(picture(0), "what is <image>?")
+    with pytest.raises(FoveateError, match="<image>"):
+        vlm.chat([], "red", None, [Turn("user", "<image>"), Turn("assistant", "w50")])
     with pytest.raises(FoveateError, match="max_new_tokens"):
         vlm.ask(picture(0), "red", max_new_tokens=0)
     with pytest.raises(FoveateError, match="no method 'clvz'"):

@@ -8,6 +8,7 @@ for piece in vlm.stream("photo.jpg", "Describe this image."): ...
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jinja2
 import torch
@@ -43,6 +44,8 @@ from .vision import Grid, grids
 Methods = str | Method | Sequence[str | Method] | None
 """Nothing, one method, or several, as text ("clvs(smoothing=0.7)+vcd") or as objects."""
 
+Role = Literal["user", "assistant"]
+
 _ASKS_YES_OR_NO = re.compile(
     r"yes or no|(?:^|[.!?:\n])\s*"
     r"(?:is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must)"
@@ -57,17 +60,40 @@ def _stack(method: Methods) -> tuple[Method, ...]:
     return as_stack(*([method] if isinstance(method, (str, Method)) else method))
 
 
+def _text(text: str) -> dict[str, str]:
+    """A part of a message, for chat templates."""
+    return {"type": "text", "text": text}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was said before the question: by the user, pictures and then text, or by the model."""
+
+    role: Role
+    text: str
+    images: int = 0
+    """How many of `Chat.images` belong to it: each turn takes the next ones."""
+
+
 @dataclass
 class Chat:
-    """One user turn: pictures, then text. What `Method.rewrite` receives and returns."""
+    """A question: pictures, then text. What `Method.rewrite` receives and returns."""
 
     images: list[Image.Image]
+    """Those of earlier turns first; what these leave over belongs to the question."""
     text: str
     system: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     """What a method found out on the way, such as the box it cropped; back on `Answer.chat`."""
     contrast: list[Image.Image] | None = None
     """Other pictures of the same sizes, which a method's second stream is to see instead."""
+    earlier: tuple[Turn, ...] = ()
+    """The conversation so far, oldest first: user and assistant in turn, the user first."""
+
+    @property
+    def kind(self) -> int:
+        """Chats of one kind can share a padded batch: some models tile only lone pictures."""
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -238,15 +264,14 @@ class VLM:
 
     def prompt(self, chat: Chat) -> str:
         """The chat in the model's own template, up to where the answer begins."""
-        turns = [
-            {
-                "role": "user",
-                "content": [{"type": "image"} for _ in chat.images]
-                + [{"type": "text", "text": chat.text}],
-            }
-        ]
+        pictures = len(chat.images) - sum(turn.images for turn in chat.earlier)
+        said = [*chat.earlier, Turn("user", chat.text, pictures)]
+        turns: list[dict[str, Any]] = []
+        for turn in said:
+            content = [{"type": "image"} for _ in range(turn.images)]
+            turns.append({"role": turn.role, "content": [*content, _text(turn.text)]})
         if chat.system:
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": chat.system}]})
+            turns.insert(0, {"role": "system", "content": [_text(chat.system)]})
         if not (self.processor.chat_template or self.tokenizer.chat_template):
             raise FoveateError(
                 f"The processor of {self.name} has no chat template: set "
@@ -260,6 +285,11 @@ class VLM:
             raise FoveateError(
                 f"The chat template of {self.name} drops system prompts: put it in the question."
             )
+        asked = (turn.text for turn in chat.earlier if turn.role == "user")  # answers are shortened
+        if not all(question.strip() in text for question in asked):
+            raise FoveateError(
+                f"The chat template of {self.name} drops earlier turns: put them in the question."
+            )
         return text
 
     def grids(self, chat: Chat) -> list[Grid]:
@@ -267,16 +297,28 @@ class VLM:
         sizes = [[image.size for image in chat.images]]
         return grids(self.model, self.inputs([chat]).data, sizes, self.processor)[0]
 
-    def chat(self, images: list[Image.Image], question: str, system: str | None) -> Chat:
-        """A question about decoded images; refused where it is empty or holds an image token."""
+    def chat(
+        self,
+        images: list[Image.Image],
+        question: str,
+        system: str | None,
+        earlier: Sequence[Turn] = (),
+    ) -> Chat:
+        """A question about decoded images; refused where it is empty or holds an image token.
+
+        Args:
+            earlier: the conversation so far, whose pictures are the first of `images`.
+        """
         if not question.strip():
             raise FoveateError("The question is empty: ask something about the image.")
+        said = [question, system or "", *(turn.text for turn in earlier)]
         mark = getattr(self.processor, "image_token", None)
-        if mark and mark in question + (system or ""):
+        if mark and any(mark in text for text in said):
             raise FoveateError(
                 f"The text contains {mark}, which stands for an image: leave it out."
             )
-        return Chat(list(images), question.strip(), system)
+        turns = tuple(replace(turn, text=turn.text.strip()) for turn in earlier)
+        return Chat(list(images), question.strip(), system, earlier=turns)
 
     def _answer(
         self,
@@ -361,10 +403,18 @@ class VLM:
         return answers
 
     def rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
-        """Chats about one image as the methods want them asked."""
+        """Chats about one image, in one conversation, as the methods want them asked.
+
+        Methods read with the whole conversation in front of the question. Its pictures keep their
+        turns; what a method adds stands beside the question.
+        """
+        vlm = self
+        if any(chat.earlier for chat in chats):  # readings are kept by image, which is not all here
+            vlm = copy.copy(self)
+            vlm.readings = OrderedDict()
         for method in methods:
             if method.wants("rewrite") and not method.is_neutral:
-                chats = method.resolve(self.model).rewrite(self, chats)
+                chats = method.resolve(self.model).rewrite(vlm, chats)
         return chats
 
     def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.serve.conftest import data_uri, question, running, scene
 
 GOOD = {"model": "pocket", "messages": [{"role": "user", "content": "Is there a car?"}]}
+SAID = {"role": "assistant", "content": "no"}
 PIXEL = data_uri(Image.new("RGB", (8, 8)))
 
 
@@ -52,15 +53,26 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "no messages": ({"messages": []}, 400, "messages"),
     "empty": ({"messages": [{"role": "user", "content": " "}]}, 400, "The question is empty"),
     "null": ({"messages": [{"role": "user", "content": None}]}, 400, "The question is empty"),
-    "two turns": ({"messages": GOOD["messages"] * 2}, 400, "one user message"),
-    "no user": ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "one user message"),
+    "two questions": ({"messages": GOOD["messages"] * 2}, 400, "speak in turn"),
+    "no question": ({"messages": [*GOOD["messages"], SAID]}, 400, "first and last"),
+    "no user": ({"messages": [SAID]}, 400, "speak in turn"),
+    "assistant first": ({"messages": [SAID, *GOOD["messages"]]}, 400, "speak in turn"),
+    "only system": ({"messages": [{"role": "system", "content": "x"}]}, 400, "speak in turn"),
+    "tool": ({"messages": [*GOOD["messages"], {"role": "tool", "content": "x"},
+                           *GOOD["messages"]]}, 400, "speak in turn"),
+    "empty earlier turn": ({"messages": [{"role": "user", "content": " "}, SAID,
+                                         *GOOD["messages"]]}, 400, "user message is empty"),
+    "long conversation": ({"messages": [*GOOD["messages"], SAID] * 2100 + GOOD["messages"]},
+                          400, "4,096 tokens"),
     "role": ({"messages": [{"role": "me", "content": "x"}]}, 400, "messages.0.role"),
-    "system picture": (
-        {"messages": image(PIXEL)["messages"][:1] + GOOD["messages"]}, 400, "one user message"),
+    "assistant picture": ({"messages": [*GOOD["messages"], {**image(PIXEL)["messages"][0],
+        "role": "assistant"}, *GOOD["messages"]]}, 400, "Images belong"),
     "developer picture": ({"messages": [{**image(PIXEL)["messages"][0], "role": "developer"},
         *GOOD["messages"]]}, 400, "Images belong"),
-    "late system": ({"messages": [*GOOD["messages"], {"role": "system", "content": "x"}]},
-                    400, "one user message"),
+    "late system": ({"messages": [*GOOD["messages"], SAID, {"role": "system", "content": "x"},
+                                  *GOOD["messages"]]}, 400, "system messages"),
+    "earlier image token": ({"messages": [{"role": "user", "content": "<image> a"}, SAID,
+                                          *GOOD["messages"]]}, 400, "<image>"),
     "image token": ({"messages": [{"role": "user", "content": "<image> a"}]}, 400, "<image>"),
     "surrogate": ('{"model": "pocket", "messages": [{"role": "user", "content": "\\ud800"}]}',
                   400, "body"),
@@ -101,6 +113,8 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "a bomb": (image(encoded(saved(Image.new("1", (14000, 14000)), "PNG"))), 413, "pixels"),
     "many bytes": (image(encoded(bytes(10_000_001))), 413, "10,000,000 bytes"),
     "many images": (user(*image(PIXEL)["messages"][0]["content"][1:] * 5), 400, "4 images"),
+    "many images in turns": ({"messages": [*image(PIXEL)["messages"], SAID] * 4
+                             + image(PIXEL)["messages"]}, 400, "4 images"),
     "two images for one": (
         user({"type": "text", "text": "Is it?"}, *image(PIXEL)["messages"][0]["content"][1:] * 2)
         | {"method": "vicrop"}, 400, "vicrop",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from ..vlm import VLM, Chat
+from ..vlm import VLM, Chat, Role, Turn
 from . import wire
 from .errors import Refusal
 from .pictures import read_pictures
 from .sampling import Sampling
 from .settings import Settings
+
+ORDER = (
+    "After system messages, if any, user and assistant speak in turn, and the user speaks first "
+    "and last: put the messages into this order."
+)
 
 
 def parse(body: bytes) -> wire.Completion:
@@ -20,14 +25,16 @@ def parse(body: bytes) -> wire.Completion:
 
 
 def chat(vlm: VLM, asked: wire.Completion, settings: Settings) -> Chat:
-    """The question with its pictures decoded; in the prompt, pictures come first."""
-    system, parts = _turn(asked.messages)
-    texts = [part.text for part in parts if isinstance(part, wire.TextPart)]
-    urls = [part.image_url.url for part in parts if isinstance(part, wire.ImagePart)]
-    most = settings.prompt_tokens
-    if sum(map(len, texts)) + len(system or "") > 32 * most:  # before anything looks at it
+    """The conversation with its pictures decoded; in each turn, pictures come first."""
+    messages, most = asked.messages, settings.prompt_tokens
+    parts = [part for message in messages for part in message.content]
+    characters = sum(len(part.text) for part in parts if isinstance(part, wire.TextPart))
+    if characters > 32 * most or len(messages) > most:  # before anything looks at it
         raise Refusal(f"The text of a request may have {most:,} tokens: make it shorter.")
-    made = vlm.chat(read_pictures(urls, settings), "\n".join(texts), system)
+    system, turns = _turns(messages)
+    urls = [part.image_url.url for part in parts if isinstance(part, wire.ImagePart)]
+    *earlier, last = turns
+    made = vlm.chat(read_pictures(urls, settings), last.text, system, earlier)
     prompt = vlm.prompt(made)
     with vlm.tokenizing:
         length = len(vlm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -39,20 +46,26 @@ def chat(vlm: VLM, asked: wire.Completion, settings: Settings) -> Chat:
     return made
 
 
-def _turn(messages: list[wire.Message]) -> tuple[str | None, list[wire.Part]]:
-    """The system text, and the parts of the one user message."""
-    *leading, last = messages
-    if last.role != "user" or any(m.role not in ("system", "developer") for m in leading):
-        raise Refusal(
-            "This server answers one user message, after system messages if there are any: leave "
-            "out earlier turns.",
-            "messages",
-        )
-    parts = [part for message in leading for part in message.content]
-    if any(isinstance(part, wire.ImagePart) for part in parts):
-        raise Refusal("Images belong into the user message.", "messages")
-    system = "\n".join(part.text for part in parts if isinstance(part, wire.TextPart))
-    return system or None, last.content
+def _turns(messages: list[wire.Message]) -> tuple[str | None, list[Turn]]:
+    """The system text, and what user and assistant said in turn, the question last."""
+    system, turns = list[str](), list[Turn]()
+    for message in messages:
+        role: Role = "assistant" if len(turns) % 2 else "user"
+        text = "\n".join(part.text for part in message.content if isinstance(part, wire.TextPart))
+        images = sum(isinstance(part, wire.ImagePart) for part in message.content)
+        if images and message.role != "user":
+            raise Refusal("Images belong into user messages.", "messages")
+        if message.role in ("system", "developer") and not turns:
+            system.append(text)
+        elif message.role == role:
+            turns.append(Turn(role, text, images))
+        else:
+            raise Refusal(ORDER, "messages")
+    if len(turns) % 2 == 0:
+        raise Refusal(ORDER, "messages")
+    if not all(turn.images or turn.text.strip() for turn in turns[:-1:2]):
+        raise Refusal("A user message is empty: leave it out, and its answer.", "messages")
+    return "\n".join(system) or None, turns
 
 
 def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
