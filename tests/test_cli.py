@@ -79,3 +79,257 @@ def CLI_layers(method: CLI) -> list[int]:
 
 def CLI_vision(method: CLI) -> list[int]:
     return json.loads((Path(method.path) / "config.json").read_text())["vision_layers"]
+
+
+# -- the specification's self-checks ---------------------------------------------------------------
+
+
+def forward(model: Any, inputs: dict[str, Tensor], method: CLI | None = None, **extra: Any) -> Any:
+    with torch.no_grad(), enhance(model, *([method] if method else [])):
+        return model(**inputs, **extra)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
+    model, inputs = models.build(family), models.inputs(family, batch=3)
+    plain = forward(model, inputs).logits
+    method = trained(model, tmp_path)
+    assert not torch.allclose(forward(model, inputs, method).logits, plain)
+    module = method.build(model)
+    for gate in module.gates.values():
+        gate.last.weight.data.zero_()
+        gate.last.bias.data.fill_(-200.0)  # sigmoid underflows to 0
+    with torch.no_grad(), attach(model, (method,), plans={"cli": module}):
+        closed = model(**inputs)
+    assert torch.equal(closed.logits, plain)
+    assert CLI.gates(closed.past_key_values).max() == 0
+    static = CLI(seed=0, gate="static")  # starts at 0
+    assert torch.equal(forward(model, inputs, static).logits, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_open_gate_gives_exactly_what_the_model_puts_in_itself(family: str) -> None:
+    """B = 0, the used layer only, gate 1: the image's tokens receive P(V_last)."""
+    model, inputs = models.build(family), models.inputs(family, "images", batch=3)
+    got: list[Tensor] = []
+    layer = model.get_decoder().layers[0]
+    method = CLI(seed=0, gate="open", routes="one-to-many", layers=(0,))
+    with enhance(model, method):
+        hook = layer.register_forward_hook(
+            lambda module, args, out: got.append(args[0]), prepend=True
+        )
+        with torch.no_grad():
+            model(**inputs)
+        hook.remove()
+    hook = layer.register_forward_hook(lambda module, args, out: got.append(args[0]))
+    forward(model, inputs)
+    hook.remove()
+    image = (inputs["input_ids"] == models.IMAGE)[..., None]
+    assert torch.equal(got[0], torch.where(image, 2 * got[1], got[1]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_do_not_reach_gates_or_image(family: str, tmp_path: Path) -> None:
+    """Teacher forcing: other answer tokens change neither the gates nor the image's hidden rows."""
+    model = models.build(family)
+    method = trained(model, tmp_path)
+    inputs = models.inputs(family, batch=3)
+    width = inputs["input_ids"].shape[1] - 2  # the last two tokens are the answer
+    labels = inputs["input_ids"].clone()
+    labels[:, :width] = -100
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, width:] += 1
+    runs = [
+        forward(model, x, method, labels=labels, output_hidden_states=True) for x in (inputs, other)
+    ]
+    gates = [CLI.gates(out.past_key_values) for out in runs]
+    assert torch.equal(gates[0], gates[1])
+    for a, b in zip(runs[0].hidden_states, runs[1].hidden_states, strict=True):
+        assert torch.equal(a[:, :width], b[:, :width])
+    assert not torch.equal(runs[0].logits[:, width:], runs[1].logits[:, width:])
+    blind = forward(model, inputs, method)  # without labels the answer is taken for prompt
+    assert not torch.equal(CLI.gates(blind.past_key_values), gates[0])
+    prompt = {
+        k: v[:, :width] if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()
+    }
+    alone = forward(model, prompt, method)  # training sees what inference sees
+    assert torch.allclose(CLI.gates(alone.past_key_values), gates[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_rows_of_a_mixed_batch_are_untouched(family: str, tmp_path: Path) -> None:
+    model, inputs = models.build(family), models.inputs(family, "mixed", batch=3)
+    plain = forward(model, inputs).logits
+    edited = forward(model, inputs, trained(model, tmp_path)).logits
+    assert torch.equal(edited[1], plain[1])
+    assert not torch.allclose(edited[0], plain[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_summary_shares_a_prefix(family: str, tmp_path: Path) -> None:
+    model = models.build(family)
+    method = trained(model, tmp_path, summary="image")
+    assert method.shares_prefix
+    assert not CLI(seed=0).shares_prefix
+    prefix = models.inputs(family, "prefix")
+    suffixes = [models.inputs(family, "suffix", row=i)["input_ids"][0].tolist() for i in range(3)]
+    with torch.no_grad(), enhance(model, method):
+        cache = prefill(model, prefix)
+        first = next_position(model, cache)
+        fork = copy.deepcopy(cache)
+        fork.batch_repeat_interleave(3)
+        shared = model(**suffix_batch(prefix, suffixes, first), past_key_values=fork).logits[:, -1]
+    for row in range(3):
+        alone = forward(model, models.inputs(family, "shared", row=row), method).logits[0, -1]
+        assert (shared[row] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_and_second_streams(family: str, tmp_path: Path) -> None:
+    """Beams as searched by hand on the reference; VCD's noised stream gets no injection."""
+    model = models.build(family)
+    method = trained(model, tmp_path)
+    inputs = models.inputs(family)
+    with torch.no_grad(), enhance(model, method):
+        beams = model.generate(**inputs, max_new_tokens=5, num_beams=3)
+    slow = reference(model, method)
+    width = inputs["input_ids"].shape[1]
+    assert beams.shape[1] == width + 5
+    best = beam_search(lambda written: slow.logits(inputs, written)[-1], 5, 3)
+    assert beams[0, width:].tolist() == best
+    vcd = "vcd(alpha=0.5, beta=0.0)"
+    with torch.no_grad(), enhance(model, method, vcd):
+        both = model(**inputs).logits[:, -1]
+    with torch.no_grad(), enhance(model, vcd):
+        contrasted = model(**inputs).logits[:, -1]
+    plain, main = (forward(model, inputs, m).logits[:, -1] for m in (None, method))
+    noised = 3 * plain - 2 * contrasted
+    assert torch.allclose(both, 1.5 * main - 0.5 * noised, atol=1e-4)
+
+
+def beam_search(logits: Any, steps: int, width: int) -> list[int]:
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(steps):
+        longer = []
+        for written, score in beams:
+            given = torch.tensor(written, dtype=torch.long) if written else None
+            for token, log in enumerate(logits(given).log_softmax(-1).tolist()):
+                longer.append(([*written, token], score + log))
+        beams = sorted(longer, key=lambda beam: -beam[1])[:width]
+    return beams[0][0]
+
+
+def test_the_folded_summary_is_multi_head_attention() -> None:
+    summary, x = Summary(24, 16, 4), torch.randn(2, 7, 24)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    whole = torch.nn.MultiheadAttention(16, 4, bias=False, kdim=24, vdim=24, batch_first=True)
+    whole.q_proj_weight.data = torch.eye(16)
+    whole.k_proj_weight.data, whole.v_proj_weight.data = summary.k.weight, summary.v.weight
+    whole.out_proj.weight.data = torch.eye(16)
+    query = summary.q(summary.query).expand(2, 1, -1)
+    want = summary.out(whole(query, x, x, key_padding_mask=~mask)[0][:, 0])
+    assert torch.allclose(summary(x, mask), want, atol=1e-6)
+    assert torch.equal(summary(x, torch.zeros_like(mask)), torch.zeros(2, 24))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_every_part_also_through_checkpoints(family: str) -> None:
+    model = models.build(family, fresh=True)
+    model.requires_grad_(False)
+    method = CLI(**SMALL, summary="image").resolve(model)
+    module = method.build(model)
+    for gate in module.gates.values():
+        torch.nn.init.normal_(gate.last.weight, std=0.01)  # not so much that gates are shut
+    for path in module.paths.values():
+        torch.nn.init.normal_(path.up.weight)
+    inputs = models.inputs(family, batch=3)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == models.IMAGE, -100)
+    grads: list[dict[str, Tensor]] = []
+    with attach(model, (method,), plans={"cli": module}):
+        for checkpointing in (False, True):
+            model.train()
+            if checkpointing:
+                name = "activation_checkpointing_enable"  # gradient_... before transformers 5.23
+                start = getattr(model, name, None) or model.gradient_checkpointing_enable
+                start({"use_reentrant": False})
+            module.zero_grad()
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+            grads.append({n: p.grad.clone() for n, p in module.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        assert torch.allclose(grad, grads[1][name], atol=1e-6), name
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
+    model, inputs = models.build("llava"), models.inputs("llava", batch=3)
+    method = trained(model, tmp_path / "one", gate="vector", layers=(1, 3))
+    settings = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert settings["kind"] == "cross-layer injection"
+    assert settings["base"]["hidden_size"] == 64
+    assert (tmp_path / "one" / "model.safetensors").is_file()
+    resolved = method.resolve(model)
+    assert (resolved.layers, resolved.gate, resolved.rank) == ((1, 3), "vector", 4)
+    first = forward(model, inputs, method).logits
+    module = CrossLayerInjection.from_pretrained(tmp_path / "one")
+    module.save_pretrained(tmp_path / "two")
+    assert torch.equal(forward(model, inputs, CLI(path=str(tmp_path / "two"))).logits, first)
+    assert "foveate" in (tmp_path / "two" / "README.md").read_text()
+    assert not capsys.readouterr().out
+    with torch.no_grad():  # a file that was trained on is read again
+        next(module.parameters()).add_(1.0)
+    (tmp_path / "two" / "model.safetensors").unlink()
+    module.save_pretrained(tmp_path / "two")
+    assert not torch.equal(forward(model, inputs, CLI(path=str(tmp_path / "two"))).logits, first)
+
+
+def test_strength_scales_what_is_added(tmp_path: Path) -> None:
+    model, inputs = models.build("llava"), models.inputs("llava")
+    trained(model, tmp_path)
+    logits = [
+        forward(model, inputs, CLI(path=str(tmp_path), strength=s)).logits for s in (0.0, 0.5, 1.0)
+    ]
+    assert torch.equal(logits[0], forward(model, inputs).logits)
+    assert not torch.allclose(logits[1], logits[2])
+
+
+def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    llava, onevision = models.build("llava"), models.build("llava_onevision")
+    trained(onevision, tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
+    trained(llava, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
+    trained(llava, tmp_path / "mine")
+    cases = {
+        "cli": "cli is trained: give path",
+        f"cli(path='{tmp_path}/other')": "belongs to another model: its model_type is llava_onevis",
+        f"cli(path='{tmp_path}/none')": "there is no folder",
+        f"cli(path='{tmp_path}/empty')": "has no readable config.json",
+        f"cli(path='{tmp_path}/model')": "is no cross-layer injection",
+        f"cli(path='{tmp_path}/broken')": "could not be loaded",
+        f"cli(path='{tmp_path}/mine', rank=8)": "was trained with rank=4: leave out rank",
+        "cli(seed=0, vision_layers=(9,))": "vision layer 9 does not exist",
+        "cli(seed=0, layers=(9,))": "layer 9 does not exist",
+        "cli(seed=0, layers=())": "layers is empty",
+        "cli(seed=0, path='x')": "give path",
+        "cli(seed=0, gate=sigmoid)": "gate must be",
+    }
+    for text, sentence in cases.items():
+        with pytest.raises(FoveateError, match=sentence), enhance(llava, text):
+            pass
+    inputs = models.inputs("llava")
+    with enhance(llava, "cli(seed=0)"):
+        features = llava.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        with pytest.raises(FoveateError, match="reads the vision tower, which did not run"):
+            llava(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs={"image": features},
+            )
+    with pytest.raises(FoveateError, match="There are no gates"):
+        CLI.gates(forward(llava, inputs).past_key_values)

@@ -170,8 +170,9 @@ class CLI(Method):
 
     def _trained(self) -> dict[str, Any]:
         """config.json of the trained injection."""
+        file = _file(self.path, "config.json")
         try:
-            settings = json.loads(_file(self.path, "config.json").read_text(encoding="utf-8"))
+            settings = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FoveateError(
                 f"cli: {self.path} has no readable config.json: give the folder that "
