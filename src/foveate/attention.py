@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,6 +26,9 @@ from .method import FoveateError
 Attention = Callable[..., tuple[Tensor, None]]
 
 _CHUNK = 2**24  # elements of explicit weights at a time (64 MiB of float32)
+_KEPT = 256  # registered names, beside those in use
+_names: OrderedDict[str, None] = OrderedDict()  # the one used longest ago first
+_registering = threading.Lock()
 
 
 class Rows:
@@ -135,17 +140,38 @@ def register(stack: str, implementation: str) -> str:
     """One implementation name per method stack, in both interfaces.
 
     Compiled graphs guard on the name and not on hooks, so a graph compiled outside the block, or
-    for other methods, is never reused.
+    for other methods, is never reused. So a name never stands for another stack, but those used
+    longest ago are forgotten: a server is asked for ever new parameters.
     """
     if implementation in ("eager", "flex_attention") or implementation is None:
         implementation = "sdpa"
     digest = hashlib.sha256(f"{stack} on {implementation}".encode()).hexdigest()[:12]
     name = f"foveate_{digest}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        base = ALL_ATTENTION_FUNCTIONS[implementation]
-        AttentionInterface.register(name, _attention(base, implementation))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    with _registering:
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            base = ALL_ATTENTION_FUNCTIONS[implementation]
+            AttentionInterface.register(name, _attention(base, implementation))
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        _names[name] = None
+        _names.move_to_end(name)
+        if len(_names) > _KEPT:
+            _forget()
     return name
+
+
+def _forget() -> None:
+    """Unregister the names used longest ago, but none that an open block uses."""
+    from .engine import _enhanced  # which stands on this module
+
+    try:
+        used = {cast(Any, decoder).config._attn_implementation for decoder in _enhanced}
+    except RuntimeError:  # another thread leaves a block: the next name makes up for it
+        return
+    *older, _ = _names  # the latest is about to be used
+    for name in [name for name in older if name not in used][: len(_names) - _KEPT]:
+        del _names[name]
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
 
 
 def _attention(base: Attention, implementation: str) -> Attention:
