@@ -3,6 +3,7 @@
     python benchmarks/speed.py                               # CLVS without and with its stop test
     python benchmarks/speed.py --sizes 0.5b --method clvs --method "clvs(unified_positions=False)"
     python benchmarks/speed.py --sizes pocket,0.5b --method all --out benchmarks/results/methods-cpu
+    python benchmarks/speed.py --sizes 0.5b-clip --method "cli(seed=0)"     # CLI, with a real tower
     python benchmarks/speed.py --eval                        # questions per second instead
     python benchmarks/speed.py --look                        # methods that look again (looks.py)
 
@@ -11,7 +12,8 @@ the machine is doing hits both; what counts is the median of these ratios, with 
 attention is the row that published implementations of such methods run on.
 
 * prefill: seconds of one forward over the prompt. The random models have a vision tower 32 wide, so
-  that the language model is all that is measured; on the pocket model the real tower is included.
+  that the language model is all that is measured; on the pocket model the real tower is included,
+  on 0.5b-clip a random CLIP-L/336.
 * decode: milliseconds per token of single-token forwards on the filled cache (no tokenizer, no
   sampling; one lookup of the next token).
 * peak: weights plus the most memory that tensors hold at once during a prefill and two decode
@@ -20,6 +22,8 @@ attention is the row that published implementations of such methods run on.
   itself, equal in all rows. "working" is the part beyond the weights: KV cache and activations.
 * stop test: rows that call the output embeddings on earlier layers (CLVS's uncertainty, DoLa) are
   also compared with "one plain token + tested layers x one product with the output embeddings".
+* trained: methods with weights of their own (CLI) are measured with fresh ones, which cost what
+  trained ones do. They read the vision tower: take a size whose tower is real (0.5b-clip, pocket).
 * ``--method all`` is every method with its default parameters, but CLVS without its stop test, and
   AD-HH and VAR with heads and dimensions named, as random weights have neither heads that were
   found to hallucinate nor sinks: 20 heads over all layers, and sinks at a threshold of 1.
@@ -61,6 +65,7 @@ from foveate.shared import ask_together, prepare
 METHODS = ("clvs(stop_threshold=0)", "clvs")
 STAND_INS = {  # of `all`, where defaults need something that random weights do not have
     "adhh": "adhh (20 heads)",
+    "cli": "cli(seed=0)",
     "clvs": "clvs(stop_threshold=0.0)",
     "var": "var(sink_threshold=1.0, sink_dims=(0, 1))",
 }
@@ -100,6 +105,15 @@ LLAMA = {
     "num_key_value_heads": 32,
     "vocab_size": 32_064,
 }
+CLIP_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 TINY = QWEN | {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -110,16 +124,20 @@ TINY = QWEN | {
 
 
 def llava(
-    text_config: dict[str, Any], device: torch.device, dtype: torch.dtype, side: int = 24
+    text_config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    side: int = 24,
+    tower: dict[str, Any] | None = None,
 ) -> Subject:
     """A random LLaVA-1.5 shape: side x side visual tokens and 64 of text."""
-    tower = _tower(side)
+    tower = tower or _tower(side)
     config = transformers.LlavaConfig(
         text_config=text_config,
         vision_config=tower,
         image_token_index=3,
         image_seq_length=side**2,
-        vision_feature_layer=-1,
+        vision_feature_layer=-1 if tower["num_hidden_layers"] == 1 else -2,
     )
     model = _random(config, device, dtype)
     pixels = torch.randn(1, 3, tower["image_size"], tower["image_size"])
@@ -167,6 +185,7 @@ def pocket(device: torch.device, dtype: torch.dtype) -> Subject:
 SIZES: dict[str, Callable[[torch.device, torch.dtype], Subject]] = {
     "pocket": pocket,
     "0.5b": lambda device, dtype: llava(QWEN, device, dtype),
+    "0.5b-clip": lambda device, dtype: llava(QWEN, device, dtype, tower=CLIP_L),
     "0.5b-32k": lambda device, dtype: llava(QWEN | {"vocab_size": 32_064}, device, dtype),
     "next": lambda device, dtype: llava_next(QWEN, device, dtype),
     "7b": lambda device, dtype: llava(LLAMA, device, dtype),
@@ -344,7 +363,17 @@ def measure(subject: Subject, names: list[str], repetitions: int, tokens: int) -
                     rows[name]["head"].append(product)
     finally:
         handle.remove()
+    for name in names:
+        rows[name]["trained"] = trained(model, name)
     return {"note": subject.note, "weights": sum(stored.values()), "memory": memory, "rows": rows}
+
+
+def trained(model: Any, name: str) -> int:
+    """Parameters that a row's methods add to the model."""
+    stack = () if name in (EAGER, STAND_INS["adhh"]) else parse(name)
+    plans = [method.resolve(model).setup(model) for method in stack]
+    modules = [plan for plan in plans if isinstance(plan, torch.nn.Module)]
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _early(name: str) -> bool:
@@ -377,18 +406,9 @@ def clip_vlm(device: torch.device, dtype: torch.dtype) -> VLM:
     from foveate.pocket.build import load_pocket
 
     processor = load_pocket()[1]
-    tower = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
     config = transformers.LlavaConfig(
         text_config=QWEN,
-        vision_config=tower,
+        vision_config=CLIP_L,
         image_token_index=processor.image_token_id,
         image_seq_length=576,
     )
@@ -529,6 +549,7 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
                 "share": spread([head / plain for (plain, _), head, _ in triples]),
                 "ratio": spread([own / (plain + n * head) for (plain, own), head, n in triples]),
             }
+        entry["trained"] = samples["trained"]
         out[name] = entry
     if EAGER in out:
         eager = found["rows"][EAGER]["prefill"]
@@ -544,8 +565,14 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
 def tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, cells) of every table of the report."""
     tests: list[list[str]] = []
+    trained: list[list[str]] = []
     for size, found in sizes.items():
         result = found["figures"]
+        trained += [
+            [size, name, f"{entry['trained'] / 1e6:.2f}"]
+            for name, entry in result.items()
+            if entry["trained"]
+        ]
         columns = [
             "",
             "prefill s",
@@ -570,6 +597,8 @@ def tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
                 figures = [f"{test['product'] * 1e3:.2f}", _ratio(test["share"])]
                 tested = [f"{test['layers']:.1f}", _ratio(test["ratio"])]
                 tests.append([size, name, *figures, *tested])
+    if trained:
+        yield "parameters added by training", ["", "", "million"], trained
     if tests:
         columns = ["", "", "product ms", "/ plain token", "tested layers"]
         columns.append("decode / (sdpa + layers x product)")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
@@ -60,7 +63,7 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
                 **inputs, max_new_tokens=9, return_dict_in_generate=True, output_logits=True
             )
         gates = CLI.gates(out.past_key_values)
-        assert gates.shape == (3, len(CLI_layers(method)), len(CLI_vision(method)))
+        assert gates.shape == (3, len(own_layers(method)), len(own_vision_layers(method)))
         for row in range(3):
             slow = reference(model, method)
             written = out.sequences[row, inputs["input_ids"].shape[1] : -1]
@@ -69,15 +72,15 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
             assert (got - want).abs().max() < 1e-5 * max(1.0, float(want.abs().max()) / 10)
             for (layer, k), gate in slow.found.items():
                 if gate.numel() == 1 and settings.get("gate") != "token":
-                    place = CLI_layers(method).index(layer), CLI_vision(method).index(k)
+                    place = own_layers(method).index(layer), own_vision_layers(method).index(k)
                     assert torch.allclose(gates[row][place], gate[0], atol=1e-5)
 
 
-def CLI_layers(method: CLI) -> list[int]:
+def own_layers(method: CLI) -> list[int]:
     return json.loads((Path(method.path) / "config.json").read_text())["layers"]
 
 
-def CLI_vision(method: CLI) -> list[int]:
+def own_vision_layers(method: CLI) -> list[int]:
     return json.loads((Path(method.path) / "config.json").read_text())["vision_layers"]
 
 
@@ -284,6 +287,38 @@ def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "two" / "model.safetensors").unlink()
     module.save_pretrained(tmp_path / "two")
     assert not torch.equal(forward(model, inputs, CLI(path=str(tmp_path / "two"))).logits, first)
+
+
+def test_an_injection_goes_to_the_hub_and_comes_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = models.build("llava"), models.inputs("llava")
+    method = trained(model, tmp_path / "here")
+    hub = tmp_path / "hub"
+
+    def upload(self: Any, *, repo_id: str, folder_path: str, **rest: Any) -> str:
+        shutil.copytree(folder_path, hub)
+        return repo_id
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **rest: Repo(repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    injection = CrossLayerInjection.from_pretrained(method.path)
+    assert injection.push_to_hub("somebody/injection") == "somebody/injection"
+    assert {p.name for p in hub.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+    def download(repo_id: str, filename: str, **rest: Any) -> str:
+        assert repo_id == "somebody/injection"
+        return str(hub / filename)
+
+    for module in ("foveate.methods.cli", "foveate.injection", "huggingface_hub.hub_mixin"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    got = forward(model, inputs, CLI(path="somebody/injection")).logits
+    assert torch.equal(got, forward(model, inputs, method).logits)
+
+
+@dataclass
+class Repo:
+    repo_id: str
 
 
 def test_strength_scales_what_is_added(tmp_path: Path) -> None:
