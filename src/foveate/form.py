@@ -169,12 +169,15 @@ class Registry:
             except ValueError:
                 raise FoveateError(
                     f"Cannot read {keyword.arg}={ast.unparse(value)} in {text!r}: "
-                    "give a number, a word, True, False, None or a tuple."
+                    "give a number, a word, True, False, None, a tuple, or a path in quotes."
                 ) from None
         return self.build(name, values)
 
     def _unreadable(self, text: str) -> FoveateError:
-        return FoveateError(f"Cannot read the {self.kind} {text!r}: write it like {self.example}.")
+        quotes = ", with paths in quotes" if "/" in text or "\\" in text else ""
+        return FoveateError(
+            f"Cannot read the {self.kind} {text!r}: write it like {self.example}{quotes}."
+        )
 
 
 def _nearest(word: str, known: list[str]) -> str:
