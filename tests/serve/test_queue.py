@@ -84,6 +84,23 @@ def test_other_numbers_of_pictures_wait(worker, vlm, gate):
     assert gate.batches == [4, 1, 1]
 
 
+def test_what_methods_make_of_the_pictures_decides(worker, vlm, gate):
+    gate.open.set()
+    method = "vicrop(window=64)"
+    requests = [asked(vlm, number, method) for number in range(3)]
+    requests[1].chat.text = "Write a general description of the image."  # which finds no crop
+    stack = requests[0].methods
+    alone = [vlm.rewrite([request.chat], stack)[0] for request in requests]
+    assert [chat.kind for chat in alone] == [2, 1, 2]
+    heard = submit(worker, *requests)
+    worker.start()
+    wait_for(lambda: all(events.over for events in heard))
+    assert gate.batches == [2, 1]
+    for chat, events in zip(alone, heard, strict=True):
+        assert events.text == vlm.answer([chat], stack, 6)[0].text
+    assert worker.metrics.registry.get_sample_value("foveate_batch_size_count") == 2
+
+
 def test_rows_of_a_batch_end_on_their_own(worker, vlm, gate):
     limits = (2, 3, 5)
     heard = submit(worker, *(asked(vlm, max_tokens=limit) for limit in limits))

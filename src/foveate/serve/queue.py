@@ -39,8 +39,8 @@ class Request:
 
     @property
     def kind(self) -> tuple[str, int]:
-        """Requests of one kind can share a batch: same methods, same number of images."""
-        return text(self.methods), len(self.chat.images)
+        """Requests of one kind are taken together: same methods, and chats of one kind."""
+        return text(self.methods), self.chat.kind
 
 
 @dataclass(eq=False)
@@ -55,7 +55,8 @@ class Worker:
     """The thread that owns the model.
 
     It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind as one
-    left-padded batch. Requests that come meanwhile wait.
+    left-padded batch, or as several where methods made chats of several kinds of them. Requests
+    that come meanwhile wait.
     """
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
@@ -144,7 +145,6 @@ class Worker:
             if isinstance(batch, Job):
                 self._do(batch)
             else:
-                self.metrics.batches.observe(len(batch))
                 self._answer(batch)
             self.pace = time.monotonic() - start
 
@@ -174,12 +174,17 @@ class Worker:
 
     def _answer(self, batch: list[Request]) -> None:
         """Every request of the batch gets an `End` or an error."""
+        kinds: dict[int, list[Request]] = {}
         for request in batch:
             try:
                 [request.chat] = self.vlm.rewrite([request.chat], request.methods)
             except Exception as error:
                 self._fail(request, error)
-        self._generate(batch)
+            else:
+                kinds.setdefault(request.chat.kind, []).append(request)
+        for together in kinds.values():
+            self.metrics.batches.observe(len(together))
+            self._generate(together)
 
     def _generate(self, batch: list[Request]) -> None:
         """Where memory does not suffice the batch is halved; after other failures, each alone."""
