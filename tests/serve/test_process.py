@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from foveate import commands
+from foveate import FoveateError, commands
 from foveate.serve import run
 from foveate.serve.settings import Settings
 from tests.serve.conftest import PATIENCE, question, scene, wait_for
@@ -40,11 +42,12 @@ class Server:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if found := re.search(r"http://\S+", line):
-                self.url = found[0]
-                self.ready.set()
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.append(line)
+                if found := re.search(r"http://\S+", line):
+                    self.url = found[0]
+                    self.ready.set()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[OpenAI]:
@@ -127,3 +130,15 @@ def test_a_port_in_use_is_said(server, capsys):
         commands.main(["serve", "--port", str(server.address[1])])
     assert exit.value.code == 2
     assert "give another --host or --port" in capsys.readouterr().err
+
+
+def test_a_socket_that_got_no_address_is_closed(server):
+    def refused() -> None:
+        with pytest.raises(FoveateError, match="cannot listen"):
+            run.bind("127.0.0.1", server.address[1])
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ResourceWarning)
+        refused()
+        gc.collect()
+    assert not [str(w.message) for w in found if "laddr=('0.0.0.0', 0)" in str(w.message)]
