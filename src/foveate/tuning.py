@@ -219,22 +219,22 @@ def tune(
         method=str(CLI(path=str(out / "injection"))) if method else "vanilla",
         main=main,
     )
-    if main:
-        _begin(out, settings, resume)
-    accelerator.wait_for_everyone()
-    if "loss" in json.loads((out / "run.json").read_text("utf-8")):
+    run = _begun(out, settings, resume)
+    if run and "loss" in run:
         if main:
             say(f"the run in {out} has ended already")
         return tuned
     rows = read(data, images)
     limit = recipe.max_length or min(_positions(vlm.model), MOST_TOKENS)
     writer = Writer(vlm.processor, vlm.model.config, _ends(vlm.model))
-    if main and not (out / "units.json").exists():
+    accelerator.wait_for_everyone()  # before the first writes what the others look for
+    if main and not run:
         checked = check(rows, writer, limit, recipe.packed, progress)
         _judge(checked, rows, recipe.skip_broken, out, say)
         write_json(out / "units.json", {"units": checked.units, "tokens": checked.tokens})
+        _write_run(out, settings, {})
     accelerator.wait_for_everyone()
-    units = json.loads((out / "units.json").read_text())["units"]
+    units = json.loads((out / "units.json").read_text("utf-8"))["units"]
 
     size, total = recipe.batch_size, recipe.batch_size * accelerator.num_processes
     steps = recipe.steps
@@ -371,18 +371,17 @@ def _ends(model: Any) -> list[int]:
 # -- the folder of a run ---------------------------------------------------------------------------
 
 
-def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Take up the run in `out`, or begin one."""
+def _begun(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """run.json of the run in `out`, if there is one to go on with."""
     path = out / "run.json"
-    if path.exists():
-        if not resume:
-            raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-        begun = json.loads(path.read_text("utf-8"))["settings"]
-        if begun != settings:
-            raise FoveateError(f"The run in {out} {difference(begun, settings)}.")
-        return
-    (out / "units.json").unlink(missing_ok=True)
-    _write_run(out, settings, {})
+    if not path.exists():
+        return None
+    if not resume:
+        raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
+    run = json.loads(path.read_text("utf-8"))
+    if run["settings"] != settings:
+        raise FoveateError(f"The run in {out} {difference(run['settings'], settings)}.")
+    return run
 
 
 def _write_run(out: Path, settings: dict[str, Any], ended: dict[str, Any]) -> None:
