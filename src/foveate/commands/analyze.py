@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,7 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, ModelOption, load, make_folder
+from .common import DeviceOption, DtypeOption, ModelOption, Progress, load, make_folder
 
 if TYPE_CHECKING:
     from ..masks import Picture
@@ -72,27 +72,26 @@ def analyze(
     options = [part for option, value in given for part in (f"--{option}", value)]
     told = "drawn scenes, half against the pocket model's habits" if drawn else "COCO val2014"
     try:
-        found = run(
-            analysis,
-            load(model, device=device, dtype=dtype),
-            pictures,
-            folder,
-            methods=method or (),
-            data=told,
-            command=shlex.join(["foveate", "analyze", name, *options]),
-            track=_track,
-        )
+        vlm = load(model, device=device, dtype=dtype)
+        with Progress("pictures") as watch:
+
+            def track(pictures: Sequence[Picture]) -> Iterator[Picture]:
+                for done, picture in enumerate(pictures, 1):
+                    yield picture
+                    watch(done, len(pictures), analysis.name)
+
+            found = run(
+                analysis,
+                vlm,
+                pictures,
+                folder,
+                methods=method or (),
+                data=told,
+                command=shlex.join(["foveate", "analyze", name, *options]),
+                track=track,
+            )
     except KeyboardInterrupt:
         print("foveate: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
     print(found["caption"])
     print(f"figure: {out / analysis.name}.png, numbers: {out / analysis.name}.json")
-
-
-def _track(pictures: Sequence[Picture]) -> Iterable[Picture]:
-    """The pictures, with a bar on stderr for who watches."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(pictures, "pictures", console=console, disable=not console.is_terminal)

@@ -118,9 +118,16 @@ def read_batch_size(text: str) -> int | None:
 
 
 class Progress:
-    """How far an evaluation is, on stderr: a bar for who watches, else a line now and then."""
+    """How far a run is, on stderr: a bar for who watches, else a line now and then.
+
+    Args:
+        unit: what is counted.
+    """
 
     EVERY = 30.0  # seconds between lines
+
+    def __init__(self, unit: str = "questions") -> None:
+        self.unit = unit
 
     def __enter__(self) -> Progress:
         from rich.console import Console
@@ -146,7 +153,7 @@ class Progress:
         if self.before < 0:  # what an earlier start has answered
             self.before, self.start = done - 1, now
         rate = (done - self.before) / max(now - self.start, 1e-3)
-        line = f"{done:,} of {total:,} questions, {rate:.1f}/s, {what}"
+        line = f"{done:,} of {total:,} {self.unit}, {rate:.1f}/s, {what}"
         self.bar.update(self.task, completed=done, total=total, description=line)
         if not self.console.is_terminal and now - self.told > self.EVERY:
             self.told = now
