@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .style import BLUE, PAD, QUIET, Page, check_path, plain
+from .style import BLUE, PAD, QUIET, Page, check_path, plain, wrapped
 
 WIDE, HIGH = 7.5, 3.6  # inches
 
@@ -26,18 +26,20 @@ def show_loss(title: str, losses: Sequence[float], path: str | Path) -> Path:
     around = max(1, len(values) // 50)
     page = Page(
         WIDE,
-        [title],
+        wrapped(title, WIDE, 8.3, most=3),
         1,
         HIGH,
         f"Thin: the loss of each step's batch. Thick: its mean over {2 * around + 1} steps.",
     )
-    axes = page.axes(0.75, page.top(0), WIDE - 0.75 - PAD, HIGH - 0.3)
-    axes.plot(steps, values, color=QUIET, lw=0.6, alpha=0.6)
-    axes.plot(steps, _smoothed(values, around), color=BLUE, lw=1.8)
+    axes = page.axes(0.75, page.top(0) - 0.3, WIDE - 0.75 - PAD, HIGH)
+    dots = "o" if len(values) < 30 else None
+    axes.plot(steps, values, color=QUIET, lw=0.6, alpha=0.6, marker=dots, ms=3)
+    axes.plot(steps, _smoothed(values, around), color=BLUE, lw=1.8, marker=dots, ms=3)
     axes.set_xlabel("step", fontsize=10)
     axes.set_ylabel("loss per answer token (nats)", fontsize=10)
     axes.set_ylim(0, max(values.max(), 1e-3) * 1.05)
     axes.set_xlim(0, len(values) + 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     plain(axes)
     page.write(PAD, page.bottom + 0.55, page.notes, size=8.5, color=QUIET, linespacing=1.35)
     page.figure.savefig(path)
