@@ -197,10 +197,16 @@ def _divide(
     return workers, {"num_cpus": cpus, "num_gpus": gpus}
 
 
+def set_environment() -> None:
+    """What Ray reads when it is imported and started, where nobody has set it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes its time
+
+
 @contextmanager
 def _ray() -> Iterator[Any]:
     """Ray, running; stopped afterwards where it was not running before."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_environment()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray

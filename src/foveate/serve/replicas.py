@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..method import FoveateError
-from ..scale import last_line
+from ..scale import last_line, set_environment
 from ..vlm import VLM
 from .settings import Settings
 
@@ -80,8 +80,7 @@ def run_replicas(
 
 def _ray() -> Any:
     """Ray, running."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes its time
+    set_environment()
     try:
         import ray
         import ray.serve
