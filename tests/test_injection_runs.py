@@ -1,0 +1,225 @@
+"""The driver of the evidence on injection: what is run, what is counted, what is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import injection
+from benchmarks.injection import Settings, Training
+from foveate import VLM, FoveateError
+from foveate.benchmark import Record
+from foveate.method import parse
+from foveate.methods.cli import CLI
+from foveate.pocket import build
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli"
+SMALL = Settings(steps=10, batch=1, scenes=4, windows=2, each=5, questions=2, captions=2)
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+
+def test_every_configuration_has_every_seed_and_a_folder_of_its_own() -> None:
+    runs = injection.trainings()
+    assert len({run.name for run in runs}) == len(runs) == 18
+    for name in injection.CONFIGURATIONS:
+        seeds = [run.seed for run in runs if run.configuration == name]
+        assert seeds == list(injection.SEEDS)
+    assert sum(run.configuration.startswith("density") for run in runs) == 3
+
+
+def test_methods_are_what_their_names_say() -> None:
+    model, _ = build.load_open()
+    found: dict[str, Any] = {}
+    for run in injection.trainings():
+        if not run.options:
+            assert (run.configuration, run.method) == ("base", "vanilla")
+            continue
+        [method] = parse(run.method)
+        assert isinstance(method, CLI)
+        assert (method.seed, method.summary, method.start) == (run.seed, "image", -4.0)
+        found[run.configuration] = method.resolve(model)
+    layers = [len(found[name].layers) for name in ("density 1", "density 2", "AMP+AGF")]
+    assert [*layers, len(found["density 8"].layers)] == [1, 2, 4, 8]
+    assert {m.vision_layers for name, m in found.items() if name != "one-to-many"} == {(2, 3, 5, 6)}
+    assert found["one-to-many"].vision_layers == (6,)
+    gates = {name: method.gate for name, method in found.items()}
+    assert {name for name, gate in gates.items() if gate == "static"} == {
+        "AMP only",
+        "one-to-one",
+        "one-to-many",
+    }
+
+
+def test_runs_differ_in_nothing_but_method_and_seed() -> None:
+    """Everything else, steps, data and rates, is the same in each command."""
+    rest = set()
+    for run in injection.trainings():
+        line = injection.command(Path("runs"), run, Settings())
+        for option in ("--method", "--seed", "--out"):
+            at = line.index(option)
+            del line[at : at + 2]
+        rest.add(tuple(line))
+    assert len(rest) == 1
+
+
+def test_data_are_training_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    injection.make_data(tmp_path, SMALL)
+    rows = [json.loads(line) for line in (tmp_path / "conversations.jsonl").open()]
+    images = {row["image"] for row in rows}
+    assert 4 <= len(images) <= 6
+    assert all(Image.open(tmp_path / image).size == (96, 96) for image in images)
+    assert len(rows) <= 5 * len(images)
+    assert len({row["id"] for row in rows}) == len(rows)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(injection.lessons, "Pool", never)
+    injection.make_data(tmp_path, SMALL)  # what is there is kept
+
+
+def test_a_finished_training_is_not_repeated_and_a_failed_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, started, asked = Training("base", "", 0), [], []
+
+    def train(line: list[str], stdout: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        started.append(line)
+        stdout.write("looking\nThe disk is full.\n")
+        return subprocess.CompletedProcess(line, int(len(started) == 1))
+
+    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr(injection, "ask", lambda *given: asked.append(given))
+    with pytest.raises(FoveateError, match=r"base-0 ended with 1: The disk is full\."):
+        injection.work(tmp_path, run, SMALL)
+    assert not asked
+    injection.work(tmp_path, run, SMALL)
+    injection.work(tmp_path, run, SMALL)
+    assert len(started) == 2
+    assert len(asked) == 2  # the evaluation itself knows what is there
+    assert started[0][1:3] == ["-m", "foveate.commands"]
+    assert started[0][3:] == injection.command(tmp_path, run, SMALL)[1:]
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(dataclasses.asdict(SMALL)))
+    with pytest.raises(FoveateError, match=r"other settings \(steps: 10, now 11\)"):
+        injection.complete(tmp_path, dataclasses.replace(SMALL, steps=11), 1, None)  # type: ignore[arg-type]
+
+
+# -- what is counted -------------------------------------------------------------------------------
+
+
+def answered(rights: dict[str, list[float]]) -> list[Record]:
+    """Answers by category; the first half of each with the habit, two about each picture."""
+    return [
+        {
+            "right": right,
+            "image": f"picture {number // 2}",
+            "meta": {"category": name, "habit": ("with", "against")[2 * number >= len(found)]},
+        }
+        for name, found in rights.items()
+        for number, right in enumerate(found)
+    ]
+
+
+def everything(attribute: list[float]) -> list[Record]:
+    """A right and a wrong answer, twice, in every category but one."""
+    same = {name: [1.0, 0.0, 1.0, 0.0] for name in injection.CATEGORIES}
+    return answered({**same, "attribute": attribute})
+
+
+def test_accuracy_and_differences_by_hand() -> None:
+    base = {0: everything([1, 0, 0, 0]), 1: everything([0, 0, 0, 0]), 2: everything([0, 1, 0, 0])}
+    runs = {0: everything([1, 1, 0, 1]), 1: everything([0, 0, 1, 1]), 2: everything([1, 1, 1, 0])}
+    found = injection.compared(runs, base)
+    own = found["attribute"]
+    assert (own["n"], own["pictures"]) == (4, 2)
+    assert own["seeds"] == [75, 50, 75]
+    assert own["differences"] == [50, 50, 50]
+    assert own["difference"] == pytest.approx(50)
+    # of the pictures, one gains 1/3 on each question and the other 2/3
+    assert own["over_pictures"] == pytest.approx([100 / 3, 200 / 3])
+    assert found["relation"]["difference"] == 0
+    assert not found["relation"]["beyond"]
+    # eight categories of four questions, captions left out
+    assert found["all"]["n"] == 32
+    assert found["all"]["difference"] == pytest.approx(50 / 8)
+    assert found["with"]["difference"] + found["against"]["difference"] == pytest.approx(100 / 8)
+    assert found["captions"]["n"] == 4
+    plain = injection.compared(base, base)["attribute"]
+    assert plain["accuracy"] == pytest.approx(100 / 6)
+    assert "difference" not in plain
+
+
+@pytest.mark.parametrize(
+    ("attribute", "beyond"),
+    [
+        (([1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]), True),  # every seed, every picture
+        (([1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]), False),  # one seed does not
+        (([1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]), False),  # one picture does not
+    ],
+)
+def test_beyond_noise_takes_both_intervals(attribute: Any, beyond: bool) -> None:
+    base = dict.fromkeys(range(3), everything([0, 0, 0, 0]))
+    own = injection.compared(dict(enumerate(map(everything, attribute))), base)["attribute"]
+    assert own["beyond"] == beyond
+
+
+def test_seeds_give_students_interval() -> None:
+    """By hand: three differences, t with 2 degrees of freedom is 4.3027."""
+    base = dict.fromkeys(range(3), everything([0, 0, 0, 0]))
+    rows = ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0])
+    own = injection.compared(dict(enumerate(map(everything, rows))), base)["attribute"]
+    error = np.std([25, 50, 75], ddof=1) / 3**0.5
+    assert own["over_seeds"] == pytest.approx([50 - 4.302653 * error, 50 + 4.302653 * error])
+    single = injection.compared({0: everything([1, 0, 0, 0])}, base)["attribute"]
+    assert single["over_seeds"] is None
+    assert not single["beyond"]
+
+
+# -- what is published -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (PAGE / "accuracy.json").exists(), reason="the page is not there")
+def test_the_pages_tables_are_those_of_its_numbers() -> None:
+    page = (PAGE / "README.md").read_text("utf-8")
+    report: dict[str, Any] = {}
+    for name in ("accuracy", "seeds", "density"):
+        report |= json.loads((PAGE / f"{name}.json").read_text("utf-8"))
+    for table in (injection.accuracy_table, injection.seeds_table, injection.density_table):
+        assert table(report) in page
+    assert report["command"] in page
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two configurations and one seed, each really trained and asked."""
+    kept = {name: injection.CONFIGURATIONS[name] for name in ("base", "AMP+AGF")}
+    monkeypatch.setattr(injection, "CONFIGURATIONS", kept)
+    monkeypatch.setattr(injection, "SEEDS", (0,))
+    monkeypatch.setattr(injection, "DENSITY", {})
+    small = [
+        f"--{field.name.replace('_', '-')}={getattr(SMALL, field.name)}"
+        for field in dataclasses.fields(SMALL)
+    ]
+    given = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--pictures=2", *small]
+    assert injection.main(given) == 0
+    for name in ("accuracy.png", "loss.png", "density.png", "gates.png", "gates.json"):
+        assert (tmp_path / "out" / name).stat().st_size
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| no training | base | AMP+AGF |" in page
+    for folder in ("base-0", "amp-agf-0"):
+        VLM.load(str(tmp_path / "run" / folder / "model"), device="cpu")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("model.safetensors")}
+    assert injection.main(given) == 0  # nothing is trained again
+    assert {p: p.stat().st_mtime_ns for p in before} == before
