@@ -50,6 +50,8 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "two methods": ({"method": "clvs+clvs"}, 400, "named twice"),
     "long method": ({"method": "clvs+" * 200}, 400, "500 characters"),
     "method's file": ({"method": "adhh(heads='/etc/passwd')"}, 400, "no files of the server"),
+    "fresh module": ({"method": "cli(seed=0,rank=1000000000)"}, 400, "cli is trained"),
+    "trained module": ({"method": "cli(path='/etc/x')"}, 400, "no files of the server"),
     "no messages": ({"messages": []}, 400, "messages"),
     "empty": ({"messages": [{"role": "user", "content": " "}]}, 400, "The question is empty"),
     "null": ({"messages": [{"role": "user", "content": None}]}, 400, "The question is empty"),

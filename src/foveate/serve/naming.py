@@ -52,6 +52,11 @@ class Catalogue:
             raise FoveateError(f"A method's text may have {LONGEST} characters.")
         stack = as_stack(text)
         for method in stack:
+            if hasattr(method, "build") and not getattr(method, "path", None):
+                raise FoveateError(
+                    f"{method.name} is trained, and a fresh one, of whatever size a request asks, "
+                    "has learnt nothing: ask for another method."
+                )
             for field, hint in parameters(type(method)):
                 value, free = getattr(method, field.name), (hint, *typing.get_args(hint))
                 if isinstance(value, str) and str in free and value != field.default:
