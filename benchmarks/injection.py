@@ -517,7 +517,8 @@ def differences_figure(report: dict[str, Any], path: Path) -> None:
     base = report["accuracy"][BASE]
     caption = (
         f"Right answers more than the base's, in points: mean of {len(SEEDS)} seeds (large), their "
-        "95 % paired bootstrap interval over pictures (bar), and each seed (small). "
+        "95 % paired bootstrap interval over pictures (bar), and each seed (small). Random, "
+        "popular, adversarial: of existence. With, against: all, by the habit of the scenes. "
         f"n = {base['all']['n']:,} questions about {base['all']['pictures']} pictures, and "
         f"{base['captions']['n']} captions, which are not in `all`."
     )
@@ -544,8 +545,8 @@ def differences_figure(report: dict[str, Any], path: Path) -> None:
                 axes.plot(entry["difference"], place, "o", color=BLUE, ms=5)
             axes.axvline(0, color=INK, lw=0.8)
             axes.axhline(2.5, color=QUIET, lw=0.5, ls=":")
-            axes.set_yticks(y, list(PARTS.values()))
-            axes.tick_params(axis="y", labelsize=7, length=0)
+            axes.set_yticks(y, [name.split("-")[-1] for name in PARTS])
+            axes.tick_params(axis="y", labelsize=7.5, length=0)
             axes.set_xlim(-most, most)
 
         sheet.add(name, "points against the base", "", panel)
@@ -576,6 +577,7 @@ def loss_figure(report: dict[str, Any], path: Path) -> None:
     def losses(axes: Any) -> None:
         for color, (name, own) in zip(SERIES, bins.items(), strict=False):
             axes.plot(x, own.mean(0), color=color, lw=1.5, label=name)
+        axes.set_yscale("log")
 
     def against(axes: Any) -> None:
         for color, own in list(zip(SERIES, bins.values(), strict=False))[1:]:
