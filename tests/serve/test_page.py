@@ -508,7 +508,9 @@ def test_it_fits_and_reads(tab, width, scheme):
         )
         assert named, control.evaluate("n => n.outerHTML.slice(0, 200)")
     folder = os.environ.get("FOVEATE_SCREENSHOTS")
-    if folder:
+    if folder:  # as high as the page, where nothing sticks to an edge
+        height = one.page.evaluate("document.documentElement.scrollHeight")
+        one.page.set_viewport_size({"width": width, "height": height})
         one.page.screenshot(path=f"{folder}/page-{width}-{scheme}.png", full_page=True)
 
 
