@@ -78,10 +78,19 @@ CONFIGURATIONS = {
     "one-to-many": "gate=static, routes='one-to-many'",
 }
 SEEDS = (0, 1, 2)
-DENSITY = {  # decoder layers that are injected into, of 12; 4 is the configuration above
-    1: "(0,)",
-    2: "(0, 6)",
-    8: "(0, 1, 3, 4, 6, 7, 9, 10)",
+ONCE = {  # variants of AMP+AGF with one seed
+    "density 1": "layers=(0,)",
+    "density 2": "layers=(0, 6)",
+    "density 8": "layers=(0, 1, 3, 4, 6, 7, 9, 10)",
+    "half open": "start=0.0",
+}
+DENSITY = {  # what is compared with one seed: decoder layers that are injected into, of 12
+    BASE: "0 (base)",
+    "density 1": "1",
+    "density 2": "2",
+    FULL: "4",
+    "density 8": "8",
+    "half open": "4, gates\nhalf open",
 }
 TOGETHER = 5  # steps of which the loss is shown as one mean
 GRADED = tuple(c for c in CATEGORIES if c != "captions")  # captions are graded in another way
@@ -143,8 +152,8 @@ def trainings() -> list[Training]:
         found += [Training(name, options, seed) for name, options in CONFIGURATIONS.items()]
         if seed == SEEDS[0]:
             found += [
-                Training(f"density {count}", f"{CONFIGURATIONS[FULL]}, layers={layers}", seed)
-                for count, layers in DENSITY.items()
+                Training(name, f"{CONFIGURATIONS[FULL]}, {options}", seed)
+                for name, options in ONCE.items()
             ]
     return found
 
@@ -420,8 +429,6 @@ def collect(run: Path, settings: Settings, pictures: int) -> dict[str, Any]:
         for name in dict.fromkeys(t.configuration for t in known)
     }
     base = of[BASE]
-    first = {0: {SEEDS[0]: base[SEEDS[0]]}, 4: {SEEDS[0]: of[FULL][SEEDS[0]]}}
-    first |= {count: of[f"density {count}"] for count in DENSITY}
     seen = gates(run, pictures)
     results = json.loads((run / known[0].name / "eval" / RESULTS).read_text())
     return {
@@ -430,7 +437,9 @@ def collect(run: Path, settings: Settings, pictures: int) -> dict[str, Any]:
         "runs": {t.name: about(run, t) for t in known},
         "start": compared({SEEDS[0]: answers(run, START, settings)}, base),
         "accuracy": {name: compared(of[name], base) for name in CONFIGURATIONS},
-        "density": {count: compared(first[count], base) for count in sorted(first)},
+        "density": {
+            name: compared({SEEDS[0]: of[name][SEEDS[0]]}, base) for name in DENSITY if name in of
+        },
         "gates": {
             seed: next(iter(found["numbers"]["methods"].values())) for seed, found in seen.items()
         },
@@ -496,16 +505,17 @@ def seeds_table(report: dict[str, Any]) -> str:
 
 
 def density_table(report: dict[str, Any]) -> str:
-    """Rows are numbers of decoder layers, of one seed."""
+    """Rows are numbers of decoder layers, with one seed."""
     rows = [["decoder layers", "all", "difference", "over pictures", *HABITS]]
-    for count, found in report["density"].items():
-        entry = found["all"]
+    for name, found in report["density"].items():
+        entry, versus = found["all"], ["", ""]
+        if name != BASE:
+            versus = [f"{entry['difference']:+.2f}", ends(entry["over_pictures"])]
         rows.append(
             [
-                str(count) if int(count) else "0 (base)",
+                DENSITY[name].replace("\n", " "),
                 f"{entry['accuracy']:.1f}",
-                f"{entry['difference']:+.2f}" if int(count) else "",
-                ends(entry["over_pictures"]) if int(count) else "",
+                *versus,
                 *(f"{found[habit]['accuracy']:.1f}" for habit in HABITS),
             ]
         )
@@ -594,7 +604,6 @@ def loss_figure(report: dict[str, Any], path: Path) -> None:
 def density_figure(report: dict[str, Any], path: Path) -> None:
     """Accuracy over the number of decoder layers that are injected into."""
     found = report["density"]
-    counts = [int(count) for count in found]
     caption = (
         f"{FULL}, seed {SEEDS[0]}, all questions but captions (n = "
         f"{next(iter(found.values()))['all']['n']:,}). Bars: the base's accuracy plus the 95 % "
@@ -604,18 +613,17 @@ def density_figure(report: dict[str, Any], path: Path) -> None:
     sheet = Sheet("Accuracy by the number of decoder layers that are injected into", caption)
 
     def panel(axes: Any) -> None:
-        base = next(iter(found.values()))["all"]["accuracy"]
-        for x, entry in zip(range(len(counts)), (f["all"] for f in found.values()), strict=True):
-            if counts[x] and entry["over_pictures"]:
+        base = found[BASE]["all"]["accuracy"]
+        for x, (name, parts) in enumerate(found.items()):
+            entry = parts["all"]
+            if name != BASE and entry["over_pictures"]:
                 low, high = entry["over_pictures"]
                 axes.vlines(x, base + low, base + high, color=BLUE, alpha=0.5, lw=3)
             axes.plot(x, entry["accuracy"], "o", color=BLUE, ms=6)
-            name = {0: BASE, 4: FULL}.get(counts[x])
-            if name:
-                others = report["accuracy"][name]["all"]["seeds"][1:]
-                axes.plot([x] * len(others), others, ".", color=QUIET, ms=6)
+            others = report["accuracy"].get(name, parts)["all"]["seeds"][1:]
+            axes.plot([x] * len(others), others, ".", color=QUIET, ms=6)
         axes.axhline(base, color=RED, dashes=(5, 3), lw=1.4)
-        axes.set_xticks(range(len(counts)), ["0 (base)", *map(str, counts[1:])])
+        axes.set_xticks(range(len(found)), [DENSITY[name] for name in found])
 
     sheet.add("", "decoder layers", "right answers (%)", panel)
     sheet.save(path)

@@ -29,11 +29,14 @@ SMALL = Settings(steps=10, batch=1, scenes=4, windows=2, each=5, questions=2, ca
 
 def test_every_configuration_has_every_seed_and_a_folder_of_its_own() -> None:
     runs = injection.trainings()
-    assert len({run.name for run in runs}) == len(runs) == 18
+    assert len({run.name for run in runs}) == len(runs) == 19
     for name in injection.CONFIGURATIONS:
         seeds = [run.seed for run in runs if run.configuration == name]
         assert seeds == list(injection.SEEDS)
-    assert sum(run.configuration.startswith("density") for run in runs) == 3
+    assert {run.configuration for run in runs} == {
+        *injection.CONFIGURATIONS,
+        *injection.DENSITY,
+    }
 
 
 def test_methods_are_what_their_names_say() -> None:
@@ -45,7 +48,8 @@ def test_methods_are_what_their_names_say() -> None:
             continue
         [method] = parse(run.method)
         assert isinstance(method, CLI)
-        assert (method.seed, method.summary, method.start) == (run.seed, "image", -4.0)
+        start = 0.0 if run.configuration == "half open" else -4.0
+        assert (method.seed, method.summary, method.start) == (run.seed, "image", start)
         found[run.configuration] = method.resolve(model)
     layers = [len(found[name].layers) for name in ("density 1", "density 2", "AMP+AGF")]
     assert [*layers, len(found["density 8"].layers)] == [1, 2, 4, 8]
@@ -207,7 +211,7 @@ def test_from_nothing_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kept = {name: injection.CONFIGURATIONS[name] for name in ("base", "AMP+AGF")}
     monkeypatch.setattr(injection, "CONFIGURATIONS", kept)
     monkeypatch.setattr(injection, "SEEDS", (0,))
-    monkeypatch.setattr(injection, "DENSITY", {})
+    monkeypatch.setattr(injection, "ONCE", {})
     small = [
         f"--{field.name.replace('_', '-')}={getattr(SMALL, field.name)}"
         for field in dataclasses.fields(SMALL)
