@@ -29,7 +29,11 @@ def chats_about(vlm: VLM, seed: int, system: str | None = None) -> list[Chat]:
     return found
 
 
-STACKS = ["vanilla", *(name for name, cls in methods().items() if "rewrite" not in cls.stages)]
+TRAINED = {"cli": "cli(seed=0, start=0.0, summary=image)"}
+STACKS = [
+    "vanilla",
+    *(TRAINED.get(name, name) for name, cls in methods().items() if "rewrite" not in cls.stages),
+]
 
 
 @pytest.mark.filterwarnings("ignore:var does nothing")

@@ -241,7 +241,7 @@ class Asker:
                 found |= dict(zip(rows, answers, strict=True))
                 continue
             for row in rows:
-                batches.setdefault(len(wanted[row].images) if together else -row, []).append(row)
+                batches.setdefault(wanted[row].kind if together else -row, []).append(row)
         for rows in batches.values():
             for i in range(0, len(rows), self.size):
                 part = rows[i : i + self.size]

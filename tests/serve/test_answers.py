@@ -10,8 +10,12 @@ import openai
 import pytest
 import torch
 
+from foveate import FoveateError
+from foveate.methods.cli import CLI
+from foveate.serve.app import create_app
 from foveate.serve.sampling import sample
-from tests.serve.conftest import question, scene, wait_for
+from foveate.serve.settings import Settings
+from tests.serve.conftest import question, running, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
 METHODS = ["vanilla", "clvs", "clvs(smoothing=0.7)+vcd", "pai", "vicrop"]
@@ -173,6 +177,27 @@ def test_the_models_are_listed(client, vlm):
     assert client.models.retrieve("pocket:clvs").id == "pocket:clvs"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-7")
+
+
+def test_the_servers_own_methods_are_asked_for_by_name(vlm, tmp_path):
+    injection = CLI(seed=0, gate="static").resolve(vlm.model).build(vlm.model)
+    for gate in injection.gates.values():
+        torch.nn.init.constant_(gate.value, 0.5)
+    injection.save_pretrained(tmp_path)
+    own = f"cli(path={str(tmp_path)!r})"
+    offline = vlm.ask(scene(3), DESCRIBE, own, max_new_tokens=20)
+    assert offline.text != vlm.ask(scene(3), DESCRIBE, max_new_tokens=20).text
+    with running(vlm, methods=(own, "clvs(smoothing=0.5)")) as server:
+        client = server.client()
+        assert "pocket:cli" in {model.id for model in client.models.list()}
+        assert text(ask(client, max_tokens=20, model="pocket:cli")) == offline.text
+        with pytest.raises(openai.BadRequestError, match="no files of the server"):
+            ask(client, model=f"pocket:{own}")
+        both = ask(client, max_tokens=20, model="pocket:clvs+vcd")
+    wanted = vlm.ask(scene(3), DESCRIBE, "clvs(smoothing=0.5)+vcd", max_new_tokens=20)
+    assert text(both) == wanted.text
+    with pytest.raises(FoveateError, match="there is no folder"):
+        create_app(vlm, Settings(methods=("cli(path='nowhere')",)))
 
 
 def test_an_asynchronous_client_and_its_stream(server):

@@ -52,6 +52,13 @@ def serve(
         bool,
         typer.Option("--allow-remote-images", help="Fetch images from public addresses."),
     ] = False,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Offer a method with these parameters, which may name files, by its name alone: "
+            "\"cli(path='runs/cli/injection')\" as MODEL:cli. Repeat it for more."
+        ),
+    ] = None,
     engine: Annotated[
         Engine, typer.Option(help="plain: this process; ray: replicas in Ray Serve.")
     ] = Engine.PLAIN,
@@ -83,6 +90,7 @@ def serve(
         pixels=max_pixels,
         body_bytes=max_body_bytes,
         remote_images=allow_remote_images,
+        methods=tuple(method or ()),
         api_key=api_key,
     )
     if engine is Engine.RAY:

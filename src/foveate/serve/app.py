@@ -39,7 +39,7 @@ class House:
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         self.vlm, self.settings = vlm, settings
         self.worker = queue.Worker(vlm, settings)
-        self.catalogue = Catalogue(vlm)
+        self.catalogue = Catalogue(vlm, settings.methods)
         self.started = int(time.time())
         # requests whose content is decoded at a time; fetching is waiting, and needs more
         self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 4)

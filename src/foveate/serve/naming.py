@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..context import Stack
@@ -22,10 +23,19 @@ class Catalogue:
     Attributes:
         name: ``pocket``, ``llava-hf/llava-1.5-7b-hf``, or the last part of a folder's path.
         ids: what ``GET /v1/models`` lists: the name, and ``name:method`` for every method that
-            works on this model with its default parameters.
+            works on this model with its default parameters, or with the server's own.
+
+    Args:
+        own: methods with the server's own parameters, each asked for by its name.
+
+    Raises:
+        FoveateError: where one of `own` does not exist or cannot serve this model.
     """
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: VLM, own: Sequence[str] = ()) -> None:
+        self.own = {method.name: method for method in as_stack(*own)}
+        for method in self.own.values():
+            Stack(vlm.model, (method,))
         path = Path(vlm.name)
         self.vlm, self.name = vlm, path.name if path.is_dir() else vlm.name
         with warnings.catch_warnings(action="ignore"):  # nobody has asked for these yet
@@ -50,8 +60,11 @@ class Catalogue:
     def _check(self, text: str) -> tuple[Method, ...]:
         if len(text) > LONGEST:
             raise FoveateError(f"A method's text may have {LONGEST} characters.")
-        stack = as_stack(text)
+        asked = as_stack(text)
+        stack = tuple(self.own.get(m.name, m) if m == type(m)() else m for m in asked)
         for method in stack:
+            if method is self.own.get(method.name):
+                continue
             if hasattr(method, "build") and not getattr(method, "path", None):
                 raise FoveateError(
                     f"{method.name} is trained, and a fresh one, of whatever size a request asks, "

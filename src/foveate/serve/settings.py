@@ -20,6 +20,8 @@ class Settings:
         body_bytes: most bytes of a request.
         seconds: for a request to arrive, and for a remote picture to be fetched.
         remote_images: whether pictures are fetched from public addresses.
+        methods: text forms of methods with parameters of the server's own, which may name files;
+            a request asks for them by name alone.
         api_key: what clients must send as a bearer token; None lets everybody in.
     """
 
@@ -33,4 +35,5 @@ class Settings:
     body_bytes: int = 32_000_000
     seconds: float = 30.0
     remote_images: bool = False
+    methods: tuple[str, ...] = ()
     api_key: str | None = None
