@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -246,6 +247,8 @@ class CLI(Method):
 
     def see(self, ctx: Context) -> None:
         """Bring the vision states to the language model, packed as its own."""
+        if "pixel_values_videos" in ctx.inputs:
+            raise FoveateError("cli follows images, not videos: leave out the video.")
         injection: CrossLayerInjection = ctx.plan
         core, mask = ctx.stack.model.model, ctx.inputs["attention_mask"]
         images = ctx.visual[:, -mask.shape[1] :]
@@ -352,9 +355,10 @@ def _packed(
     projector doing AMP, so that classification tokens, tiles, padding and newlines are as in the
     ordinary features.
     """
-    tower = _Standing(lambda *args, **kwargs: _Output(states, k))
+    seen = SimpleNamespace(hidden_states={k: states})
+    tower = _Standing(lambda *args, **kwargs: seen)
     own = core.multi_modal_projector
-    projector = _Standing(lambda seen: injection.bring(own, k, seen))
+    projector = _Standing(lambda chosen: injection.bring(own, k, chosen))
     wanted = {n: v for n, v in inputs.items() if n in _PIXELS and v is not None}
     with _swapped(core, vision_tower=tower, multi_modal_projector=projector):
         out = core.get_image_features(**wanted, vision_feature_layer=k, return_dict=True)
@@ -374,14 +378,6 @@ class _Standing(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
-
-
-class _Output(dict[str, Any]):
-    """What a tower returns, as far as `get_image_features` looks at it."""
-
-    def __init__(self, states: Tensor, k: int) -> None:
-        super().__init__()
-        self.hidden_states, self.pooler_output = {k: states}, None
 
 
 @contextmanager
