@@ -24,8 +24,8 @@ def analyze(
         str,
         typer.Argument(
             metavar="NAME",
-            help="decay, convergence, complexity, layers or heads; decay(covered=0.6) sets an "
-            "option. CLVS's Figures 7 and 8 are drawn by foveate sweep.",
+            help="decay, convergence, complexity, layers, heads or gates; decay(covered=0.6) sets "
+            "an option. CLVS's Figures 7 and 8 are drawn by foveate sweep.",
         ),
     ],
     model: ModelOption = "pocket",
