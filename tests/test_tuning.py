@@ -205,7 +205,12 @@ def test_checkpointing_changes_no_gradient(method: str, data: Path, small: str) 
 
 
 def launched(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
-    """`foveate train cli` as a process of its own, or as several that torchrun starts."""
+    """`foveate train cli` in processes of its own."""
+    return started(["-m", "foveate.commands", "train", "cli", *arguments], processes)
+
+
+def started(program: list[str], processes: int = 1) -> subprocess.Popen[str]:
+    """A Python program as a process, or as several that torchrun starts."""
     command = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
@@ -213,10 +218,13 @@ def launched(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
             port = free.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += [f"--master-port={port}"]
-    command += ["-m", "foveate.commands", "train", "cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, *program],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -263,6 +271,62 @@ def test_a_killed_run_walks_on_along_the_same_curve(data: Path, small: str, tmp_
         one, other = weights(tmp_path / "whole" / part), weights(cut / part)
         assert all(torch.equal(one[k], other[k]) for k in one)
     assert not list(cut.glob("*.step-*"))
+
+
+# Accelerate shards on GPUs only: on the CPU it would divide the batch and copy the rest (DDP).
+SHARDED = """
+import sys
+from accelerate.state import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from foveate import tuning
+
+plain, drawn = tuning.start, tuning.drawn
+
+def start(precision):
+    accelerator = plain(precision)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT", reshard_after_forward=True,
+    )
+    kind = DistributedType.FSDP
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
+    return accelerator
+
+def until(count, size, step, seed):
+    if step == int(sys.argv[5]):
+        raise SystemExit("power cut")
+    return drawn(count, size, step, seed)
+
+tuning.start, tuning.drawn = start, until
+recipe = tuning.Recipe(
+    base=sys.argv[4], steps=6, batch_size=2, base_rate=1e-3, lora_rank=4, checkpointing=True,
+    checkpoint_every=0.0,
+)
+tuning.tune(*sys.argv[1:4], recipe)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["frozen", "lora", "full"])
+def test_a_sharded_run_walks_the_same_curve_and_goes_on(
+    base: str, data: Path, small: str, tmp_path: Path
+) -> None:
+    if base == "lora":
+        pytest.importorskip("peft", reason="LoRA needs the extra: train")
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED, "utf-8")
+    arguments = [small, str(data), str(tmp_path / "two"), base]
+    for stop in ("4", "-1"):
+        child = started([str(script), *arguments, stop], processes=2)
+        _, error = child.communicate(timeout=240)
+        assert (child.returncode == 0) == (stop == "-1"), error
+        assert (train.latest(tmp_path / "two", NAME) is None) == (stop == "-1")
+    recipe = Recipe(base=base, steps=6, batch_size=4, base_rate=1e-3, lora_rank=4)
+    tune(small, data, tmp_path / "one", recipe)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    for part in ("injection", "model")[: 1 + (base != "frozen")]:
+        one, other = (weights(tmp_path / name / part) for name in ("one", "two"))
+        assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     last = latest(folder, name) if resume else None
     if last:
-        accelerator.load_state(str(last), strict=False)
+        accelerator.load_state(str(last))
     main, journal = accelerator.is_main_process, folder / "log.jsonl"
     if main:
         forget(journal, name, clock.step)

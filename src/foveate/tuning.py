@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from .conversations import IGNORE, Checked, Progress, Row, Writer, check, read
 from .engine import attach
 from .form import FoveateError
-from .injection import CrossLayerInjection
 from .journal import difference, write_json
 from .method import as_stack, text
 from .methods.cli import CLI, SERVES
@@ -111,19 +110,20 @@ class Tuned:
 class Lesson(nn.Module):
     """A model and its injection, and the loss of the answers' tokens.
 
-    Only what is trained is in its state, unless `whole` is set.
+    Only what is trained is in its state.
     """
 
     def __init__(self, model: Any, injection: nn.Module | None) -> None:
         super().__init__()
-        self.model, self.injection, self.whole = model, injection, False
-        self._no_split_modules = model._no_split_modules  # what FSDP shards by
+        self.model, self.injection = model, injection
+        self._no_split_modules = [type(model.get_decoder().layers[0]).__name__]  # FSDP's units
         spoken = {id(p) for p in model.get_decoder().parameters()}
         spoken |= {id(p) for p in model.get_output_embeddings().parameters()}
         self.seldom = [
             name for name, p in self.named_parameters() if p.requires_grad and id(p) not in spoken
         ]
         self.register_state_dict_post_hook(_only_trained)
+        self.register_load_state_dict_post_hook(_frozen_may_miss)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the losses of a batch of `Writer`, and how many tokens it is of."""
@@ -144,13 +144,21 @@ class Lesson(nn.Module):
         return out.loss + 0.0 * idle, (labels != IGNORE).sum()
 
 
+def _trained(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
 def _only_trained(module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
-    lesson = cast(Lesson, module)
-    if lesson.whole:
-        return
-    trained = {prefix + name for name, p in lesson.named_parameters() if p.requires_grad}
-    for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+    """Leave what is frozen out of a state."""
+    kept = {prefix + name for name in _trained(module)}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
         del state[name]
+
+
+def _frozen_may_miss(module: nn.Module, keys: Any) -> None:
+    """Do not ask a state for what is frozen."""
+    missed = {key.removeprefix("module.") for key in keys.missing_keys}  # DDP's own name
+    keys.missing_keys[:] = sorted(missed & _trained(module))
 
 
 def tune(
@@ -193,8 +201,7 @@ def tune(
     accelerator = start(precision)
     main, device = accelerator.is_main_process, accelerator.device
     out.mkdir(parents=True, exist_ok=True)
-    full = recipe.base == "full"
-    dtype = torch.float32 if full else DTYPES[precision]
+    dtype = torch.float32 if recipe.base == "full" else DTYPES[precision]
     vlm = VLM.load(model, dtype=dtype, device="cpu" if _sharded(accelerator) else device)
     if method:
         method = cast(CLI, method.resolve(vlm.model))
@@ -255,7 +262,6 @@ def tune(
     kept: dict[str, Tensor] = {}
 
     def finish(trained: nn.Module) -> None:
-        lesson.whole = full
         kept.update(accelerator.get_state_dict(trained))
 
     if main:
@@ -281,11 +287,10 @@ def tune(
         )
     if main:
         if shell is not None:
-            _save_injection(shell, kept, out)
-        if full:
-            _save_model(vlm, kept, DTYPES[precision], out)
-        if adapted is not None:
-            _save_adapter(adapted, model, kept, vlm, out)
+            shell.load_state_dict(_part(kept, "injection."))
+            shell.save_pretrained(out / "injection")
+        if recipe.base != "frozen":
+            _save_base(model, kept, adapted, DTYPES[precision], out)
         losses = _losses(out)
         _draw(text(as_stack(recipe.method)), losses, out, say)
         ended = {"steps": clock.step, "seconds": round(clock.seconds, 1), "loss": losses[-1]}
@@ -318,7 +323,9 @@ def prepare(model: Any, recipe: Recipe) -> Any:
         lora_alpha=2 * recipe.lora_rank,
         target_modules=rf"{place}\..*\.({'|'.join(sorted(linear))})",
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(recipe.seed)
+        return get_peft_model(model, config)
 
 
 def tower(model: Any) -> nn.Module:
@@ -440,33 +447,23 @@ def _draw(title: str, losses: list[float], out: Path, say: Callable[[str], None]
         say(f"no loss.png: {error}")
 
 
-def _save_injection(shell: CrossLayerInjection, kept: dict[str, Tensor], out: Path) -> None:
-    prefix = "injection."
-    own = {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
-    shell.load_state_dict(own)
-    shell.save_pretrained(out / "injection")
+def _part(kept: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
 
 
-def _save_model(vlm: VLM, kept: dict[str, Tensor], dtype: torch.dtype, out: Path) -> None:
-    prefix = "model."
-    state = {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    vlm.model.save_pretrained(out / "model", state_dict=state)
-    vlm.processor.save_pretrained(out / "model")
+def _save_base(
+    name: str, kept: dict[str, Tensor], adapted: Any, dtype: torch.dtype, out: Path
+) -> None:
+    """The whole model, loaded afresh with what was learnt put in; LoRA's adapter beside it."""
+    fresh = VLM.load(name, dtype=dtype, device="cpu")
+    base, learnt = fresh.model, _part(kept, "model.")
+    if adapted is None:
+        base.load_state_dict(learnt, strict=False)
+    else:
+        from peft import PeftModel
 
-
-def _save_adapter(adapted: Any, name: str, kept: dict[str, Tensor], vlm: VLM, out: Path) -> None:
-    """The adapter, and the base as it was loaded with the adapter merged in."""
-    from peft import PeftModel
-
-    prefix = "model."
-    state = {
-        f"base_model.model.{k.removeprefix(prefix)}": v
-        for k, v in kept.items()
-        if k.startswith(prefix)
-    }
-    adapted.save_pretrained(out / "adapter", state_dict=state)
-    fresh = VLM.load(name, dtype=vlm.model.dtype, device="cpu")
-    merged = PeftModel.from_pretrained(fresh.model, str(out / "adapter")).merge_and_unload()
-    merged.save_pretrained(out / "model")
+        state = {f"base_model.model.{k}": v for k, v in learnt.items()}
+        adapted.save_pretrained(out / "adapter", state_dict=state)
+        base = PeftModel.from_pretrained(base, str(out / "adapter")).merge_and_unload()
+    base.save_pretrained(out / "model")
     fresh.processor.save_pretrained(out / "model")
