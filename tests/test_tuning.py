@@ -163,6 +163,22 @@ def test_a_merged_adapter_answers_as_the_adapter_did(
     assert not torch.allclose(merged.model(**batch).logits, before, atol=1e-2)
 
 
+def test_lora_starts_from_the_seed(small: str) -> None:
+    pytest.importorskip("peft", reason="LoRA needs the extra: train")
+
+    def drawn(seed: int) -> dict[str, Tensor]:
+        vlm = VLM.load(small)
+        prepare(vlm.model, Recipe(base="lora", seed=seed, lora_rank=2))
+        named = vlm.model.named_parameters()
+        learns = {n: p for n, p in named if p.requires_grad}
+        assert all("language_model" in n and "lora" in n for n in learns)
+        return {n: p for n, p in learns.items() if "lora_A" in n}
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not any(torch.equal(first[n], other[n]) for n in first)
+
+
 # -- equal however it is done ----------------------------------------------------------------------
 
 

@@ -49,9 +49,9 @@ class Recipe:
         base: "frozen", "lora" or "full".
         steps, epochs, minutes: the budget, one of them; one epoch where none is given.
         batch_size: sequences per process and step. 16 on 8 processes is LLaVA-1.5's 128 (arXiv
-            2310.03744, table 9).
+            2310.03744).
         rate: peak learning rate of the injection. Inferred: that of LoRA in LLaVA's scripts.
-        base_rate: peak learning rate of the base; None is 2e-5 for "full" (LLaVA-1.5, table 9) and
+        base_rate: peak learning rate of the base; None is 2e-5 for "full" (LLaVA-1.5) and
             2e-4 for "lora" (LLaVA's scripts).
         lora_rank: of each language layer's matrices, with alpha twice that (LLaVA's scripts).
         precision: "bf16", "fp16" or "no"; None is bf16 on a GPU and no elsewhere.
