@@ -373,9 +373,7 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_a_video_is_refused() -> None:
     model = models.build("llava_onevision")
     pixels = models.inputs("llava_onevision", "images")["pixel_values"][:, :1]
-    with torch.no_grad():
-        features = model.model.get_video_features(pixels, return_dict=True).pooler_output
-    count = features.shape[:-1].numel()
+    count = 10  # tokens that the tiny model makes of these frames
     ids = torch.tensor([[models.BOS, *[models.VIDEO] * count, 11, 12]])
     with enhance(model, "cli(seed=0)"), pytest.raises(FoveateError, match="not videos"):
         model(input_ids=ids, pixel_values_videos=pixels)
