@@ -275,7 +275,9 @@ def work(run: Path, training: Training, settings: Settings) -> str:
 
 
 def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> str:
-    """Put all questions to a model."""
+    """Put all questions to a model that has not answered them yet."""
+    if (out / RESULTS).exists():
+        return f"{model}: known"
     torch.set_num_threads(1)
     vlm = VLM.load(str(model), device="cpu", dtype=torch.float32)
     evaluate(benches(run, settings), vlm, [method], out)
