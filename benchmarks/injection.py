@@ -70,6 +70,7 @@ from foveate.significance import interval  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
 START, BASE, FULL = "start", "base", "AMP+AGF"
+SHOWN = {FULL: "gates", "AMP only": "static"}  # whose gates are shown, and under what name
 CONFIGURATIONS = {
     BASE: "",
     "AMP only": "gate=static",
@@ -145,16 +146,18 @@ class Training:
         return f"cli(seed={self.seed}, {self.options}, {SHAPE})" if self.options else "vanilla"
 
 
-def trainings() -> list[Training]:
-    """All runs, a seed at a time, so that what a stopped benchmark leaves can be compared."""
+def trainings(only: Sequence[str] = (), seeds: int = len(SEEDS)) -> list[Training]:
+    """The runs, a seed at a time, so that what a stopped benchmark leaves can be compared.
+
+    Args:
+        only: configurations, the base among them; none = all, and the variants with one seed.
+    """
     found = []
-    for seed in SEEDS:
-        found += [Training(name, options, seed) for name, options in CONFIGURATIONS.items()]
-        if seed == SEEDS[0]:
-            found += [
-                Training(name, f"{CONFIGURATIONS[FULL]}, {options}", seed)
-                for name, options in ONCE.items()
-            ]
+    for seed in SEEDS[:seeds]:
+        chosen = {n: o for n, o in CONFIGURATIONS.items() if not only or n in only}
+        if seed == SEEDS[0] and not only:
+            chosen |= {n: f"{CONFIGURATIONS[FULL]}, {options}" for n, options in ONCE.items()}
+        found += [Training(name, options, seed) for name, options in chosen.items()]
     return found
 
 
@@ -284,8 +287,10 @@ def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> s
     return f"{model}: asked"
 
 
-def complete(run: Path, settings: Settings, workers: int, console: Console) -> None:
-    """Bring every run to its end."""
+def complete(
+    run: Path, known: list[Training], settings: Settings, workers: int, console: Console
+) -> None:
+    """Bring every training to its end."""
     run.mkdir(parents=True, exist_ok=True)
     begun = run / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != asdict(settings):
@@ -295,7 +300,7 @@ def complete(run: Path, settings: Settings, workers: int, console: Console) -> N
     make_base(run / "open")
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool, Progress() as bar:
         list(pool.map(functools.partial(draw, run, settings, of=workers), range(workers)))
-        jobs = [pool.submit(work, run, training, settings) for training in trainings()]
+        jobs = [pool.submit(work, run, training, settings) for training in known]
         jobs.append(pool.submit(ask, run, run / "open", "vanilla", run / START / "eval", settings))
         task = bar.add_task("runs", total=len(jobs))
         try:
@@ -381,8 +386,10 @@ def about(run: Path, training: Training) -> dict[str, Any]:
     """What a training left beside its model."""
     folder = run / training.name
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    settings = Settings(**json.loads((run / "settings.json").read_text()))
     found = {
-        "command": shlex.join(command(run, training, Settings(**settings_of(run)))),
+        "configuration": training.configuration,
+        "command": shlex.join(command(run, training, settings)),
         "seconds": json.loads((folder / "run.json").read_text())["seconds"],
         "losses": [row["loss"] for row in rows if "loss" in row],
         "parameters": 0,
@@ -395,56 +402,49 @@ def about(run: Path, training: Training) -> dict[str, Any]:
     return found
 
 
-def settings_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "settings.json").read_text())
-    return found
-
-
-def gates(run: Path, pictures: int) -> dict[int, dict[str, Any]]:
-    """`foveate analyze gates` of every seed with the gate that looks."""
+def gates(run: Path, known: list[Training], pictures: int) -> dict[str, dict[str, Any]]:
+    """`foveate analyze gates` of what injects into all pairs, by the training's name."""
     found = {}
-    for training in trainings():
-        if training.configuration == FULL:
+    for training in known:
+        if training.configuration in SHOWN:
             folder, method = run / training.name, stack(run, training)
+            count = pictures if training.configuration == FULL else 2  # the others never vary
             (folder / "gates").mkdir(exist_ok=True)
             told = ["foveate", "analyze", "gates", "--model", str(folder / "model")]
-            told += ["--method", method, "--limit", str(pictures)]
+            told += ["--method", method, "--limit", str(count)]
             vlm = VLM.load(str(folder / "model"), device="cpu", dtype=torch.float32)
-            found[training.seed] = analyse(
+            read = analyse(
                 parse("gates"),
                 vlm,
-                pocket_pictures(pictures),
+                pocket_pictures(count),
                 folder / "gates",
                 methods=[method],
                 data="drawn scenes, half against the pocket model's habits",
                 command=shlex.join(told),
             )
+            found[training.name] = read["numbers"]["methods"][method]
     return found
 
 
-def collect(run: Path, settings: Settings, pictures: int) -> dict[str, Any]:
+def collect(run: Path, known: list[Training], settings: Settings, pictures: int) -> dict[str, Any]:
     """Everything that the page shows."""
-    known = trainings()
     right = {t.name: answers(run, t.name, settings) for t in known}
     of = {
         name: {t.seed: right[t.name] for t in known if t.configuration == name}
         for name in dict.fromkeys(t.configuration for t in known)
     }
     base = of[BASE]
-    seen = gates(run, pictures)
     results = json.loads((run / known[0].name / "eval" / RESULTS).read_text())
     return {
         "settings": asdict(settings),
         "environment": results["environment"],
         "runs": {t.name: about(run, t) for t in known},
         "start": compared({SEEDS[0]: answers(run, START, settings)}, base),
-        "accuracy": {name: compared(of[name], base) for name in CONFIGURATIONS},
+        "accuracy": {name: compared(of[name], base) for name in CONFIGURATIONS if name in of},
         "density": {
             name: compared({SEEDS[0]: of[name][SEEDS[0]]}, base) for name in DENSITY if name in of
         },
-        "gates": {
-            seed: next(iter(found["numbers"]["methods"].values())) for seed, found in seen.items()
-        },
+        "gates": gates(run, known, pictures),
     }
 
 
@@ -463,12 +463,12 @@ def ends(found: list[float] | None) -> str:
 
 def accuracy_table(report: dict[str, Any]) -> str:
     """Rows are categories, columns configurations."""
-    rows = [["", "n", "no training", *CONFIGURATIONS]]
+    rows = [["", "n", "no training", *report["accuracy"]]]
     for name, title in PARTS.items():
         cells = [title, f"{report['accuracy'][BASE][name]['n']:,}"]
         cells.append(f"{report['start'][name]['accuracy']:.1f}")
-        for configuration in CONFIGURATIONS:
-            entry = report["accuracy"][configuration][name]
+        for found in report["accuracy"].values():
+            entry = found[name]
             told = f"{entry['accuracy']:.1f}"
             if "difference" in entry:
                 told += f", {entry['difference']:+.1f} ({ends(entry['over_pictures'])})"
@@ -480,27 +480,31 @@ def accuracy_table(report: dict[str, Any]) -> str:
 
 def seeds_table(report: dict[str, Any]) -> str:
     """Rows are configurations, of all questions but captions."""
-    rows = [
-        ["", *(f"seed {seed}" for seed in SEEDS), "difference", "over pictures", "over seeds"],
-    ]
-    rows[0] += ["last loss", "parameters added", "s per training"]
-    for configuration in CONFIGURATIONS:
-        entry = report["accuracy"][configuration]["all"]
-        runs = [report["runs"][t.name] for t in trainings() if t.configuration == configuration]
-        versus = ["", "", ""]
-        if "difference" in entry:
-            versus = [
-                f"{entry['difference']:+.2f}",
-                *map(ends, (entry["over_pictures"], entry["over_seeds"])),
+    seeds = [f"seed {seed}" for seed, _ in enumerate(report["accuracy"][BASE]["all"]["seeds"])]
+    rows = [["", *seeds, "difference", "over pictures", "over seeds"]]
+    rows[0] += ["last loss", "mean gate", "parameters added", "s per training"]
+    for name, found in report["accuracy"].items():
+        entry, versus = found["all"], ["", "", ""]
+        runs = [own for own in report["runs"].values() if own["configuration"] == name]
+        values = [abs(value) for own in runs for value in own["static"]]
+        if name == FULL:
+            values = [
+                report["gates"][run]["gate"]["mean"]
+                for run, own in report["runs"].items()
+                if own["configuration"] == FULL
             ]
+        if "difference" in entry:
+            intervals = map(ends, (entry["over_pictures"], entry["over_seeds"]))
+            versus = [f"{entry['difference']:+.2f}", *intervals]
         rows.append(
             [
-                configuration,
+                name,
                 *(f"{value:.1f}" for value in entry["seeds"]),
                 *versus,
-                f"{np.mean([np.mean(r['losses'][-TOGETHER:]) for r in runs]):.3f}",
+                f"{np.mean([np.mean(own['losses'][-TOGETHER:]) for own in runs]):.3f}",
+                f"{np.mean(values):.2g}" if values else "",
                 f"{runs[0]['parameters']:,}",
-                f"{np.mean([r['seconds'] for r in runs]):.0f}",
+                f"{np.mean([own['seconds'] for own in runs]):.0f}",
             ]
         )
     return table(rows)
@@ -528,7 +532,8 @@ def differences_figure(report: dict[str, Any], path: Path) -> None:
     """A panel per configuration: every category's difference with its interval, and the seeds."""
     base = report["accuracy"][BASE]
     caption = (
-        f"Right answers more than the base's, in points: mean of {len(SEEDS)} seeds (large), their "
+        f"Right answers more than the base's, in points: mean of {len(base['all']['seeds'])} seeds "
+        "(large), their "
         "95 % paired bootstrap interval over pictures (bar), and each seed (small). Random, "
         "popular, adversarial: of existence. With, against: all, by the habit of the scenes. "
         f"n = {base['all']['n']:,} questions about {base['all']['pictures']} pictures, and "
@@ -537,16 +542,16 @@ def differences_figure(report: dict[str, Any], path: Path) -> None:
     sheet = Sheet("Accuracy against the base", caption)
     most = 1.05 * max(
         abs(value)
-        for name in CONFIGURATIONS
+        for name, found in report["accuracy"].items()
         if name != BASE
-        for entry in report["accuracy"][name].values()
+        for entry in found.values()
         for value in (*entry["differences"], *(entry["over_pictures"] or ()))
     )
-    for name in CONFIGURATIONS:
+    for name, own in report["accuracy"].items():
         if name == BASE:
             continue
 
-        def panel(axes: Any, found: dict[str, Any] = report["accuracy"][name]) -> None:
+        def panel(axes: Any, found: dict[str, Any] = own) -> None:
             y = np.arange(len(PARTS))[::-1]
             for place, part_name in zip(y, PARTS, strict=True):
                 entry = found[part_name]
@@ -569,9 +574,9 @@ def loss_figure(report: dict[str, Any], path: Path) -> None:
     """The loss of every configuration, and its difference from the base's on the same batches."""
     curves = {
         name: np.array(
-            [report["runs"][t.name]["losses"] for t in trainings() if t.configuration == name]
+            [own["losses"] for own in report["runs"].values() if own["configuration"] == name]
         )
-        for name in CONFIGURATIONS
+        for name in report["accuracy"]
     }
     steps = curves[BASE].shape[1] // TOGETHER
     bins = {
@@ -580,9 +585,9 @@ def loss_figure(report: dict[str, Any], path: Path) -> None:
     }
     x = TOGETHER * (np.arange(steps) + 0.5)
     caption = (
-        f"Training loss per answer token, mean over {TOGETHER} steps and {len(SEEDS)} seeds. "
-        "Right: the difference from the base of the same seed, which learnt from the same batches "
-        "in the same order; bands reach from the lowest seed to the highest."
+        f"Training loss per answer token, mean over {TOGETHER} steps and {len(curves[BASE])} "
+        "seeds. Right: the difference from the base of the same seed, which learnt from the same "
+        "batches in the same order; bands reach from the lowest seed to the highest."
     )
     sheet = Sheet("Training loss", caption)
 
@@ -590,6 +595,9 @@ def loss_figure(report: dict[str, Any], path: Path) -> None:
         for color, (name, own) in zip(SERIES, bins.items(), strict=False):
             axes.plot(x, own.mean(0), color=color, lw=1.5, label=name)
         axes.set_yscale("log")
+        axes.set_yticks(ticks := [0.3, 0.4, 0.6, 1, 2, 4, 6], [f"{tick:g}" for tick in ticks])
+        axes.set_ylim(0.9 * min(own.mean(0).min() for own in bins.values()))
+        axes.minorticks_off()
 
     def against(axes: Any) -> None:
         for color, own in list(zip(SERIES, bins.values(), strict=False))[1:]:
@@ -634,24 +642,24 @@ def density_figure(report: dict[str, Any], path: Path) -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def publish(out: Path, run: Path, report: dict[str, Any]) -> None:
-    """The report's numbers, tables and figures in `out`."""
+def publish(out: Path, run: Path, report: dict[str, Any], name: str = "") -> None:
+    """The report's numbers, tables and figures in `out`; `name` comes before theirs."""
     out.mkdir(parents=True, exist_ok=True)
-    first = next(t for t in trainings() if t.configuration == FULL)
-    for ending in ("json", "md", "png"):
-        shutil.copy(run / first.name / "gates" / f"gates.{ending}", out / f"gates.{ending}")
-    differences_figure(report, out / "accuracy.png")
-    loss_figure(report, out / "loss.png")
-    density_figure(report, out / "density.png")
-    common = {key: report[key] for key in ("command", "settings", "environment")}
-    write(
-        out,
-        "accuracy",
-        common | {key: report[key] for key in ("start", "accuracy")},
-        accuracy_table(report),
-    )
-    write(out, "seeds", {key: report[key] for key in ("runs", "gates")}, seeds_table(report))
-    write(out, "density", {"density": report["density"]}, density_table(report))
+    for configuration, title in SHOWN.items():
+        first = Training(configuration, "", SEEDS[0]).name
+        if first in report["gates"]:
+            for ending in ("json", "png"):
+                made = run / first / "gates" / f"gates.{ending}"
+                shutil.copy(made, out / f"{name}{title}.{ending}")
+    differences_figure(report, out / f"{name}accuracy.png")
+    loss_figure(report, out / f"{name}loss.png")
+    common = {key: report[key] for key in ("command", "settings", "environment", "start")}
+    found = common | {"accuracy": report["accuracy"]}
+    write(out, f"{name}accuracy", found, accuracy_table(report))
+    write(out, f"{name}seeds", {k: report[k] for k in ("runs", "gates")}, seeds_table(report))
+    if len(report["density"]) > 2:
+        density_figure(report, out / f"{name}density.png")
+        write(out, f"{name}density", {"density": report["density"]}, density_table(report))
 
 
 def main(given: list[str] | None = None) -> int:
@@ -662,6 +670,9 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for tables and figures; default: none")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--pictures", type=int, default=60, help="that gates are read of")
+    parser.add_argument("--configuration", action="append", help="only this; repeatable")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only so many")
+    parser.add_argument("--name", default="", help="of tables and figures, before their own")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
                             default=field.default)  # fmt: skip
@@ -669,15 +680,17 @@ def main(given: list[str] | None = None) -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     run = args.run or Path("runs") / "cli"
     try:
-        complete(run, settings, args.workers, console)
-        report = collect(run, settings, args.pictures)
+        only = {BASE, FULL, *args.configuration} if args.configuration else ()
+        known = trainings(sorted(only), args.seeds)
+        complete(run, known, settings, args.workers, console)
+        report = collect(run, known, settings, args.pictures)
     except FoveateError as error:
         console.print(str(error))
         return 2
     report["command"] = shlex.join(["python", "benchmarks/injection.py", *(given or sys.argv[1:])])
     console.print(Markdown(accuracy_table(report)), Markdown(seeds_table(report)))
     if args.out is not None:
-        publish(args.out, run, report)
+        publish(args.out, run, report, args.name)
         console.print(f"written: {args.out}")
     return 0
 

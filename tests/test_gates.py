@@ -153,12 +153,18 @@ def test_numbers_that_never_vary_stand_alone_and_signs_have_two_colours() -> Non
     assert axes.images[0].norm.vmin == -axes.images[0].norm.vmax
 
 
+def test_closed_gates_look_closed() -> None:
+    axes = panel([[1e-11], [0.0]], [[0.0], [0.0]])
+    assert axes.images[0].norm(1e-11) < 1e-6
+
+
 def test_many_layers_leave_room_for_one_number() -> None:
     axes = panel(np.full((12, 2), 0.123), np.full((12, 2), 0.05))
     assert set(map(tuple, written(axes).values())) == {("0.12",)}
 
 
 def test_few_letters() -> None:
-    assert [told(v) for v in (0.0179, 0.0, -0.3, 0.00012)] == ["0.018", "0.000", "-0.300", "1e-4"]
+    values = (0.0179, 0.0, 2e-11, -0.3, 0.00012)
+    assert [told(v) for v in values] == ["0.018", "0.000", "0.000", "-0.300", "1e-4"]
     assert short("cli(path='a')") == "cli(path='a')"
     assert short("x" * 40 + "y" * 40) == "x" * 22 + " ... " + "y" * 22

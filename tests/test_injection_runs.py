@@ -39,6 +39,11 @@ def test_every_configuration_has_every_seed_and_a_folder_of_its_own() -> None:
     }
 
 
+def test_runs_can_be_chosen() -> None:
+    runs = injection.trainings(["AMP+AGF", "base"], 2)
+    assert [run.name for run in runs] == ["base-0", "amp-agf-0", "base-1", "amp-agf-1"]
+
+
 def test_methods_are_what_their_names_say() -> None:
     model, _ = build.load_open()
     found: dict[str, Any] = {}
@@ -117,7 +122,7 @@ def test_a_finished_training_is_not_repeated_and_a_failed_one_is_told(
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps(dataclasses.asdict(SMALL)))
     with pytest.raises(FoveateError, match=r"other settings \(steps: 10, now 11\)"):
-        injection.complete(tmp_path, dataclasses.replace(SMALL, steps=11), 1, None)  # type: ignore[arg-type]
+        injection.complete(tmp_path, [], dataclasses.replace(SMALL, steps=11), 1, None)  # type: ignore[arg-type]
 
 
 # -- what is counted -------------------------------------------------------------------------------
@@ -194,14 +199,16 @@ def test_seeds_give_students_interval() -> None:
 # -- what is published -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (PAGE / "accuracy.json").exists(), reason="the page is not there")
-def test_the_pages_tables_are_those_of_its_numbers() -> None:
+@pytest.mark.parametrize("name", sorted(p.name[:-13] for p in PAGE.glob("*accuracy.json")))
+def test_the_pages_tables_are_those_of_its_numbers(name: str) -> None:
     page = (PAGE / "README.md").read_text("utf-8")
     report: dict[str, Any] = {}
-    for name in ("accuracy", "seeds", "density"):
-        report |= json.loads((PAGE / f"{name}.json").read_text("utf-8"))
-    for table in (injection.accuracy_table, injection.seeds_table, injection.density_table):
+    for part in ("accuracy", "seeds", "density"):
+        if (path := PAGE / f"{name}{part}.json").exists():
+            report |= json.loads(path.read_text("utf-8"))
+    for table in (injection.accuracy_table, injection.seeds_table):
         assert table(report) in page
+    assert "density" not in report or injection.density_table(report) in page
     assert report["command"] in page
 
 

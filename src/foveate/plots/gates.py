@@ -11,6 +11,7 @@ from .style import COLORS, INK, PAPER, QUIET
 
 SIGNED = "PuOr"  # for gates that can be negative
 NONE = "#e4e4ea"  # where nothing is injected
+CLOSED = 1e-3  # where the largest gate is below this, all are drawn as closed
 ROOMY = 8  # decoder layers, up to which a cell has room for two numbers
 
 
@@ -32,7 +33,7 @@ def pairs(
 
     values, around = mean.T, spread.T
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    most = max(abs(low), abs(high)) or 1.0
+    most = max(abs(low), abs(high), CLOSED)
     norm = Normalize(-most if low < 0 else 0.0, most)
     colors = colormaps[SIGNED if low < 0 else COLORS]
     panel.set_facecolor(NONE)
@@ -62,6 +63,6 @@ def pairs(
 
 
 def told(value: float, digits: int = 3) -> str:
-    """A gate in few letters: so many digits after the point, or one that counts where it is 0."""
+    """A gate in few letters: so many digits after the point, or one that counts if all are 0."""
     plain = f"{value:.{digits}f}"
-    return plain if float(plain) or not value else f"{value:.0e}".replace("e-0", "e-")
+    return plain if float(plain) or abs(value) < 1e-6 else f"{value:.0e}".replace("e-0", "e-")
