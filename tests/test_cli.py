@@ -29,6 +29,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"gate": "tanh", "norm": "rms", "reduce": "mean"},
     {"gate": "vector", "place": "after", "layers": (0, 3)},
     {"gate": "token", "share": "pair"},
+    {"gate_norm": "rms"},
+    {"gate": "token", "gate_norm": "rms", "summary": "image"},
     {"gate": "static", "routes": "one-to-one", "vision_layers": (1, 2)},
     {"gate": "static", "routes": "one-to-many"},
     {"summary": "image", "vision_layers": (1, 2)},

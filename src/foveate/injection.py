@@ -102,6 +102,7 @@ class CrossLayerInjection(
         heads: int = 8,
         width: int = 256,
         norm: Literal["none", "rms"] = "none",
+        gate_norm: Literal["none", "rms"] = "none",
         reduce: Literal["sum", "mean"] = "sum",
         place: Literal["before", "after"] = "before",
         share: Literal["layer", "pair"] = "layer",
@@ -118,15 +119,14 @@ class CrossLayerInjection(
         )
         self.norm = nn.RMSNorm(text_size) if norm == "rms" else None
         plain: dict[str, type[nn.Module]] = {"static": Static, "open": Open}
+        sizes = (text_size, width, heads)
         self.gates = nn.ModuleDict()  # by decoder layer, or by pair
         for layer, ks in self.routes.items():
             for k in ks:
                 name = f"{layer}-{k}" if share == "pair" or gate == "static" else f"{layer}"
                 if name not in self.gates:
                     made = plain.get(gate)
-                    self.gates[name] = (
-                        made() if made else Gate(text_size, width, heads, gate, start)
-                    )
+                    self.gates[name] = made() if made else Gate(*sizes, gate, start, gate_norm)
 
     def gate(self, layer: int, k: int) -> nn.Module:
         """The gate of a pair; the vision layers of a decoder layer may share one."""
@@ -237,15 +237,16 @@ class Summary(nn.Module):
     gathers goes through the value projection, which is the same with far fewer products.
     """
 
-    def __init__(self, size: int, width: int, heads: int) -> None:
+    def __init__(self, size: int, width: int, heads: int, norm: str = "none") -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.norm = heads, norm
         self.query = nn.Parameter(torch.randn(size) * size**-0.5)
         self.q, self.k, self.v = (nn.Linear(size, width, bias=False) for _ in range(3))
         self.out = nn.Linear(width, size, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, S, D), mask (B, S) bool -> (B, D); zero for a row that sees nothing."""
+        x = self.normed(x)
         queries = self.q(self.query).unflatten(-1, (self.heads, -1))  # (H, d)
         keys = self.k.weight.unflatten(0, (self.heads, -1))  # (H, d, D)
         folded = torch.einsum("hd,hdD->Dh", queries, keys) * queries.shape[-1] ** -0.5
@@ -254,7 +255,12 @@ class Summary(nn.Module):
         weights = scores.masked_fill(~some, 0).softmax(1) * some
         gathered = torch.einsum("bsh,bsD->bhD", weights.to(x.dtype), x)
         values = self.v.weight.unflatten(0, (self.heads, -1))
-        return self.out(torch.einsum("bhD,hdD->bhd", gathered, values.to(x.dtype)).flatten(1))
+        found = torch.einsum("bhD,hdD->bhd", gathered, values.to(x.dtype)).flatten(1)
+        return self.normed(self.out(found))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Each vector (..., D) with a mean square of 1, where this is asked for."""
+        return x if self.norm == "none" else F.rms_norm(x, x.shape[-1:])
 
 
 class Gate(nn.Module):
@@ -264,12 +270,14 @@ class Gate(nn.Module):
     token, whose own feature then stands for c_v ("token"); "tanh" is a scalar that starts at 0.
     """
 
-    def __init__(self, size: int, width: int, heads: int, kind: Gates, start: float) -> None:
+    def __init__(
+        self, size: int, width: int, heads: int, kind: Gates, start: float, norm: str = "none"
+    ) -> None:
         super().__init__()
         self.kind = kind
         if kind != "token":
-            self.vision = Summary(size, width, heads)
-        self.hidden = Summary(size, width, heads)
+            self.vision = Summary(size, width, heads, norm)
+        self.hidden = Summary(size, width, heads, norm)
         inner = max(1, size // 4)
         self.from_vision = nn.Linear(size, inner)
         self.from_hidden = nn.Linear(size, inner, bias=False)  # two halves of W1
@@ -283,7 +291,11 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor, valid: Tensor, read: Tensor) -> Tensor:
         """(B, N, D), (B, N) bool and c_h -> the gate, (B, 1 | N, 1 | D)."""
-        own = features if self.kind == "token" else self.vision(features, valid)[:, None]
+        own = (
+            self.hidden.normed(features)
+            if self.kind == "token"
+            else self.vision(features, valid)[:, None]
+        )
         inner = F.gelu(self.from_vision(own) + self.from_hidden(read)[:, None])
         out = self.last(inner)
         return out.tanh() if self.kind == "tanh" else out.sigmoid()

@@ -135,7 +135,11 @@ class CLI:
         if kind == "static":
             return self.weights[f"gates.{layer}-{k}.value"].flatten()
         name = f"gates.{layer}-{k}" if self.settings["share"] == "pair" else f"gates.{layer}"
-        own = features[n] if kind == "token" else self.summary(f"{name}.vision", features)
+        own = (
+            self.normed(features[n])
+            if kind == "token"
+            else self.summary(f"{name}.vision", features)
+        )
         held = self.summary(f"{name}.hidden", prompt)
         first = torch.cat(
             [
@@ -153,6 +157,7 @@ class CLI:
     def summary(self, name: str, x: Tensor) -> Tensor:
         """Multi-head attention of the learnt query over x (S, D): (D,)."""
         weights = {n: self.weights[f"{name}.{n}.weight"] for n in ("q", "k", "v", "out")}
+        x = torch.stack([self.normed(row) for row in x])
         query, keys, values = weights["q"] @ self.weights[f"{name}.query"], x, x
         keys, values = keys @ weights["k"].T, values @ weights["v"].T
         size = len(query) // self.settings["heads"]
@@ -161,7 +166,12 @@ class CLI:
             part = slice(h * size, (h + 1) * size)
             weight = (keys[:, part] @ query[part] / math.sqrt(size)).softmax(0)
             heads.append(weight @ values[:, part])
-        return weights["out"] @ torch.cat(heads)
+        return self.normed(weights["out"] @ torch.cat(heads))
+
+    def normed(self, vector: Tensor) -> Tensor:
+        if self.settings["gate_norm"] == "none":
+            return vector
+        return vector / (vector.pow(2).mean() + torch.finfo(vector.dtype).eps).sqrt()
 
     def entering(self, layer: int, brought: dict[int, Tensor]) -> Any:
         layer -= self.settings["place"] == "after"

@@ -75,6 +75,9 @@ class CLI(Method):
             the last vision layer into all, as DeepStack does.
         heads, width: of the summaries' attention (inferred); smaller models get less.
         norm: of V_k' before it is added, "rms" or "none" (inferred).
+        gate_norm: "rms" norms what a summary sees and what it says, "none" leaves both as they are
+            (the reported equations). Hidden states have no bound, and a sigmoid of them may shut
+            for good in training: then try "rms", or a lower rate.
         reduce: over vision layers, "sum" or "mean" (inferred).
         place: "before" the decoder layer's block or "after" it (inferred).
         share: one gate per decoder "layer" for all its vision layers, or one per "pair" (inferred).
@@ -93,6 +96,7 @@ class CLI(Method):
     heads: int = 8
     width: int = 256
     norm: Literal["none", "rms"] = "none"
+    gate_norm: Literal["none", "rms"] = "none"
     reduce: Literal["sum", "mean"] = "sum"
     place: Literal["before", "after"] = "before"
     share: Literal["layer", "pair"] = "layer"
