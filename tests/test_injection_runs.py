@@ -214,11 +214,11 @@ def test_the_pages_tables_are_those_of_its_numbers(name: str) -> None:
 
 @pytest.mark.slow
 def test_from_nothing_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two configurations and one seed, each really trained and asked."""
+    """Two configurations, one variant and one seed, each really trained and asked."""
     kept = {name: injection.CONFIGURATIONS[name] for name in ("base", "AMP+AGF")}
     monkeypatch.setattr(injection, "CONFIGURATIONS", kept)
     monkeypatch.setattr(injection, "SEEDS", (0,))
-    monkeypatch.setattr(injection, "ONCE", {})
+    monkeypatch.setattr(injection, "ONCE", {"density 1": "layers=(0,)"})
     small = [
         f"--{field.name.replace('_', '-')}={getattr(SMALL, field.name)}"
         for field in dataclasses.fields(SMALL)
