@@ -133,7 +133,7 @@ class LanguageLesson(nn.Module):
 # start and itself, so questions are cut into chunks that see the start, the chunk before and
 # their own. Plain products, because the CPU's fused kernel takes longer to differentiate when
 # heads are this small.
-PACKED = "foveate_packed"
+PACKED = "pocket_packed"  # "foveate_..." are stacks of methods
 CHUNK = lessons.CHUNK
 
 
