@@ -76,6 +76,9 @@ class Analysis(Form, ABC):
     def draw(self, numbers: Numbers, sheet: Sheet) -> None:
         """The figure's panels."""
 
+    def suit(self, stacks: dict[str, Stack]) -> None:
+        """Raise `FoveateError` where these methods are not what it measures."""
+
 
 analyses = registry.all
 
@@ -205,6 +208,7 @@ def stacks(analysis: Analysis, methods: Sequence[str] = ()) -> dict[str, Stack]:
                     "compare: choose methods that leave it as it is."
                 )
         found[text(stack)] = stack
+    analysis.suit(found)
     return found
 
 

@@ -36,17 +36,20 @@ class Gates(Analysis):
     compares: ClassVar[bool] = True
     pictures: ClassVar[int] = 100
 
+    def suit(self, stacks: dict[str, Stack]) -> None:
+        found = [method for stack in stacks.values() for method in stack]
+        if not any(isinstance(m, CLI) and (m.path or m.seed is not None) for m in found):
+            raise FoveateError(
+                "gates are those of a trained injection: choose it with --method "
+                '"cli(path=FOLDER)", and the model that it was trained with by --model.'
+            )
+
     def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
         injecting = {
             name: stack
             for name, stack in stacks.items()
             if any(isinstance(method, CLI) for method in stack)
         }
-        if not injecting:
-            raise FoveateError(
-                "gates are those of a trained injection: choose it with --method "
-                '"cli(path=FOLDER)", and the model that it was trained with by --model.'
-            )
         image, asked = picture.load(), picture.asked()
         chats = [vlm.chat([image], question.text, None) for question in asked]
         found: Row = {}
