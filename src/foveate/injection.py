@@ -148,27 +148,25 @@ class CrossLayerInjection(
             (B, N, D) for the visual tokens, zero on padding; and (B, vision layers) float32, the
             gates' means, nan where the pair is not routed.
         """
-        total = hidden.new_zeros(*seen.places.shape, hidden.shape[-1])
+        valid, prompt = seen.valid.to(hidden.device), seen.prompt.to(hidden.device)
+        total = hidden.new_zeros(*valid.shape, hidden.shape[-1])
         gates = torch.full((len(hidden), len(self.vision_layers)), math.nan, device=hidden.device)
         summaries: dict[int, Tensor] = {}  # of the hidden state, once per gate
-        columns: list[Tensor] = []
-        for k in self.vision_layers:
+        for column, k in enumerate(self.vision_layers):
             if k not in self.routes[layer]:
-                columns.append(gates[:, len(columns)])
                 continue
             gate, features = self.gate(layer, k), seen.features[k].to(hidden.device)
             if isinstance(gate, Gate):
                 if id(gate) not in summaries:
-                    summaries[id(gate)] = gate.read(hidden, seen.prompt.to(hidden.device))
-                opened = gate(features, seen.valid.to(hidden.device), summaries[id(gate)])
+                    summaries[id(gate)] = gate.read(hidden, prompt)
+                opened = gate(features, valid, summaries[id(gate)])
             else:
                 opened = gate(features)
             total = total + opened * features
-            columns.append(self._mean(opened, seen.valid.to(hidden.device)))
+            gates[:, column] = self._mean(opened, valid)
         if self.reduce == "mean":
             total = total / len(self.routes[layer])
-        valid = seen.valid.to(hidden.device)
-        return total * valid[..., None], torch.stack(columns, 1)
+        return total * valid[..., None], gates
 
     @staticmethod
     def _mean(opened: Tensor, valid: Tensor) -> Tensor:
