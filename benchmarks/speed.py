@@ -58,6 +58,7 @@ from transformers.initialization import no_init_weights
 
 import foveate
 from foveate import VLM, FoveateError
+from foveate.compat import cache_of, passing
 from foveate.method import methods, parse, text
 from foveate.run import hardware
 from foveate.shared import ask_together, prepare
@@ -271,13 +272,13 @@ def row(model: Any, name: str) -> Iterator[None]:
 def prefill(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Tensor]:
     """One forward over the prompt: the cache and the next token (1, 1)."""
     out = model(**inputs, use_cache=True, logits_to_keep=1)
-    return out.past_key_values, out.logits[:, -1:].argmax(-1)
+    return cache_of(out), out.logits[:, -1:].argmax(-1)
 
 
 def decode(model: Any, cache: Any, token: Tensor, steps: int) -> None:
     """`steps` single-token forwards."""
     for _ in range(steps):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, **passing(model, cache), use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
 
 

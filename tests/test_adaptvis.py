@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
+from foveate.compat import passing
 from foveate.methods.adaptvis import AdaptVis
 from foveate.methods.scalingvis import ScalingVis
 from tests import models
@@ -106,7 +107,7 @@ def test_a_question_behind_a_shared_prefix_has_its_own_confidence(family: str, m
             if len(positions) == 3:
                 suffix["position_ids"] = suffix["position_ids"].expand(3, -1, -1)
             suffix.pop("attention_mask")
-            model(**suffix, past_key_values=fork)
+            model(**suffix, **passing(model, fork))
     sure = [c >= method.threshold for c in confidences(family, "shared")]
     assert torch.cat(factors).tolist() == pytest.approx([2.0 if s else 0.3 for s in sure])
 

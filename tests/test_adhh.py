@@ -40,7 +40,7 @@ def rows(model: Any, inputs: dict[str, Tensor], layer: int, *stack: Any) -> Tens
     """(B, H, K): the weights of the prompt's last row in one layer."""
     with torch.no_grad(), enhance(model, *stack, Recorder(heads="all", layers=(layer,))):
         out = model(**inputs)
-    return Recorder.read(out.past_key_values).values[0][:, 0]
+    return Recorder.read(out).values[0][:, 0]
 
 
 # -- what it does ----------------------------------------------------------------------------------

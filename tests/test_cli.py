@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
+from foveate.compat import passing
 from foveate.engine import attach
 from foveate.injection import CrossLayerInjection, Summary
 from foveate.methods.cli import CLI, SERVES
@@ -64,7 +65,7 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
             out = model.generate(
                 **inputs, max_new_tokens=9, return_dict_in_generate=True, output_logits=True
             )
-        gates = CLI.gates(out.past_key_values)
+        gates = CLI.gates(out)
         assert gates.shape == (3, len(own_layers(method)), len(own_vision_layers(method)))
         for row in range(3):
             slow = reference(model, method)
@@ -107,7 +108,7 @@ def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
     with torch.no_grad(), attach(model, (method,), plans={"cli": module}):
         closed = model(**inputs)
     assert torch.equal(closed.logits, plain)
-    assert CLI.gates(closed.past_key_values).max() == 0
+    assert CLI.gates(closed).max() == 0
     static = CLI(seed=0, gate="static")  # starts at 0
     assert torch.equal(forward(model, inputs, static).logits, plain)
 
@@ -147,18 +148,18 @@ def test_answers_do_not_reach_gates_or_image(family: str, tmp_path: Path) -> Non
     runs = [
         forward(model, x, method, labels=labels, output_hidden_states=True) for x in (inputs, other)
     ]
-    gates = [CLI.gates(out.past_key_values) for out in runs]
+    gates = [CLI.gates(out) for out in runs]
     assert torch.equal(gates[0], gates[1])
     for a, b in zip(runs[0].hidden_states, runs[1].hidden_states, strict=True):
         assert torch.equal(a[:, :width], b[:, :width])
     assert not torch.equal(runs[0].logits[:, width:], runs[1].logits[:, width:])
     blind = forward(model, inputs, method)  # without labels the answer is taken for prompt
-    assert not torch.equal(CLI.gates(blind.past_key_values), gates[0])
+    assert not torch.equal(CLI.gates(blind), gates[0])
     prompt = {
         k: v[:, :width] if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()
     }
     alone = forward(model, prompt, method)  # training sees what inference sees
-    assert torch.allclose(CLI.gates(alone.past_key_values), gates[0], atol=1e-6)
+    assert torch.allclose(CLI.gates(alone), gates[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +184,9 @@ def test_an_image_summary_shares_a_prefix(family: str, tmp_path: Path) -> None:
         first = next_position(model, cache)
         fork = copy.deepcopy(cache)
         fork.batch_repeat_interleave(3)
-        shared = model(**suffix_batch(prefix, suffixes, first), past_key_values=fork).logits[:, -1]
+        shared = model(**suffix_batch(prefix, suffixes, first), **passing(model, fork)).logits[
+            :, -1
+        ]
     for row in range(3):
         alone = forward(model, models.inputs(family, "shared", row=row), method).logits[0, -1]
         assert (shared[row] - alone).abs().max() < 1e-5
@@ -369,7 +372,7 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
                 mm_encoder_outputs={"image": features},
             )
     with pytest.raises(FoveateError, match="There are no gates"):
-        CLI.gates(forward(llava, inputs).past_key_values)
+        CLI.gates(forward(llava, inputs))
 
 
 def test_a_video_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
+from foveate.compat import cache_of
 from foveate.methods.clvs import CLVS
 from tests import models
 from tests.references import clvs as reference
@@ -88,7 +89,7 @@ def test_the_presets_are_the_published_ones() -> None:
 def record(model: Any, inputs: dict[str, Tensor], method: CLVS) -> Tensor:
     with torch.no_grad(), enhance(model, method, Recorder(heads="all")):
         out = model(**inputs)
-    return Recorder.read(out.past_key_values).values[0]
+    return Recorder.read(out).values[0]
 
 
 def test_edited_rows_sum_to_one_and_nothing_leaks_to_padding(family: str, model: Any) -> None:
@@ -102,12 +103,12 @@ def test_edited_rows_sum_to_one_and_nothing_leaks_to_padding(family: str, model:
 def test_memory_one_keeps_the_first_layers_memory() -> None:
     model, inputs = models.build("llava"), models.inputs("llava")
     with torch.no_grad(), enhance(model, CLVS(memory=1.0, stop_threshold=0.0)):
-        kept = model(**inputs).past_key_values.foveate.memories[0]["vision"]
+        kept = cache_of(model(**inputs)).foveate.memories[0]["vision"]
     with (
         torch.no_grad(),
         enhance(model, CLVS(layers=(0, 1), stop_threshold=0.0), Recorder(heads="max")),
     ):
-        first = Recorder.read(model(**inputs).past_key_values)
+        first = Recorder.read(model(**inputs))
     assert torch.equal(kept[0, 0, 0][first.visual[0]], first.image()[0][0])
 
 
@@ -116,7 +117,7 @@ def test_smoothing_raises_the_image_share() -> None:
     shares = []
     for method in (CLVS(smoothing=1.0), CLVS(smoothing=0.5, stop_threshold=0.0)):
         with torch.no_grad(), enhance(model, method, Recorder(keep="mass")):
-            shares.append(Recorder.read(model(**inputs).past_key_values).values[0][:, 1:].mean())
+            shares.append(Recorder.read(model(**inputs)).values[0][:, 1:].mean())
     assert shares[1] > shares[0]
 
 
@@ -157,7 +158,7 @@ def test_visual_only_unification_moves_the_image_and_not_the_text() -> None:
     visual = ids == models.IMAGE
     unified = torch.where(visual, positions[visual].min(), positions)
     with torch.no_grad(), enhance(model, Recorder(heads="all", layers=(0,))):
-        want = Recorder.read(model(**inputs, position_ids=unified).past_key_values).values[0]
+        want = Recorder.read(model(**inputs, position_ids=unified)).values[0]
     method = CLVS(unified_positions="visual", stop_threshold=0.0)
     got = record(model, inputs, method)[:, :1]
     assert torch.allclose(got, want, atol=1e-5)

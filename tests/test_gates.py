@@ -56,7 +56,7 @@ def test_gates_are_those_of_each_question_alone(
     for number in (0, len(asked) - 1):
         inputs = vlm.inputs([vlm.chat([image], asked[number].text, None)])
         with enhance(vlm.model, method), torch.no_grad():
-            alone = CLI.gates(vlm.model(**inputs).past_key_values)[0]
+            alone = CLI.gates(vlm.model(**inputs))[0]
         np.testing.assert_allclose(found["gates"][number], alone, atol=1e-5)
     spread = np.std(found["gates"], 0).max()
     assert (spread > 1e-3) == (summary == "prompt")  # only then a question reaches the gate

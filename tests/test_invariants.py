@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
+from foveate.compat import passing
 from foveate.context import attention_layers
 from foveate.method import from_json, methods, parse, text, to_json
 from foveate.methods.cli import CLI, SERVES
@@ -117,7 +118,7 @@ def test_weights_are_finite_and_sum_to_one(method: Method, family: str, model: A
     recorder = Recorder(heads="all", layers=layers or None)
     stack = [recorder] if method.name == "recorder" else [method, recorder]
     out = forward(model, models.inputs(family, "mixed", batch=3), *stack)
-    rows = Recorder.read(out.past_key_values).values[0]
+    rows = Recorder.read(out).values[0]
     assert rows.isfinite().all()
     assert (rows >= 0).all()
     if method.row_sum_one:
@@ -253,7 +254,7 @@ def test_a_shared_prefix_equals_single_prompts(method: Method, family: str, mode
             suffix = models.inputs(family, "suffix", row=row, batch=batch)
             own = zip(suffix["input_ids"], suffix["attention_mask"].bool(), strict=True)
             inputs = suffix_batch(prefix, [ids[mask].tolist() for ids, mask in own], first)
-            rows += model(**inputs, past_key_values=fork).logits[:, -1]
+            rows += model(**inputs, **passing(model, fork)).logits[:, -1]
         assert cache.foveate.phase == "prefix", "a fork left the original alone"
     for row in range(3):
         single = forward(model, models.inputs(family, "shared", row=row), method)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance, prefill
+from foveate.compat import cache_of, passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from foveate.methods.vcd import VCD
@@ -79,7 +80,7 @@ def test_the_boost_raises_the_image_share_of_every_head() -> None:
     rows = []
     for method in ("vanilla", PAI(gamma=1.0, layers=(0,))):
         with torch.no_grad(), enhance(model, method, Recorder(heads="all", layers=(0,))):
-            rows.append(Recorder.read(model(**inputs).past_key_values).values[0])
+            rows.append(Recorder.read(model(**inputs)).values[0])
     visual = (inputs["input_ids"] == models.IMAGE)[:, None, None]
     before, after = ((row * visual).sum(-1) for row in rows)
     assert (after > before).all()
@@ -168,10 +169,10 @@ def test_a_shared_prefix_of_image_tokens_leaves_the_second_stream_nothing(pieces
     with torch.no_grad(), enhance(model, method):
         cache = prefill(model, prefix)
         fork = copy.deepcopy(cache)
-        got = [model(input_ids=suffix, past_key_values=fork).logits[:, -1]]
+        got = [model(input_ids=suffix, **passing(model, fork)).logits[:, -1]]
         for token in (40, 41):
             one = torch.tensor([[token]])
-            got.append(model(input_ids=one, past_key_values=fork).logits[:, -1])
+            got.append(model(input_ids=one, **passing(model, fork)).logits[:, -1])
     whole = dict(prefix, input_ids=torch.cat([prefix["input_ids"], suffix], 1))
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     steps = slow(model, method).run(whole, steps=3, tokens=torch.tensor([[40, 41]]))
@@ -199,8 +200,8 @@ def test_a_second_turn_equals_the_reference(name: str, second: str) -> None:
     with torch.no_grad(), enhance(model, method):
         for piece, mask, place, expected in zip(talk, masks, places, want, strict=True):
             given = {"attention_mask": mask, "position_ids": place if len(place) == 3 else place[0]}
-            out = model(**piece | given, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(**piece | given, **passing(model, cache), use_cache=True)
+            cache = cache_of(out)
             assert difference(out.logits[:, -1], expected) < 1e-5
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import speed
 from foveate import enhance
+from foveate.compat import cache_of, passing
 from foveate.look import read
 from foveate.pocket import world
 from tests import models
@@ -145,10 +146,10 @@ def watched(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Watch:
     with torch.no_grad():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         for step in range(3):
-            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            cache, token = cache_of(out), out.logits[:, -1:].argmax(-1)
             size = min(layer.keys.numel() for layer in cache.layers)
             with Watch(size if step == 2 else 2**62) as watch:
-                out = model(input_ids=token, past_key_values=cache, use_cache=True)
+                out = model(input_ids=token, **passing(model, cache), use_cache=True)
     return watch
 
 

@@ -15,6 +15,7 @@ import transformers as tf
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
+from foveate.compat import cache_of, passing
 from foveate.methods import var
 from foveate.methods.var import VAR, find_sink_dims, known_sink_dims
 from tests import models
@@ -85,8 +86,8 @@ def test_a_second_turn_adds_its_sinks_and_leaves_generated_tokens_out(
                 "attention_mask": slowly.seen["attention_mask"],
                 "position_ids": places if len(places) == 3 else places[0],
             }
-            out = model(**given, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(**given, **passing(model, cache), use_cache=True)
+            cache = cache_of(out)
             assert (out.logits[:, -1] - want).abs().max() < 1e-5
     start, stop = (sum(p["input_ids"].shape[1] for p in talk[:n]) for n in (1, 3))
     for layer, sinks in VAR.sinks(cache).items():
@@ -127,27 +128,22 @@ def test_a_prefix_cut_short_and_filled_again_is_the_single_prompt() -> None:
         fork = copy.deepcopy(cache)
         length = models.inputs("llava", "prefix")["input_ids"].shape[1]
         fork.crop(length - prefix["input_ids"].shape[1])  # below zero: columns to give up
-        out = model(input_ids=ids[:, length:], past_key_values=fork)
+        out = model(input_ids=ids[:, length:], **passing(model, fork))
         want = model(**whole)
     assert torch.allclose(out.logits[:, -1], want.logits[:, -1], atol=1e-5)
-    for a, b in zip(
-        VAR.sinks(fork).values(), VAR.sinks(want.past_key_values).values(), strict=True
-    ):
+    for a, b in zip(VAR.sinks(fork).values(), VAR.sinks(want).values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_every_request_finds_its_own_sinks() -> None:
     model = models.build("llava")
-    alone = [
-        VAR.sinks(forward(model, models.inputs("llava", row=r), STRONG).past_key_values)
-        for r in range(3)
-    ]
+    alone = [VAR.sinks(forward(model, models.inputs("llava", row=r), STRONG)) for r in range(3)]
     with torch.no_grad(), enhance(model, STRONG):
         for row, want in enumerate(alone):
             out = model.generate(
                 **models.inputs("llava", row=row), max_new_tokens=4, return_dict_in_generate=True
             )
-            found = VAR.sinks(out.past_key_values)
+            found = VAR.sinks(out)
             assert found.keys() == want.keys() == set(STRONG.resolve(model).layers)
             assert all(torch.equal(found[layer], want[layer]) for layer in want)
 
@@ -211,7 +207,7 @@ def test_a_cache_without_var_has_no_sinks() -> None:
     model = models.build("llava")
     for stack in ((), ("clvs",)):
         with pytest.raises(FoveateError, match="No sinks were looked for"):
-            VAR.sinks(forward(model, models.inputs("llava"), *stack).past_key_values)
+            VAR.sinks(forward(model, models.inputs("llava"), *stack))
 
 
 # -- sink dimensions -------------------------------------------------------------------------------
@@ -280,7 +276,7 @@ def test_unknown_dimensions_are_found_at_the_first_token(family: str) -> None:
     assert method.resolve(model).sink_dims == (11, 40)
     assert "sink_dims=(11, 40)" in str(method.resolve(model))
     with torch.no_grad(), enhance(model, method):
-        cache = model(**models.inputs(family)).past_key_values
+        cache = cache_of(model(**models.inputs(family)))
     assert all(sinks[0, 0] for sinks in VAR.sinks(cache).values())
 
 

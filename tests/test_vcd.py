@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, enhance
+from foveate.compat import cache_of, passing
 from foveate.methods.vcd import VCD
 from tests import models
 from tests.references import vcd as reference
@@ -206,8 +207,8 @@ def test_a_second_turn_is_contrasted_like_one_long_prompt(name: str, second: str
     with torch.no_grad(), enhance(model, VCD()):
         for piece in (pieces[0], {"input_ids": token[None]}, pieces[1]):
             given = {k: v for k, v in piece.items() if k != "attention_mask"}
-            out = model(**given, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(**given, **passing(model, cache), use_cache=True)
+            cache = cache_of(out)
     for kind, (first, last) in {"true": pieces, "noisy": noisy}.items():
         ids = torch.cat([first["input_ids"], token[None], last["input_ids"]], 1)
         longer[kind] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -7,20 +7,17 @@ are left to the kernel the model was loaded with.
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
-import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import compat
 from .context import Context
+from .heartbeat import astray, lost, note_graph
 from .method import FoveateError
 
 Attention = Callable[..., tuple[Tensor, None]]
@@ -104,36 +101,18 @@ class Rows:
         Raises:
             FoveateError: for a decoder without one rotary embedding for all layers.
         """
-        rotary = getattr(self.ctx.stack.decoder, "rotary_emb", None)
-        if rotary is None:
+        decoder = self.ctx.stack.decoder
+        if compat.rotary(decoder) is None:
             raise FoveateError(
-                f"{type(self.ctx.stack.decoder).__name__} has no rotary position embedding to "
-                "re-rotate cached keys with: switch unified positions off."
+                f"{type(decoder).__name__} has no rotary position embedding to re-rotate cached "
+                "keys with: switch unified positions off."
             )
-        delta = delta.to(self.x.device)
-        kind = getattr(self.module, "layer_type", None)
-        typed = kind is not None and hasattr(rotary, f"{kind}_inv_freq")
-        args = (kind,) if typed else ()
-        cos, sin = rotary(self.x, delta if delta.shape[0] == 3 else delta[0], *args)
-        scale = getattr(rotary, f"{kind}_attention_scaling" if typed else "attention_scaling", 1.0)
-        if cos.dim() == 4:  # early transformers 5 leaves the mixing of M-RoPE to the attention
-            section = 2 * self.ctx.stack.decoder.config.rope_parameters["mrope_section"]
-            cos, sin = (
-                torch.cat([m[i % 3] for i, m in enumerate(t.split(section, -1))], -1)
-                for t in (cos, sin)
-            )
-        return (cos / scale).to(self.x.device), (sin / scale).to(self.x.device)
+        cos, sin = compat.rotation(decoder, self.module, self.x, delta.to(self.x.device))
+        return cos.to(self.x.device), sin.to(self.x.device)
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Apply a `rotation` to (B, *, N, D) rotary states; computed in float32, dtype kept."""
-        source = sys.modules[type(self.module).__module__]
-        cos, sin = rotation
-        apply = getattr(source, "apply_rotary_pos_emb", None)
-        if apply is None:
-            turned = x * cos[:, None] + source.rotate_half(x.float()) * sin[:, None]
-        else:
-            turned = apply(x.float(), x[:, :0].float(), cos, sin)[0]
-        return turned.to(x.dtype)
+        return compat.rotate(self.module, x, *rotation).to(x.dtype)
 
 
 def register(stack: str, implementation: str) -> str:
@@ -148,10 +127,9 @@ def register(stack: str, implementation: str) -> str:
     digest = hashlib.sha256(f"{stack} on {implementation}".encode()).hexdigest()[:12]
     name = f"foveate_{digest}"
     with _registering:
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            base = ALL_ATTENTION_FUNCTIONS[implementation]
-            AttentionInterface.register(name, _attention(base, implementation))
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        if not compat.is_registered(name):
+            function = _attention(name, implementation)
+            compat.register_attention(name, function, like=implementation)
         _names[name] = None
         _names.move_to_end(name)
         if len(_names) > _KEPT:
@@ -164,31 +142,19 @@ def _forget() -> None:
     from .engine import _enhanced  # which stands on this module
 
     try:
-        used = {cast(Any, decoder).config._attn_implementation for decoder in _enhanced}
+        used = {compat.attention_name(decoder) for decoder in _enhanced}
     except RuntimeError:  # another thread leaves a block: the next name makes up for it
         return
     *older, _ = _names  # the latest is about to be used
     for name in [name for name in older if name not in used][: len(_names) - _KEPT]:
         del _names[name]
-        AttentionInterface._global_mapping.pop(name)
-        AttentionMaskInterface._global_mapping.pop(name)
+        compat.forget_attention(name)
 
 
-def _attention(base: Attention, implementation: str) -> Attention:
-    """The registered attention function: `base`, with the methods' rows computed explicitly."""
-
-    def run(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if implementation.startswith("flash"):  # it asks the configuration which kernel to use
-            module = cast(
-                nn.Module,
-                types.SimpleNamespace(
-                    config=types.SimpleNamespace(_attn_implementation=implementation),
-                    is_causal=module.is_causal,
-                    layer_idx=module.layer_idx,
-                    modules=module.modules,
-                ),
-            )
-        return base(module, *args, **kwargs)
+def _attention(name: str, implementation: str) -> Attention:
+    """The attention function `name`: that of `implementation`, but the methods' rows explicitly."""
+    run = compat.kernel(implementation)
+    aligned = implementation.startswith("flash")  # needs no mask for rows behind a filled cache
 
     def attention(
         module: nn.Module,
@@ -200,21 +166,54 @@ def _attention(base: Attention, implementation: str) -> Attention:
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        ctx: Context | None = kwargs.pop("foveate", None)
+        if "foveate" not in kwargs:
+            raise astray(module, "the attention")
+        ctx: Context | None = kwargs.pop("foveate")
         kwargs |= {"scaling": scaling, "dropout": dropout}
+        given = query, key, value, attention_mask
+        if ctx is None:
+            return run(module, *given, **kwargs)
+        layer = cast(int, module.layer_idx)
+        if torch.compiler.is_compiling():
+            ctx.compiled = note_graph(name, layer)
+        else:
+            ctx.heartbeat.attention(layer)
+        if not ctx.replays:
+            return edited(ctx, layer, module, *given, **kwargs)
+        with ctx.visit(("attention", layer)):
+            return edited(ctx, layer, module, *given, **kwargs)
+
+    def edited(
+        ctx: Context,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """`run`, with the rows that methods edit in this layer."""
+        kwargs["scaling"] = scaling
         new, length = query.shape[2], key.shape[2]
-        acting: list[tuple[int, int]] = []
-        if ctx is not None:
-            edits = ctx.stack.edits[cast(int, module.layer_idx)]
-            acting = [(i, ctx.rows(i, new)) for i in edits if ctx.acts(i)]
+        acting = [(i, ctx.rows(i, new)) for i in ctx.stack.edits[layer] if ctx.acts(i)]
         count = max([0] + [rows for _, rows in acting])
-        if ctx is None or count == 0:
+        if count == 0:
             return run(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
             raise FoveateError("Attention with sinks or soft-capped scores cannot be edited.")
-        if kwargs.get("cache") is not None:
+        if compat.paged(kwargs):
             raise FoveateError(
                 "Paged caches (continuous batching) hold no rows to edit: call generate()."
+            )
+        if not (attention_mask is None and aligned):
+            _check_mask(ctx, layer, new, attention_mask)
+        if length < ctx.visual.shape[1]:
+            raise FoveateError(
+                f"Layer {layer} keeps {length} keys of a prompt of {ctx.visual.shape[1]} tokens, "
+                "so it does not see the whole image: choose other layers, as in layers=(N,)."
             )
 
         out, touched = None, _touched(ctx, acting, count)
@@ -250,6 +249,13 @@ def _attention(base: Attention, implementation: str) -> Attention:
         return out, None
 
     return attention
+
+
+def _check_mask(ctx: Context, layer: int, new: int, mask: Tensor | None) -> None:
+    """Refuse a missing mask where the kernel would then attend to padding or to the future."""
+    if mask is None and (ctx.padded or 1 < new < ctx.visual.shape[1]):
+        kind = "padded batch" if ctx.padded else "prompt on a filled cache"
+        raise lost(ctx.stack.model, f"layer {layer} got no mask for a {kind}")
 
 
 def _touched(ctx: Context, acting: list[tuple[int, int]], count: int) -> Tensor | None:
@@ -298,9 +304,7 @@ def _edit(
                 lowest = torch.finfo(x.dtype).min
                 x = x.masked_fill(~mask, lowest) if mask.dtype == torch.bool else x + mask
             x = x.softmax(-1)
-    batch, heads, rows, columns = x.shape
-    grouped = x.to(value.dtype).reshape(batch * value.shape[1], -1, columns)
-    return torch.bmm(grouped, value.flatten(0, 1)).view(batch, heads, rows, -1)
+    return _values(x, value).to(value.dtype)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -308,9 +312,36 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     batch, heads, rows, width = query.shape
     grouped = query.reshape(batch * key.shape[1], -1, width)
     turned = key.flatten(0, 1).transpose(1, 2)  # a view: cached keys lie batch by head
-    unread = query.new_empty(1, 1, 1)  # as beta is 0
-    x = torch.baddbmm(unread, grouped, turned, beta=0, alpha=scale)
-    return x.float().view(batch, heads, rows, -1)
+    return _product(grouped, turned, scale).view(batch, heads, rows, -1)
+
+
+def _values(x: Tensor, value: Tensor) -> Tensor:
+    """Weights (B, H, R, K) float32 times values (B, Hkv, K, D), as (B, H, R, D) float32."""
+    batch, heads, rows, columns = x.shape
+    grouped = x.reshape(batch * value.shape[1], -1, columns)
+    value = value.flatten(0, 1)
+    if not _narrow(x, value):
+        return _product(grouped, value).view(batch, heads, rows, -1)
+    # float32 weights are the sum of two numbers of the values' dtype: one pass over the values
+    high = grouped.to(value.dtype)
+    low = (grouped - high).to(value.dtype)
+    high, low = _product(torch.cat([high, low], 1), value).chunk(2, 1)
+    return (high + low).view(batch, heads, rows, -1)
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """a @ b * scale in float32, whatever the dtypes, for (N, R, K) and (N, K, D)."""
+    if _narrow(a, b):
+        return torch.bmm(a, b, out_dtype=torch.float32) * scale
+    a, b = a.float(), b.float()  # nothing for float32
+    unread = a.new_empty(1, 1, 1)  # as beta is 0
+    return torch.baddbmm(unread, a, b, beta=0, alpha=scale)
+
+
+def _narrow(a: Tensor, b: Tensor) -> bool:
+    """Whether a kernel multiplies `b` as it is and sums in float32: half precision on CUDA."""
+    half = b.dtype in (torch.float16, torch.bfloat16)
+    return b.is_cuda and half and not (a.requires_grad or b.requires_grad)
 
 
 def _row_mask(

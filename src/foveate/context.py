@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
-from .method import FoveateError, Method, text
+from .compat import layer_kinds
+from .heartbeat import Heartbeat
+from .method import Method, text
+
+if TYPE_CHECKING:
+    from .cache import Stream
 
 
-def attention_layers(model: PreTrainedModel) -> tuple[int, ...]:
-    """Decoder layers (0-based) with full attention; sliding-window layers are left out."""
-    config = model.get_decoder().config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+def attention_layers(model: Any) -> tuple[int, ...]:
+    """Decoder layers (0-based) with full attention; no others see the whole image."""
+    kinds = layer_kinds(model.get_decoder().config)
     return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
 
 
@@ -27,7 +30,7 @@ class Stack:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         methods: tuple[Method, ...],
         plans: dict[str, Any] | None = None,
     ) -> None:
@@ -57,9 +60,18 @@ class Stack:
     def __str__(self) -> str:
         return text(self.methods)
 
+    @property
+    def identity(self) -> str:
+        """What tells this stack from any other, with methods that have no name of their own."""
+        return text(self.methods)
+
 
 class Context:
-    """What the methods know about one sequence batch; one per KV cache, everything batch-first.
+    """What the methods know about one sequence batch; everything is batch-first.
+
+    The KV cache carries one, and so does every forward, as a keyword argument. A prompt's own one
+    keeps its phase when the forward is over: the cache then carries a copy (`follow`). So a
+    backward pass that runs layers again finds what the forward found.
 
     Attributes:
         visual: (B, P) bool, visual tokens among the prompt's columns so far. Later columns are
@@ -75,6 +87,10 @@ class Context:
             prompt: k -> (images or tiles, patches, D_v), k = 1 being the first block's output.
         inputs: during the stage `see`, what the model was given, without caches and positions;
             ``attention_mask`` (B, new) int64 is always there, ``labels`` where they were given.
+        heartbeat: what the present forward has passed; see `foveate.heartbeat`.
+        compiled: whether a part of the present forward is a compiled graph.
+        replays: whether a backward pass may run this forward's layers again; see `visit`.
+        padded: whether this forward's prompt has padding, as far as its mask says.
         plan: what the acting method's `setup` returned.
         memory: the acting method's own dictionary. Values are tensors (batch-first), or lists and
             dictionaries of them; replace tensors, never change them in place.
@@ -101,6 +117,8 @@ class Context:
         self.paired = False
         self.vision: dict[int, Tensor] = {}
         self.inputs: dict[str, Any] = {}
+        self.padded = False
+        self.replays = False
         self.see(visual, visual.shape[1])
         for i in stack.at("begin"):
             self.use(i).begin(self)
@@ -141,6 +159,37 @@ class Context:
         """A forward begins."""
         self.step: dict[Any, Any] = {}
         self.resting: frozenset[int] = frozenset()
+        self.visits: dict[Any, Any] = {}
+        self.compiled = torch.compiler.is_compiling()
+        if not self.compiled:  # nothing of the kind in a graph
+            self.heartbeat = Heartbeat()
+
+    def follow(self) -> Context:
+        """The context for what comes after this forward, on the same cache."""
+        new = copy.copy(self)
+        new.phase = "prefix" if self.phase == "prefix" else "decode"
+        new.padded = new.replays = False
+        new.renew()
+        return new
+
+    @contextmanager
+    def visit(self, place: Any) -> Iterator[None]:
+        """A stage at one place of this forward.
+
+        Gradient checkpointing runs layers again in the backward pass. The second visit finds the
+        memory that the first one found, and leaves no trace.
+        """
+        if place not in self.visits:
+            self.visits[place] = _containers(self.memories), self.resting
+            yield
+            return
+        now = self.memories, self.resting
+        memories, self.resting = self.visits[place]
+        self.memories = _containers(memories)
+        try:
+            yield
+        finally:
+            self.memories, self.resting = now
 
     def keep(self, i: int, new: Tensor, old: Tensor) -> Tensor:
         """`new`, but `old` for the samples without an image where the method needs one."""
@@ -203,6 +252,11 @@ class Context:
         return new
 
 
+def _containers(value: Any) -> Any:
+    """The same tensors in containers of their own."""
+    return _map(value, lambda t: t)
+
+
 def _map(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
     """`take` on every tensor; containers are new, anything else is shared."""
     if isinstance(value, Tensor):
@@ -212,123 +266,3 @@ def _map(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_map(v, take) for v in value)
     return value
-
-
-# -- the cache -------------------------------------------------------------------------------------
-
-
-class Carrier:
-    """Mixed into the class of a cache that carries a context: the cache's own calls reach it."""
-
-    foveate: Context | None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        for method in self.foveate.stack.methods if self.foveate else ():
-            if not method.reorders:
-                raise FoveateError(
-                    f"{method.name} remembers earlier tokens and cannot follow beam search: "
-                    "use num_beams=1."
-                )
-        super().reorder_cache(self._rows(beam_idx))  # type: ignore[misc]
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.foveate is not None:
-            index = torch.arange(self.foveate.visual.shape[0]).repeat_interleave(repeats)
-            self._select(index)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(self._rows(indices))  # type: ignore[misc]
-        self._select(indices)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        if self.foveate is not None and self.foveate.phase != "prefix":
-            raise FoveateError(
-                "A cache that holds edited tokens cannot be cropped (assisted decoding does that): "
-                "generate without an assistant, or crop a copy made right after prefill()."
-            )
-        if self.foveate is not None and self.foveate.other is not None:
-            raise FoveateError(
-                f"The second stream of {self.foveate.stack} has a length of its own and cannot be "
-                "cropped with this cache: fill a shorter prefix instead."
-            )
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        if self.foveate is not None:
-            self.foveate.crop(length(self))
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.foveate = None
-
-    def _rows(self, index: Tensor) -> Tensor:
-        """The cache's own rows behind the samples `index`."""
-        if self.foveate is None or not self.foveate.paired:
-            return index
-        return torch.cat([index, index + len(self.foveate.visual)])
-
-    def _select(self, index: Tensor) -> None:
-        if self.foveate is not None:
-            self.foveate = self.foveate.select(index)
-
-    def pair(self) -> None:
-        """Two rows per sample from now on: the second half of the batch is a second stream's."""
-        assert self.foveate is not None
-        # a cache that the model made inside its forward holds both streams already
-        if length(self) > 0 and len(self.layers[0].keys) == len(self.foveate.visual):  # type: ignore[attr-defined]
-            rows = torch.arange(len(self.foveate.visual)).repeat(2)
-            super().batch_select_indices(rows)  # type: ignore[misc]
-        self.__class__ = _carrying(PairCarrier, type(self).__mro__[2])
-
-
-class PairCarrier(Carrier):
-    """A cache with two rows per sample, which only `enhance` knows how to fill."""
-
-    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.foveate is not None and len(key_states) != 2 * len(self.foveate.visual):
-            raise FoveateError(
-                f"This cache holds two streams of {self.foveate.stack}: go on with it inside "
-                "enhance() with the same methods, or start from a fresh cache."
-            )
-        return super().update(key_states, *args, **kwargs)  # type: ignore[misc]
-
-
-@functools.cache
-def _carrying(carrier: type, kind: type) -> type:
-    return type(kind.__name__, (carrier, kind), {})
-
-
-def adopt(cache: Any, ctx: Context) -> None:
-    """Hang `ctx` on `cache`."""
-    if not isinstance(cache, Carrier):
-        cache.__class__ = _carrying(Carrier, cast(Any, type(cache)))
-    cache.foveate = ctx
-    if ctx.paired and not isinstance(cache, PairCarrier):
-        cache.pair()
-
-
-def length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-class Stream:
-    """A second stream on its own: cache, mask (B, K) int64 and next position (B,) int64.
-
-    `aligned`: so far it was fed the same tokens as the first, so positions are the same.
-    """
-
-    aligned = True
-
-    def __init__(self, cache: Any, mask: Tensor, position: Tensor) -> None:
-        self.cache, self.mask, self.position = cache, mask, position
-
-    def copy(self, index: Tensor | None) -> Stream:
-        cache, mask, position = copy.deepcopy(self.cache), self.mask, self.position
-        if index is not None:
-            if length(cache) > 0:
-                cache.batch_select_indices(index)
-            index = index.to(mask.device)
-            mask, position = mask.index_select(0, index), position.index_select(0, index)
-        fork = Stream(cache, mask, position)
-        fork.aligned = self.aligned
-        return fork

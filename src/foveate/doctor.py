@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import __version__
+from . import __version__, compat
 
 EXTRAS = {
     "matplotlib": "plot: pictures of attention",
@@ -77,17 +77,11 @@ def _devices() -> Iterator[Line]:
 
 def _family(name: str) -> Line:
     """Whether the installed transformers has the model, and its processor can be built."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
-    if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    processor = compat.processor_class(name)
+    if processor is None:
         return Line(f"family {name}", "needs a newer transformers")
-    processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[name])
     video = "video_processor" in inspect.signature(processor.__init__).parameters
-    if (video or "torchvision" in getattr(processor, "_backends", ())) and not _version(
-        "torchvision"
-    ):
+    if (video or "torchvision" in compat.backends(processor)) and not _version("torchvision"):
         return Line(f"family {name}", "model yes, processor needs torchvision")
     return Line(f"family {name}", "usable", True)
 

@@ -22,26 +22,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
 
+from . import compat
 from .attention import register
-from .context import Context, Stack, Stream, adopt, length
+from .cache import Stream, adopt
+from .compat import NOT_INPUTS, length
+from .context import Context, Stack
+from .handshake import handshake
+from .heartbeat import astray, check_graphs, lost
 from .method import FoveateError, Method, as_stack
 from .thin import Switch, thin_products
 from .vision import vision_blocks, visual_mask, visual_token_ids
 
-_NOT_INPUTS = {
-    "foveate",
-    "past_key_values",
-    "cache_position",
-    "logits_to_keep",
-    "use_cache",
-    "return_dict",
-    "labels",
-    "output_attentions",
-    "output_hidden_states",
-}
 _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
 
@@ -63,6 +55,10 @@ class _Engine:
         self.beside: tuple[dict[str, Any], int] | None = None  # what `second` is to run
         self.seen: dict[int, Tensor] = {}  # what vision blocks gave in this forward
         self.given: dict[str, Any] = {}  # to the forward, where a method asks for vision blocks
+        self.thread = threading.get_ident()
+        self.generating = False
+        self.had_image = False  # in this call of generate
+        self.undo: Callable[[], None] | None = None  # what a failed forward leaves to be undone
 
     def install(self) -> Iterator[Any]:
         """Register every hook; yields the handles."""
@@ -85,15 +81,18 @@ class _Engine:
         asked = kwargs.get("foveate", "prompt")
         if not isinstance(asked, str):  # the second stream, which `run` feeds
             return args, kwargs
+        if not torch.compiler.is_compiling():
+            self.check_thread()
+            self.recover()
         if args:
             kwargs = dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
-        cache = kwargs.get("past_key_values")
+        cache = compat.cache_in(kwargs)
         ctx: Context | None = getattr(cache, "foveate", None)
         ids = kwargs.get("input_ids")
         new = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
         if ctx is None:
-            ctx = self.start(kwargs, cache, asked)
-        elif ctx.stack is not self.stack and str(ctx.stack) != str(self.stack):
+            ctx = self.start(kwargs, cache, asked, new)
+        elif ctx.stack is not self.stack and ctx.stack.identity != self.stack.identity:
             raise FoveateError(
                 f"This cache was filled with {ctx.stack} and now {self.stack} is active: "
                 "start from a fresh cache."
@@ -104,6 +103,9 @@ class _Engine:
                 ctx.renew()
             else:
                 self.extend(ctx, kwargs, cache)
+        if ctx.phase != "decode":
+            ctx.padded = _padded(kwargs)
+            ctx.replays = compat.replays(self.stack.decoder)
         kwargs["foveate"] = ctx
         self.seen, self.given = {}, {}
         if self.stack.vision and ctx.phase != "decode":
@@ -114,9 +116,24 @@ class _Engine:
             kwargs = self.contrast(model, ctx, kwargs, cache)
         return (), kwargs
 
-    def start(self, kwargs: dict[str, Any], cache: Any, phase: str) -> Context:
-        """The context of a new prompt."""
-        if isinstance(cache, QuantizedCache):
+    def check_thread(self) -> None:
+        """Refuse a thread that did not open the block: its call would be edited as well."""
+        if threading.get_ident() != self.thread:
+            raise FoveateError(
+                "Another thread has this model inside enhance(), where every call is edited: wait "
+                "until it leaves the block, or open the block in the thread that calls the model."
+            )
+
+    def recover(self) -> None:
+        """Put back what a forward that failed has left changed."""
+        if self.undo is not None:
+            self.undo()
+            self.undo = None
+        self.thin.on = False
+
+    def start(self, kwargs: dict[str, Any], cache: Any, phase: str, new: int) -> Context:
+        """The context of a new prompt of `new` tokens."""
+        if compat.is_quantized(cache):
             raise FoveateError(
                 "A quantised cache returns changed keys, so attention rows would not be exact: "
                 "use the default cache."
@@ -126,16 +143,38 @@ class _Engine:
                 "This cache was filled outside enhance(), where its visual tokens were not noted: "
                 "fill it inside, with foveate.prefill() or by the first call."
             )
+        self.refuse_lost_cache(kwargs, cache, new)
         self.refuse_right_padding(kwargs)
         visual = self.visual(kwargs)
         times = len(visual) // max(len(self.notes), 1)  # beams
         notes = [own for own in self.notes for _ in range(times)]
         views = self.views and {k: self.repeated(v, times) for k, v in self.views.items()}
         ctx = Context(self.stack, visual, phase, notes, views)
+        if self.generating and self.had_image and ctx.empty:
+            raise lost(
+                self.stack.model,
+                "a step of generate() began a new prompt without the image of the first",
+            )
+        self.had_image |= not ctx.empty
         if cache is not None:
             adopt(cache, ctx)
         self.warn(ctx)
         return ctx
+
+    def refuse_lost_cache(self, kwargs: dict[str, Any], cache: Any, new: int) -> None:
+        """A mask for more tokens than are given tells of a filled cache, and here is none."""
+        mask = kwargs.get("attention_mask")
+        if not (isinstance(mask, Tensor) and mask.dim() == 2) or mask.shape[1] <= new:
+            return
+        if mask.shape[1] == compat.capacity(cache):  # as wide as a static cache will be
+            return
+        names = " or ".join(compat.CACHE_NAMES)
+        raise FoveateError(
+            f"The mask covers {mask.shape[1]} tokens, but the model got {new} and no filled cache: "
+            f"pass the cache of the tokens before as {names}. If you did, transformers "
+            f"{compat.VERSION} has renamed it: upgrade foveate, or install the release that its "
+            "lock names."
+        )
 
     def repeated(self, pixels: Tensor, times: int) -> Tensor:
         """Pixels with those of each prompt `times` over, as `generate` repeats its inputs."""
@@ -179,10 +218,20 @@ class _Engine:
                 stacklevel=2,
             )
 
+    def context(self, kwargs: dict[str, Any], where: str) -> Context | None:
+        """The context among the arguments of a module; None where it is to run plain."""
+        if "foveate" not in kwargs:
+            raise astray(self.stack.model, where)
+        return kwargs["foveate"]
+
     def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Before the decoder: note the final positions of the prompt."""
-        ctx: Context | None = kwargs.get("foveate")
-        if ctx is None or ctx.phase == "decode":
+        ctx = self.context(kwargs, "the decoder")
+        if ctx is None:
+            return
+        if not torch.compiler.is_compiling():
+            ctx.heartbeat.decoder(self.stack.model)
+        if ctx.phase == "decode":
             return
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         new, batch = (kwargs["input_ids"] if embeds is None else embeds).shape[1], len(ctx.visual)
@@ -224,23 +273,31 @@ class _Engine:
 
     def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before decoder layer `layer`."""
-        ctx: Context | None = kwargs.get("foveate")
-        if ctx is None or not ctx.stack.methods:
+        ctx = self.context(kwargs, f"layer {layer}")
+        if ctx is None:
             return None
-        if args:
-            return (self.before(args[0], ctx, layer), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.before(kwargs["hidden_states"], ctx, layer)}
+        hidden = compat.hidden_in(args, kwargs)
+        return compat.with_hidden(args, kwargs, self.before(hidden, ctx, layer))
 
     def leave(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """After the last decoder layer: the input of the final norm."""
-        ctx: Context | None = kwargs.get("foveate")
-        if ctx is None or not ctx.stack.methods:
+        ctx = self.context(kwargs, "the last layer")
+        if ctx is None:
             return out
         if isinstance(out, tuple):
             return (self.before(out[0], ctx, self.stack.depth), *out[1:])
         return self.before(out, ctx, self.stack.depth)
 
     def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
+        """The residual stream entering a layer, or the final norm, after the methods saw it."""
+        if not torch.compiler.is_compiling():
+            ctx.heartbeat.input(layer)
+        if not ctx.replays:
+            return self.shown(hidden, ctx, layer)
+        with ctx.visit(("before", layer)):
+            return self.shown(hidden, ctx, layer)
+
+    def shown(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
         whole, hidden = hidden, hidden[: len(ctx.visual)]
         for i in self.befores:
             if ctx.acts(i):
@@ -249,14 +306,25 @@ class _Engine:
 
     def close(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """After the top model's forward: attach the context, contrast, edit the last logits."""
-        ctx: Context | None = kwargs.get("foveate")
-        if ctx is None or not ctx.stack.methods:
+        ctx = self.context(kwargs, "the closing hook")
+        if ctx is None:
             return out
-        cache = getattr(out, "past_key_values", None)
-        if cache is not None and getattr(cache, "foveate", None) is None:
+        if isinstance(out, tuple):
+            raise lost(
+                model,
+                "its forward returned a tuple; if you asked for one, leave out return_dict=False",
+            )
+        if not ctx.compiled:
+            ctx.heartbeat.check(self.stack)
+        cache = compat.cache_of(out)
+        if cache is None:
+            self.check_cacheless(kwargs)
+            cache = compat.cache_in(kwargs)
+        elif getattr(cache, "foveate", None) is None:
             adopt(cache, ctx)
         other = self.second(model, ctx, kwargs, out)
         if ctx.phase == "prefix":
+            self.hand_on(cache, ctx)
             return out
         editors = [i for i in self.stack.at("logits") if ctx.acts(i)]
         if editors:
@@ -266,8 +334,20 @@ class _Engine:
                 last = ctx.keep(i, edited, last)
             if last is not old:
                 out.logits = torch.cat([out.logits[:, :-1], last[:, None].to(old.dtype)], 1)
-        ctx.phase = "decode"
+        self.hand_on(cache, ctx)
         return out
+
+    def hand_on(self, cache: Any, ctx: Context) -> None:
+        """What follows on this cache has a context of its own."""
+        if cache is not None and ctx.phase != "decode":
+            cache.foveate = ctx.follow()
+
+    def check_cacheless(self, kwargs: dict[str, Any]) -> None:
+        """Refuse an output without a cache where one was asked for."""
+        decoder, asked = self.stack.decoder, kwargs.get("use_cache")
+        asked = decoder.config.use_cache if asked is None else asked
+        if asked and not decoder.training:
+            raise lost(self.stack.model, "its output has no cache under a known name")
 
     # -- the second stream -------------------------------------------------------------------------
 
@@ -305,7 +385,7 @@ class _Engine:
                 f"{owner.name} changed only pixels in the first prompt and more in a later one, "
                 "which one batch cannot hold: start from a fresh cache."
             )
-        fresh = ctx.other is None and kwargs.get("labels") is None and not _allocated(cache)
+        fresh = ctx.other is None and kwargs.get("labels") is None and not compat.allocated(cache)
         if ctx.paired or (alike and fresh):
             ctx.paired = True
             if cache is not None:
@@ -319,7 +399,7 @@ class _Engine:
 
     def piece(self, kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """The inputs of this piece of prompt alone, with its own mask (B, new) int64."""
-        inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS and v is not None}
+        inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS and v is not None}
         inputs.pop("position_ids", None)
         ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
         mask = inputs.get("attention_mask")
@@ -347,13 +427,14 @@ class _Engine:
                 return value  # one row for all samples
             return torch.cat([value, other], axis)
 
-        deltas = _rope_deltas(model)
+        deltas = compat.rope_deltas(model)
+        self.undo = functools.partial(compat.set_rope_deltas, model, deltas)
         if deltas is not None and len(deltas) == batch:
-            model.model.rope_deltas = deltas.repeat(2, 1)
+            compat.set_rope_deltas(model, deltas.repeat(2, 1))
         return kwargs | {
             k: double(v, changed.get(k, v), int(k == "position_ids" and v.dim() == 3))
             for k, v in kwargs.items()
-            if k not in _NOT_INPUTS and v is not None
+            if k not in NOT_INPUTS and v is not None
         }
 
     def second(self, model: Any, ctx: Context, kwargs: dict[str, Any], out: Any) -> Tensor | None:
@@ -361,9 +442,10 @@ class _Engine:
         batch = len(ctx.visual)
         if ctx.paired:
             self.thin.on = False
-            deltas, other = _rope_deltas(model), out.logits[batch:, -1]
+            deltas, other = compat.rope_deltas(model), out.logits[batch:, -1]
+            self.undo = None
             if deltas is not None and len(deltas) == 2 * batch:
-                model.model.rope_deltas = deltas[:batch]
+                compat.set_rope_deltas(model, deltas[:batch])
             for name in ("logits", "hidden_states", "attentions", "rope_deltas"):
                 value = getattr(out, name, None)
                 if isinstance(value, tuple):
@@ -387,7 +469,7 @@ class _Engine:
         config, mask = self.stack.decoder.config, kwargs.get("attention_mask")
         asked, own = kwargs.get("use_cache"), None
         if not filled and (cache is not None or (config.use_cache if asked is None else asked)):
-            own = DynamicCache(config=config)  # also where the model makes its own inside
+            own = compat.empty_cache(self.stack.decoder)  # where the model makes its own, too
         elif cache is not None:
             own = copy.deepcopy(cache)
             own.foveate = None
@@ -413,7 +495,7 @@ class _Engine:
         if not mask.shape[1]:
             return None
         past = stream.mask.shape[1]
-        mrope = hasattr(getattr(model, "model", None), "rope_deltas")
+        mrope = compat.remembers_positions(model)
         ids = inputs.get("input_ids")
         if positions is None:
             positions = (stream.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
@@ -424,17 +506,18 @@ class _Engine:
         stream.mask = torch.cat([stream.mask, mask], 1)
         if positions is not None:
             inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
-        with _keeping_rope_deltas(model):
+        with compat.keeping_rope_deltas(model):
             out = model(
                 **inputs,
+                **compat.passing(model, stream.cache),
                 attention_mask=stream.mask,
-                past_key_values=stream.cache,
                 use_cache=stream.cache is not None,
                 logits_to_keep=1,
                 foveate=None,
             )
             if positions is None:
-                stream.position = past + mask.shape[1] + model.model.rope_deltas[:, 0]
+                deltas = cast(Tensor, compat.rope_deltas(model))
+                stream.position = past + mask.shape[1] + deltas[:, 0]
             else:
                 here = torch.where(mask.bool(), positions.amax(0) + 1, 0)
                 stream.position = stream.position.maximum(here.amax(1))
@@ -442,14 +525,14 @@ class _Engine:
 
     def go_ahead(self, model: Any, ctx: Context, kwargs: dict[str, Any], cache: Any) -> None:
         """A plain pass over this piece of prompt: its next-token logits become ``ctx.ahead``."""
-        inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS}
+        inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS}
         side = copy.deepcopy(cache)
         if side is not None:
             side.foveate = None
-        with _keeping_rope_deltas(model):
+        with compat.keeping_rope_deltas(model):
             out = model(
                 **inputs,
-                past_key_values=side,
+                **compat.passing(model, side),
                 use_cache=side is not None,
                 logits_to_keep=1,
                 foveate=None,
@@ -457,39 +540,21 @@ class _Engine:
         ctx.ahead = out.logits[:, -1]
 
 
-def _allocated(cache: Any) -> bool:
-    """Whether an empty cache has its rows already, as static ones of early transformers 5 do."""
-    layers = getattr(cache, "layers", None) or [None]
-    return length(cache) == 0 and getattr(layers[0], "keys", None) is not None
+def _padded(kwargs: dict[str, Any]) -> bool:
+    """Whether the mask of a prompt says that it is padded."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
 
 
 def _pixels(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in inputs.items() if k.startswith("pixel_values")}
 
 
-def _rope_deltas(model: Any) -> Tensor | None:
-    """What Qwen's models remember of their last prompt's positions, (B, 1)."""
-    return getattr(getattr(model, "model", None), "rope_deltas", None)
-
-
-@contextmanager
-def _keeping_rope_deltas(model: Any) -> Iterator[None]:
-    """A forward inside does not change what the model remembers of the main stream."""
-    deltas = _rope_deltas(model)
-    try:
-        yield
-    finally:
-        if hasattr(getattr(model, "model", None), "rope_deltas"):
-            model.model.rope_deltas = deltas
-
-
 # -- the door --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def enhance(
-    model: PreTrainedModel, *methods: Method | str, image_token_id: int | None = None
-) -> Iterator[PreTrainedModel]:
+def enhance(model: Any, *methods: Method | str, image_token_id: int | None = None) -> Iterator[Any]:
     """Apply methods to a vision-language model inside a ``with`` block.
 
     ``with enhance(model, "clvs"): model.generate(**inputs)``
@@ -518,7 +583,7 @@ def enhance(
 
 @contextmanager
 def attach(
-    model: PreTrainedModel,
+    model: Any,
     methods: tuple[Method, ...],
     image_token_id: int | None = None,
     notes: list[dict[str, Any]] | None = None,
@@ -532,12 +597,12 @@ def attach(
             stream, as the processor returns them, for ``ctx.contrast``; only with notes.
         plans: method name -> what its `setup` would return, such as a module in training.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = compat.unwrapped(model)
     methods = tuple(m for m in methods if not m.is_neutral)
     if not methods:
         yield
         return
-    decoder = _checked_decoder(model)
+    decoder = handshake(model).decoder
     stack = Stack(model, methods, plans)
     image_ids = visual_token_ids(model.config, image_token_id)
     if not image_ids and stack.needs_image:
@@ -549,36 +614,31 @@ def attach(
                 "methods at once, as in enhance(model, 'clvs', 'vcd')."
             )
         _enhanced.add(decoder)
-    engine, handles, extras = _Engine(stack, image_ids, notes or [], contrast), [], ExitStack()
-    before = decoder.config._attn_implementation
-    try:
-        decoder.set_attn_implementation(register(str(stack), before))
+    engine, usual = _Engine(stack, image_ids, notes or [], contrast), compat.attention_name(decoder)
+    with ExitStack() as leaving:  # whatever fails, every step is undone
+        leaving.callback(_enhanced.discard, decoder)
+        leaving.callback(compat.set_attention_name, decoder, usual)
+        name = register(stack.identity, usual)
+        compat.set_attention_name(decoder, name)
+        if compat.attention_name(decoder) != name or not compat.is_registered(name):
+            raise lost(model, "it does not take an attention function and its masks by name")
         for handle in engine.install():
-            handles.append(handle)
-        generate: Any = getattr(model, "generate", None)
-        if generate is not None:
-            model.generate = _guarded(generate)  # type: ignore[assignment]
+            leaving.callback(handle.remove)
+        leaving.callback(engine.recover)
+        if getattr(model, "generate", None) is not None:
+            guarded = _guarded(model.generate, engine)
+            leaving.enter_context(compat.replaced(model, "generate", guarded))
         contrasts = stack.owner is not None and stack.methods[stack.owner].pixels
         if contrasts or stack.vision:
-            # generate() would encode the pixels before the forward, and then repeat what it made
-            model._supports_mm_encoder_outputs = lambda: False  # type: ignore[assignment]
-            expand: Any = model._expand_inputs_for_generation
-            model._expand_inputs_for_generation = _expanding(expand, engine.visual)
+            expanding = functools.partial(_expanding, visual=engine.visual)
+            leaving.enter_context(compat.pixels_to_the_forward(model, expanding))
         if contrasts:
-            engine.thin = extras.enter_context(thin_products(model))
+            engine.thin = leaving.enter_context(thin_products(model))
         yield
-    finally:
-        extras.close()
-        model.__dict__.pop("generate", None)
-        model.__dict__.pop("_supports_mm_encoder_outputs", None)
-        model.__dict__.pop("_expand_inputs_for_generation", None)
-        for handle in handles:
-            handle.remove()
-        decoder.set_attn_implementation(before)
-        _enhanced.discard(decoder)
+        check_graphs(name, stack)
 
 
-def prefill(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
+def prefill(model: Any, inputs: dict[str, Any]) -> Any:
     """Fill a cache with a prefix (system text and images) that several questions will share.
 
     Inside `enhance` the prefix is marked as such: no last-row edit, no step of methods that
@@ -590,38 +650,16 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
     Returns:
         A dynamic cache that holds the prefix.
     """
-    cache = DynamicCache(config=model.get_decoder().config)
-    hooks = model._forward_pre_hooks.values()
-    enhanced = any(isinstance(getattr(hook, "__self__", None), _Engine) for hook in hooks)
+    cache = compat.empty_cache(model.get_decoder())
+    enhanced = model.get_decoder() in _enhanced
     marked = {"foveate": "prefix"} if enhanced else {}
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **marked)
+        given = inputs | compat.passing(model, cache) | marked
+        model(**given, use_cache=True, logits_to_keep=1)
     return cache
 
 
-def _checked_decoder(model: Any) -> Any:
-    """The decoder of `model`, or one sentence on why it cannot be enhanced."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise FoveateError(
-            f"{name} is not a transformers model: pass the model that "
-            "AutoModelForImageTextToText.from_pretrained returns, without any wrapper around it."
-        )
-    decoder = model.get_decoder()
-    if not hasattr(decoder, "layers") or not decoder._can_set_attn_implementation():
-        raise FoveateError(
-            f"{name} does not dispatch its attention through transformers' AttentionInterface, so "
-            "its attention cannot be edited: load the version of the model that transformers ships."
-        )
-    if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
-        raise FoveateError(
-            f"{name} soft-caps its attention scores, which no SDPA kernel reproduces: "
-            "it cannot be enhanced."
-        )
-    return decoder
-
-
-def _guarded(generate: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(generate: Callable[..., Any], engine: _Engine) -> Callable[..., Any]:
     """`generate`, refusing up front the modes that would edit the wrong rows."""
 
     @functools.wraps(generate)
@@ -642,7 +680,12 @@ def _guarded(generate: Callable[..., Any]) -> Callable[..., Any]:
                 "Assisted decoding checks several tokens at once and crops the cache, which edited "
                 "rows do not survive: generate without an assistant."
             )
-        return generate(*args, **kwargs)
+        engine.check_thread()
+        engine.generating, engine.had_image = True, False
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            engine.generating = False
 
     return guarded
 

@@ -29,9 +29,8 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from . import __version__
+from . import __version__, compat
 from .images import decode
 from .journal import Journal
 from .method import FoveateError, shape
@@ -260,7 +259,7 @@ class Caption:
     positions: Tensor
     """(..., T) int64: the position of the query row that predicts each token of the caption, as
     the decoder was given it (one row, three or more under M-RoPE)."""
-    cache: DynamicCache
+    cache: Any
     """Keys and values of all but the last token."""
 
 
@@ -278,8 +277,7 @@ class Ablation:
         self.projections = [_output_projection(name, layer) for layer in _layers(name, decoder)]
         self.layers, self.heads = len(self.projections), config.num_attention_heads
         self.window: int = getattr(config, "sliding_window", None) or 0
-        usual = "sliding_attention" if self.window else "full_attention"
-        self.kinds = set(getattr(config, "layer_types", None) or [usual])
+        self.kinds = set(compat.layer_kinds(config))
         if other := sorted(self.kinds - {"full_attention", "sliding_attention"}):
             raise FoveateError(
                 f"{name} has layers of {other[0]}, whose rows do not see the KV cache one by one: "
@@ -294,15 +292,15 @@ class Ablation:
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             given = kwargs.get("position_ids")
             if given is None:
-                embeds, past = kwargs["inputs_embeds"], kwargs["past_key_values"]
-                last = past.get_seq_length() + embeds.shape[1] - 1
+                embeds, past = kwargs["inputs_embeds"], compat.cache_in(kwargs)
+                last = compat.length(past) + embeds.shape[1] - 1
                 given = torch.tensor([[last]], device=embeds.device)
             positions.append(given[..., -1:])
 
         with _removing([self.decoder.register_forward_pre_hook(note, with_kwargs=True)]):
             out = self.model.generate(
                 **inputs,
-                past_key_values=DynamicCache(),  # without a config: keeps all of sliding layers too
+                **compat.passing(self.model, compat.whole_cache()),
                 use_cache=True,
                 do_sample=False,
                 num_beams=1,
@@ -313,7 +311,7 @@ class Ablation:
                 **options,
             )
         prompt = inputs["input_ids"].shape[1]
-        return Caption(out.sequences[0], prompt, torch.cat(positions, -1), out.past_key_values)
+        return Caption(out.sequences[0], prompt, torch.cat(positions, -1), compat.cache_of(out))
 
     @torch.inference_mode()
     def influence(self, caption: Caption, places: Sequence[int], rows: int = 256) -> Tensor:
@@ -367,7 +365,9 @@ class Ablation:
             )
         with _removing(handles):
             out = self.model(
-                input_ids=caption.ids[query][None], past_key_values=caption.cache, use_cache=True
+                input_ids=caption.ids[query][None],
+                use_cache=True,
+                **compat.passing(self.model, caption.cache),
             )
         caption.cache.crop(-len(places))
         token = caption.ids[query + 1].to(out.logits.device)
@@ -405,8 +405,8 @@ def _layers(name: str, decoder: Any) -> Sequence[Any]:
 
 
 def _output_projection(name: str, layer: Any) -> nn.Module:
-    projection = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    if not isinstance(projection, nn.Module):
+    projection = compat.head_projection(layer)
+    if projection is None:
         raise FoveateError(
             f"{name} has a decoder layer without `self_attn.o_proj`, where the heads meet: its "
             "heads cannot be searched."

@@ -13,8 +13,8 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from . import compat
 from .method import FoveateError
 
 MODELS: Any = transformers.AutoModelForImageTextToText
@@ -75,7 +75,7 @@ def _config(name: str, source: str, offline: bool) -> Any:
     config = transformers.AutoConfig.from_pretrained(
         source, local_files_only=offline, trust_remote_code=False
     )
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if not compat.is_vision_language(config):
         raise FoveateError(f"{name} ({config.model_type}) is not a vision-language model: {HINT}.")
     return config
 
@@ -172,8 +172,7 @@ def _one_sentence(name: str) -> Iterator[None]:
         if "trust_remote_code" in text or "custom code" in text:
             reason = "it needs code of its own: load it yourself and pass VLM(model, processor)"
         elif "does not recognize this architecture" in text:
-            version = transformers.__version__
-            reason = f"transformers {version} does not know its architecture: upgrade it"
+            reason = f"transformers {compat.VERSION} does not know its architecture: upgrade it"
         else:
             reason = " ".join(text.split("\n\n")[0].split()).rstrip(".") or type(error).__name__
         raise FoveateError(f"{name} could not be loaded: {reason}.") from error

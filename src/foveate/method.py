@@ -8,6 +8,8 @@ form are its fields, and the invariant test-suite runs over whatever is register
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import EllipsisType
@@ -142,10 +144,14 @@ class Method(Form):
         """The same method with layers and presets filled in for `model`.
 
         Published layer numbers are literal on models of 28 or more layers and scaled to
-        ``floor(l * L / 32)`` on shallower ones. Layers with sliding-window attention never see
-        the whole image and are left out; asking to edit one explicitly raises `FoveateError`.
+        ``floor(l * L / 32)`` on shallower ones. Only layers with full attention see the whole
+        image. Others are left out, with a warning where published ones are among them.
+
+        Raises:
+            FoveateError: for a layer that does not exist or does not see the whole image, and
+                where no layer is left.
         """
-        from .context import attention_layers
+        from .compat import layer_kinds
         from .vision import layout_of
 
         values: dict[str, Any] = {}
@@ -168,7 +174,13 @@ class Method(Form):
 
         depth = model.get_decoder().config.num_hidden_layers
         whole = self.edits_attention or self.reads
-        full = attention_layers(model) if whole else tuple(range(depth))
+        kinds = layer_kinds(model.get_decoder().config)
+        full = tuple(i for i in range(depth) if not whole or kinds[i] == "full_attention")
+        if not full:
+            raise FoveateError(
+                f"{self.name} cannot act on {model_type}: none of its layers sees the whole image "
+                f"through plain attention (there are {_counted(kinds)}): use another model."
+            )
         if self.layers is not None:
             for layer in self.layers:
                 if not 0 <= layer < depth:
@@ -178,21 +190,29 @@ class Method(Form):
                     )
                 if layer not in full:
                     raise FoveateError(
-                        f"{self.name}: layer {layer} has sliding-window attention, which does not "
-                        "see the whole image, the full-attention layers are "
-                        f"{', '.join(map(str, full))}."
+                        f"{self.name}: layer {layer} ({kinds[layer]}) does not see the whole "
+                        f"image, the full-attention layers are {', '.join(map(str, full))}."
                     )
             layers = tuple(sorted(set(self.layers)))
+            if not layers:
+                raise FoveateError(f"{self.name}: layers is empty: name at least one, or None.")
         elif published is not None:
-            layers = tuple(sorted(_published(published, depth) & set(full)))
+            wanted = _published(published, depth)
+            layers = tuple(sorted(wanted & set(full)))
+            if not layers:
+                raise FoveateError(
+                    f"{self.name} has nothing to act on in {model_type}: its published layers, "
+                    f"here {_listed(wanted)}, do not see the whole image (there are "
+                    f"{_counted(kinds)}); choose among {_listed(full)} with layers=(N,)."
+                )
+            if len(layers) < len(wanted):
+                warnings.warn(
+                    f"{self.name}: of its published layers, here {_listed(wanted)}, only "
+                    f"{_listed(layers)} see the whole image in {model_type}; it acts there.",
+                    stacklevel=2,
+                )
         else:
             layers = full
-        if self.reads and not layers:
-            raise FoveateError(
-                f"{self.name}: the layers at the published depth have sliding-window attention in "
-                "this model and do not see the whole image, the full-attention layers are "
-                f"{', '.join(map(str, full))}: choose among them with layers=(N,)."
-            )
         return dataclasses.replace(self, layers=layers, **values)
 
     @property
@@ -218,6 +238,15 @@ def shape(model: Any) -> dict[str, Any]:
         "key_value_heads": getattr(text, "num_key_value_heads", text.num_attention_heads),
         "vocab_size": text.vocab_size,
     }
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))
+
+
+def _counted(kinds: Iterable[str]) -> str:
+    """Layer kinds in words: "6 full_attention, 24 linear_attention"."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
 
 
 def _published(layers: tuple[int | EllipsisType, ...], depth: int) -> set[int]:

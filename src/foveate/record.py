@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .compat import cache_of
 from .method import FoveateError, Method
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Recorder(Method, register=False):
 
         with enhance(model, "clvs", Recorder()):
             out = model.generate(**inputs, return_dict_in_generate=True)
-        record = Recorder.read(out.past_key_values)
+        record = Recorder.read(out)
 
     Attributes:
         keep: "weights" (a value per key column), "entropy" (nats, of the row as it is), "mass"
@@ -67,13 +68,17 @@ class Recorder(Method, register=False):
         return x.amax(1) if self.heads == "max" else x
 
     @staticmethod
-    def read(cache: Any) -> Record:
-        """What was recorded on this KV cache.
+    def read(out: Any) -> Record:
+        """What was recorded.
+
+        Args:
+            out: what a forward or `generate` (with ``return_dict_in_generate=True``) returned
+                inside `enhance`, or its KV cache.
 
         Raises:
             FoveateError: if no recorder was active while the cache was filled.
         """
-        ctx: Any = getattr(cache, "foveate", None)
+        ctx: Any = getattr(cache_of(out), "foveate", None)
         for i, method in enumerate(ctx.stack.methods if ctx else ()):
             if isinstance(method, Recorder):
                 memory = ctx.memories[i]
@@ -86,8 +91,8 @@ class Recorder(Method, register=False):
                     },
                 )
         raise FoveateError(
-            "Nothing was recorded on this cache: put Recorder() into enhance() and pass the cache "
-            "that generate(..., return_dict_in_generate=True) returns."
+            "Nothing was recorded: put Recorder() into enhance() and pass what the model or "
+            "generate(..., return_dict_in_generate=True) returned."
         )
 
 

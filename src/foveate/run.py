@@ -345,14 +345,15 @@ def environment(device: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run on this `torch.device`."""
     import numpy
     import torch
-    import transformers
+
+    from . import compat
 
     return {
         "foveate": __version__,
         "git": _git(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": compat.VERSION,
         "numpy": numpy.__version__,
         "device": str(device),
         "hardware": hardware(device),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from .compat import passing, rope_deltas
 from .context import attention_layers
 from .engine import prefill
 from .method import Method
@@ -148,7 +149,7 @@ def ask_together(
 def next_position(model: Any, cache: Any) -> Tensor:
     """The position (1, 1) or, under M-RoPE, (3, 1, 1) after the prefix just filled."""
     position = torch.tensor([[cache.get_seq_length()]], device=model.device)
-    deltas = getattr(getattr(model, "model", None), "rope_deltas", None)
+    deltas = rope_deltas(model)
     if deltas is None:
         return position
     return (position + deltas[:1]).expand(3, 1, 1)  # an image counts as its longer side
@@ -218,7 +219,8 @@ def _generate(
         processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     written: list[Tensor] = []
     while True:
-        out = vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        given = inputs | passing(vlm.model, cache)
+        out = vlm.model(**given, use_cache=True, logits_to_keep=1)
         scores: Any = out.logits[:, -1].float()
         token = torch.where(done, filler, processors(seen, scores).argmax(-1))
         written.append(token)

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from . import compat
 from .conversations import IGNORE, Checked, Progress, Row, Writer, check, read
 from .engine import attach
 from .form import FoveateError
@@ -116,7 +117,7 @@ class Lesson(nn.Module):
     def __init__(self, model: Any, injection: nn.Module | None) -> None:
         super().__init__()
         self.model, self.injection = model, injection
-        self._no_split_modules = [type(model.get_decoder().layers[0]).__name__]  # FSDP's units
+        compat.shard_by_layer(self, model.get_decoder())
         spoken = {id(p) for p in model.get_decoder().parameters()}
         spoken |= {id(p) for p in model.get_output_embeddings().parameters()}
         self.seldom = [
@@ -330,7 +331,7 @@ def prepare(model: Any, recipe: Recipe) -> Any:
 
 def tower(model: Any) -> nn.Module:
     """The vision tower."""
-    return model.get_encoder(modality="image")
+    return compat.image_encoder(model)
 
 
 def _optimizer(lesson: Lesson, recipe: Recipe) -> torch.optim.Optimizer:

@@ -143,7 +143,7 @@ class VLM:
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.name = name or model.config._name_or_path or type(model).__name__
+        self.name = name or model.config.name_or_path or type(model).__name__
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -363,7 +363,7 @@ class VLM:
             "generate": time.perf_counter() - prepared,
         }
         recorded = any(isinstance(method, Recorder) for method in methods)
-        record = Recorder.read(out.past_key_values) if recorded else None
+        record = Recorder.read(out) if recorded else None
         written = out.sequences[:, inputs["input_ids"].shape[1] :]
         ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
         return self.answers(chats, written, watch, ends, timings, record)

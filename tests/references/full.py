@@ -57,6 +57,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate import Method, enhance
+from foveate.compat import cache_of, passing
 
 NAME = "full_map_reference"
 STEPS = 9  # the prompt's row and eight decode steps
@@ -151,8 +152,8 @@ class FullMap:
         self.step = Step(logits=torch.empty(batch, 0))
         self.begin()
         with torch.no_grad(), self.installed():
-            out = self.model(**turn, past_key_values=self.cache, use_cache=True)
-            self.cache = out.past_key_values
+            out = self.model(**turn, **passing(self.model, self.cache), use_cache=True)
+            self.cache = cache_of(out)
             last = out.logits[:, -1].float()
             self.step.logits = last if prefix else self.logits(last)
         return self.step

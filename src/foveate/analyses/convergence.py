@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..analysis import Analysis, Numbers, Row, Stack, ask, chance, percent, rounded
+from ..compat import final_norm
 from ..intervals import correlation, mean, proportion
 from ..masks import Picture
 from ..methods.clvs import CLVS
@@ -94,7 +95,7 @@ class Convergence(Analysis):
             u (L,) float32, the greedy tokens (L,) int64, and the model's own greedy token.
         """
         clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
-        plan, norm = clvs.resolve(model).setup(model), model.get_decoder().norm
+        plan, norm = clvs.resolve(model).setup(model), final_norm(model.get_decoder())
         with torch.no_grad():
             seen = norm(stream) if self.final_norm else stream
             tokens = plan.unembed(seen).argmax(-1)

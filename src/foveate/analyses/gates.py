@@ -55,7 +55,7 @@ class Gates(Analysis):
         found: Row = {}
         for name, stack in injecting.items():
             with torch.no_grad(), vlm.using(stack, chats):
-                gates = CLI.gates(vlm.model(**vlm.inputs(chats)).past_key_values)
+                gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
             (method,) = (m.resolve(vlm.model) for m in stack if isinstance(m, CLI))
             found[name] = {
                 "layers": list(method.layers or ()),

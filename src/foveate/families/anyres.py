@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 
-from transformers.image_processing_utils import select_best_resolution
-
+from ..compat import best_resolution
 from ..vision import Box, Grid, Picture
 from .square import letterbox
 
@@ -32,7 +31,7 @@ def grid(picture: Picture) -> tuple[list[Grid], int] | None:
     if not _tiled(picture):
         return [Grid(side, side, box=letterbox((size[1], size[0])))], side * side + 1
 
-    canvas = select_best_resolution(tuple(size), picture.config.image_grid_pinpoints)
+    canvas = best_resolution((size[0], size[1]), picture.config.image_grid_pinpoints)
     lines = [edge // vision.image_size * side for edge in canvas]  # rows and columns of tokens
     cut = _padding(size, lines)
     box = _kept(size, canvas, lines, cut)

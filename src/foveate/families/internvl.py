@@ -6,9 +6,9 @@ tells how many there are; their arrangement is the image processor's choice, so 
 
 from __future__ import annotations
 
-import inspect
 import math
 
+from ..compat import tiling
 from ..vision import Grid, Picture
 
 serves = ("internvl",)
@@ -26,7 +26,7 @@ def grid(picture: Picture) -> tuple[list[Grid], int] | None:
         return None
     if tiles == 1:
         return [Grid(side, side)], side * side
-    arrange = getattr(inspect.getmodule(type(picture.processor)), "get_optimal_tiled_canvas", None)
+    arrange = tiling(picture.processor)
     if picture.size is None or arrange is None:
         return None
     options = picture.processor

@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from ..compat import cache_of, image_features, projector
 from ..injection import (
     KIND,
     CrossLayerInjection,
@@ -164,8 +162,6 @@ class CLI(Method):
         )
         resolved = Method.resolve(found, model)
         assert isinstance(resolved, CLI)
-        if not resolved.layers:
-            raise FoveateError("cli: layers is empty: name the decoder layers to inject into.")
         return resolved
 
     def _spread(self, last: int) -> tuple[int, ...]:
@@ -235,7 +231,7 @@ class CLI(Method):
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(self.seed or 0)
                 injection = CrossLayerInjection(**settings)
-        return injection.to(_place(model.model.multi_modal_projector))
+        return injection.to(_place(projector(model)))
 
     def setup(self, model: Any) -> CrossLayerInjection:
         """The module in the model's dtype, each part beside the layer that it serves."""
@@ -254,12 +250,16 @@ class CLI(Method):
         if "pixel_values_videos" in ctx.inputs:
             raise FoveateError("cli follows images, not videos: leave out the video.")
         injection: CrossLayerInjection = ctx.plan
-        core, mask = ctx.stack.model.model, ctx.inputs["attention_mask"]
+        mask = ctx.inputs["attention_mask"]
         images = ctx.visual[:, -mask.shape[1] :]
         places, valid = place(images)
         total, features = int(valid.sum()), {}
         for k in map(int, injection.paths):
-            packed = _packed(core, ctx.inputs, ctx.vision[k], injection, k)
+
+            def project(own: nn.Module, chosen: Tensor, k: int = k) -> Tensor:
+                return injection.bring(own, k, chosen)
+
+            packed = image_features(ctx.stack.model, ctx.vision[k], k, project, ctx.inputs)
             if len(packed) != total:
                 raise FoveateError(
                     f"cli: the prompt has {total} image tokens and its images {len(packed)} "
@@ -286,11 +286,11 @@ class CLI(Method):
         return flat.index_add(0, places, added).view_as(hidden)
 
     @staticmethod
-    def gates(cache: Any) -> Tensor:
+    def gates(out: Any) -> Tensor:
         """The gates of the last prefill.
 
         Args:
-            cache: ``past_key_values`` of what a forward or `generate` returned inside `enhance`.
+            out: what a forward or `generate` returned inside `enhance`, or its KV cache.
 
         Returns:
             (B, decoder layers, vision layers) float32, in the order of the resolved method's
@@ -300,12 +300,12 @@ class CLI(Method):
         Raises:
             FoveateError: where no CLI was at work.
         """
-        ctx: Context | None = getattr(cache, "foveate", None)
+        ctx: Context | None = getattr(cache_of(out), "foveate", None)
         for i, method in enumerate(ctx.stack.methods if ctx else ()):
             if ctx and isinstance(method, CLI) and ctx.memories[i].get("gates"):
                 found = ctx.memories[i]["gates"]
                 return torch.stack([found[layer].cpu() for layer in sorted(found)], 1)
-        raise FoveateError("There are no gates: this cache holds no image seen by cli.")
+        raise FoveateError("There are no gates: this output holds no image seen by cli.")
 
 
 def _used(model: Any) -> int:
@@ -348,47 +348,3 @@ def _place(module: nn.Module) -> torch.device:
     """Where a module computes; on the CPU where its weights are offloaded."""
     device = next(module.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _packed(
-    core: Any, inputs: dict[str, Any], states: Tensor, injection: CrossLayerInjection, k: int
-) -> Tensor:
-    """Vision layer k as the model would pack it were it the one it uses, (visual tokens, D).
-
-    The model's own `get_image_features` is run with its tower giving what is known already and its
-    projector doing AMP, so that classification tokens, tiles, padding and newlines are as in the
-    ordinary features.
-    """
-    seen = SimpleNamespace(hidden_states={k: states})
-    tower = _Standing(lambda *args, **kwargs: seen)
-    own = core.multi_modal_projector
-    projector = _Standing(lambda chosen: injection.bring(own, k, chosen))
-    wanted = {n: v for n, v in inputs.items() if n in _PIXELS and v is not None}
-    with _swapped(core, vision_tower=tower, multi_modal_projector=projector):
-        out = core.get_image_features(**wanted, vision_feature_layer=k, return_dict=True)
-    features = out.pooler_output
-    return torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, 1)
-
-
-_PIXELS = ("pixel_values", "image_sizes", "batch_num_images")
-
-
-class _Standing(nn.Module):
-    """A function in a module's place."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-@contextmanager
-def _swapped(core: Any, **modules: nn.Module) -> Iterator[None]:
-    kept = {name: core._modules[name] for name in modules}
-    core._modules.update(modules)
-    try:
-        yield
-    finally:
-        core._modules.update(kept)

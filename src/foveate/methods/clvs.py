@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..compat import final_norm
 from ..method import Method
 from ..vision import runs
 
@@ -103,7 +104,7 @@ class CLVS(Method):
             # a test after the last smoothed layer could stop nothing
             tested=frozenset(layer for layer in tested if layer < layers[-1]),
             unembed=model.get_output_embeddings(),
-            norm=decoder.norm if self.final_norm else None,
+            norm=final_norm(decoder) if self.final_norm else None,
         )
 
     # -- layer 0: unified positions, eq. (2) and (3) -----------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..compat import cache_of, hidden_in
 from ..method import FoveateError, Method, shape
 
 if TYPE_CHECKING:
@@ -168,23 +169,26 @@ class VAR(Method):
         return edited if known == x.shape[3] else torch.cat([edited, x[..., known:]], -1)
 
     @staticmethod
-    def sinks(cache: Any) -> dict[int, Tensor]:
-        """Layer -> which prompt columns are sinks, (B, P) bool, from the KV cache of a run.
+    def sinks(out: Any) -> dict[int, Tensor]:
+        """Layer -> which prompt columns are sinks, (B, P) bool.
 
         To check `sink_dims` on a model: the visual ones among them should lie on background, as
-        ``grid.heat(VAR.sinks(cache)[layer][0][visual])`` shows.
+        ``grid.heat(VAR.sinks(out)[layer][0][visual])`` shows.
+
+        Args:
+            out: what a forward or `generate` returned inside `enhance`, or its KV cache.
 
         Raises:
-            FoveateError: if VAR was not active while the cache was filled.
+            FoveateError: if VAR was not active there.
         """
-        ctx: Any = getattr(cache, "foveate", None)
+        ctx: Any = getattr(cache_of(out), "foveate", None)
         for i, method in enumerate(ctx.stack.methods if ctx else ()):
             if isinstance(method, VAR):
                 found = ctx.memories[i]["kinds"]
                 return {layer: kinds[..., 0] > 0 for layer, kinds in found.items()}
         raise FoveateError(
-            "No sinks were looked for on this cache: put VAR() into enhance() and pass the cache "
-            "that generate(..., return_dict_in_generate=True) returns."
+            "No sinks were looked for: put VAR() into enhance() and pass what the model or "
+            "generate(..., return_dict_in_generate=True) returned."
         )
 
 
@@ -238,7 +242,7 @@ def _profile(model: Any) -> Tensor | None:
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = (args[0] if args else kwargs["hidden_states"])[0, 0]
+        hidden = hidden_in(args, kwargs)[0, 0]
         seen.append((hidden.abs().float() / _rms(hidden)).cpu())
 
     middle = decoder.layers[depth // 4 : max(depth // 4 + 1, 3 * depth // 4)]

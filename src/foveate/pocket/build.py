@@ -39,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from foveate.compat import clip_image_processor
 from foveate.pocket import questions
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -186,9 +187,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """Squashes any image to 96 x 96 pixels; puts 144 <image> tokens per image into the text."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    image_processor = CLIPImageProcessorPil(
+    image_processor = clip_image_processor(
         size={"height": SIZE, "width": SIZE},
         do_center_crop=False,
         image_mean=MEAN,

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
+from foveate import compat
 from foveate.method import FoveateError
 from foveate.pocket import build, lessons, questions, world
 from foveate.train import drawn, drop_checkpoints, fit
@@ -51,8 +51,8 @@ class TowerLesson(nn.Module):
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__()
         core: Any = model
-        self.tower, self.projector = core.model.vision_tower, core.model.multi_modal_projector
-        self.embed = core.model.language_model.embed_tokens
+        self.tower, self.projector = compat.vision_tower(core), compat.projector(core)
+        self.embed = core.get_decoder().get_input_embeddings()
         self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
         for p in self.helper.parameters():
             nn.init.zeros_(p)
@@ -117,16 +117,13 @@ class LanguageLesson(nn.Module):
         unseen = ~chunk_mask(segments, prefix).flatten(0, 1)
         bias = torch.zeros(unseen.shape, device=ids.device).masked_fill(unseen, -1e4)
         config = self.decoder.config
-        usual, config._attn_implementation = config._attn_implementation, PACKED
-        try:
+        with compat.attending(config, PACKED):
             return self.decoder(
                 inputs_embeds=embeds,
                 position_ids=batch["positions"],
                 use_cache=False,
                 packed=(prefix, bias),
             ).last_hidden_state
-        finally:
-            config._attn_implementation = usual
 
 
 # Attention of packed sequences. A mask over all pairs would do; but a question sees the shared
@@ -190,7 +187,7 @@ def packed_attention(
     return torch.cat([start, rest], dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(PACKED, packed_attention)
+compat.register_attention(PACKED, packed_attention)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -339,7 +336,7 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
         with torch.no_grad(), autocast(precision, device):
             for i in range(0, len(pool), 64):
                 pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
-                hidden = model.model.vision_tower(normalised(pixels)).last_hidden_state[:, 1:]
+                hidden = compat.vision_tower(model)(normalised(pixels)).last_hidden_state[:, 1:]
                 array[i : i + 64] = hidden.half().cpu().numpy()
         array.flush()
         part.replace(path)
