@@ -48,6 +48,7 @@ class Stack:
             layer: tuple(i for i in attention if layer in (self.methods[i].layers or ()))
             for layer in range(self.depth)
         }
+        self.edited = tuple(layer for layer, methods in self.edits.items() if methods)
         self.text_rows = any(self.methods[i].rows == "text" for i in attention)
         self.last_rows = bool(attention) or bool(self.at("logits"))
         self.owner = next(iter(self.at("contrast")), None)  # who has a second stream
@@ -162,7 +163,7 @@ class Context:
         self.visits: dict[Any, Any] = {}
         self.compiled = torch.compiler.is_compiling()
         if not self.compiled:  # nothing of the kind in a graph
-            self.heartbeat = Heartbeat()
+            self.heartbeat = Heartbeat(self.stack)
 
     def follow(self) -> Context:
         """The context for what comes after this forward, on the same cache."""

@@ -88,8 +88,7 @@ class _Engine:
             kwargs = dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
         cache = compat.cache_in(kwargs)
         ctx: Context | None = getattr(cache, "foveate", None)
-        ids = kwargs.get("input_ids")
-        new = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        new = _new_tokens(kwargs)
         if ctx is None:
             ctx = self.start(kwargs, cache, asked, new)
         elif ctx.stack is not self.stack and ctx.stack.identity != self.stack.identity:
@@ -104,7 +103,8 @@ class _Engine:
             else:
                 self.extend(ctx, kwargs, cache)
         if ctx.phase != "decode":
-            ctx.padded = _padded(kwargs)
+            mask = _prompt_mask(kwargs, cache)
+            ctx.padded = mask is not None and not bool(mask.all())
             ctx.replays = compat.replays(self.stack.decoder)
         kwargs["foveate"] = ctx
         self.seen, self.given = {}, {}
@@ -144,7 +144,7 @@ class _Engine:
                 "fill it inside, with foveate.prefill() or by the first call."
             )
         self.refuse_lost_cache(kwargs, cache, new)
-        self.refuse_right_padding(kwargs)
+        self.refuse_right_padding(kwargs, cache)
         visual = self.visual(kwargs)
         times = len(visual) // max(len(self.notes), 1)  # beams
         notes = [own for own in self.notes for _ in range(times)]
@@ -184,7 +184,7 @@ class _Engine:
 
     def extend(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> None:
         """More prompt on a filled cache: another turn, or the question after a prefix."""
-        self.refuse_right_padding(kwargs)
+        self.refuse_right_padding(kwargs, cache)
         new, gap = self.visual(kwargs), length(cache) - ctx.visual.shape[1]
         if gap < 0:
             raise FoveateError("This cache is shorter than its prompt: start from a fresh cache.")
@@ -201,11 +201,9 @@ class _Engine:
             return torch.zeros_like(ids, dtype=torch.bool)  # allowed: no method needs an image
         return visual_mask(self.image_ids, ids, kwargs.get("mm_token_type_ids"))
 
-    def refuse_right_padding(self, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if not (self.stack.last_rows and isinstance(mask, Tensor) and mask.dim() == 2):
-            return
-        if not bool(mask[:, -1].all()):
+    def refuse_right_padding(self, kwargs: dict[str, Any], cache: Any) -> None:
+        mask = _prompt_mask(kwargs, cache)
+        if self.stack.last_rows and mask is not None and not bool(mask[:, -1].all()):
             raise FoveateError(
                 "The batch is padded on the right, where the last row is no token: "
                 "set processor.tokenizer.padding_side = 'left'."
@@ -230,7 +228,7 @@ class _Engine:
         if ctx is None:
             return
         if not torch.compiler.is_compiling():
-            ctx.heartbeat.decoder(self.stack.model)
+            ctx.heartbeat.decoder()
         if ctx.phase == "decode":
             return
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
@@ -315,7 +313,7 @@ class _Engine:
                 "its forward returned a tuple; if you asked for one, leave out return_dict=False",
             )
         if not ctx.compiled:
-            ctx.heartbeat.check(self.stack)
+            ctx.heartbeat.close()
         cache = compat.cache_of(out)
         if cache is None:
             self.check_cacheless(kwargs)
@@ -402,7 +400,8 @@ class _Engine:
         inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS and v is not None}
         inputs.pop("position_ids", None)
         ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
-        mask = inputs.get("attention_mask")
+        mask = _prompt_mask(kwargs, cache)
+        mask = inputs.get("attention_mask") if mask is None else mask
         if isinstance(mask, dict):  # generate() with a static cache
             mask = mask.get("full_attention")
         if mask is not None and mask.dim() == 4:
@@ -540,10 +539,21 @@ class _Engine:
         ctx.ahead = out.logits[:, -1]
 
 
-def _padded(kwargs: dict[str, Any]) -> bool:
-    """Whether the mask of a prompt says that it is padded."""
+def _new_tokens(kwargs: dict[str, Any]) -> int:
+    """How many tokens a forward is given."""
+    ids = kwargs.get("input_ids")
+    return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+
+
+def _prompt_mask(kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+    """The mask (B, K) of the tokens so far, where it is given in two dimensions.
+
+    For a static cache it may be as wide as the cache will be.
+    """
     mask = kwargs.get("attention_mask")
-    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask[:, : length(cache) + _new_tokens(kwargs)]
 
 
 def _pixels(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ when its graph is made, and `check_graphs` looks at the notes outside the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,46 +45,52 @@ def astray(model: Any, where: str) -> FoveateError:
 class Heartbeat:
     """What one forward has passed so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.open = True  # afterwards a backward pass may run layers again
         self.decoders = 0
-        self.layers: dict[int, int] = {}  # attention calls by layer
-        self.entered: dict[int, int] = {}  # inputs of layers, and of the final norm, by layer
+        self.edited = 0  # how many of the edited layers were reached, in order
+        self.inputs = 0  # and how many inputs of layers, the final norm's among them
 
-    def decoder(self, model: Any) -> None:
+    def decoder(self) -> None:
         """The decoder begins."""
         self.decoders += 1
         if self.decoders > 1:
-            raise lost(model, "it calls its decoder twice in one forward")
+            raise lost(self.stack.model, "it calls its decoder twice in one forward")
 
     def attention(self, layer: int) -> None:
         """The attention of a layer runs."""
-        self.layers[layer] = self.layers.get(layer, 0) + 1
+        if self.open and self.stack.edits[layer]:
+            self._reach(self.edited, self.stack.edited, layer, "attention")
+            self.edited += 1
 
     def input(self, layer: int) -> None:
-        """The residual stream enters a layer, or the final norm."""
-        self.entered[layer] = self.entered.get(layer, 0) + 1
+        """The residual stream enters a layer; the last one is the final norm."""
+        if self.open:
+            self._reach(self.inputs, range(self.stack.depth + 1), layer, "input")
+            self.inputs += 1
 
-    def check(self, stack: Stack) -> None:
-        """At the end of a forward.
+    def close(self) -> None:
+        """The forward ends.
 
         Raises:
-            FoveateError: a station was missed, or met more than once.
+            FoveateError: a station was missed.
         """
+        self.open = False
         if not self.decoders:
-            raise lost(stack.model, "the forward ended and its decoder was never called")
-        for layer, methods in stack.edits.items():
-            if methods:
-                self._once(stack, self.layers.get(layer, 0), f"the attention of layer {layer}")
-        if stack.at("before"):
-            for layer in range(stack.depth + 1):
-                what = f"layer {layer}" if layer < stack.depth else "the final norm"
-                self._once(stack, self.entered.get(layer, 0), f"the input of {what}")
+            raise lost(self.stack.model, "the forward ended and its decoder was never called")
+        self._reach(self.edited, self.stack.edited, None, "attention")
+        if self.stack.at("before"):
+            self._reach(self.inputs, range(self.stack.depth + 1), None, "input")
 
-    def _once(self, stack: Stack, count: int, what: str) -> None:
-        if count == 0:
-            raise lost(stack.model, f"{what} was never reached")
-        if count > 1:
-            raise lost(stack.model, f"{what} was reached {count} times in one forward")
+    def _reach(self, done: int, layers: Sequence[int], layer: int | None, what: str) -> None:
+        """Layers come in order and once; `layer` is the one that has come, None is the end."""
+        expected = layers[done] if done < len(layers) else None
+        if layer == expected:
+            return
+        if layer is None or (expected is not None and layer > expected):
+            raise lost(self.stack.model, f"the {what} of layer {expected} was never reached")
+        raise lost(self.stack.model, f"the {what} of layer {layer} was reached twice")
 
 
 @torch.compiler.assume_constant_result
@@ -104,8 +111,8 @@ def check_graphs(name: str, stack: Stack) -> None:
         FoveateError: some have and some have not.
     """
     traced = _traced.get(name, set())
-    for layer, methods in stack.edits.items():
-        if traced and methods and layer not in traced:
+    for layer in stack.edited:
+        if traced and layer not in traced:
             raise lost(
                 stack.model, f"its compiled graph never reaches the attention of layer {layer}"
             )
