@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
-from foveate.compat import passing
+from foveate.compat import passing, start_checkpointing
 from foveate.engine import attach
 from foveate.injection import CrossLayerInjection, Summary
 from foveate.methods.cli import CLI, SERVES
@@ -258,9 +258,7 @@ def test_gradients_reach_every_part_also_through_checkpoints(family: str) -> Non
         for checkpointing in (False, True):
             model.train()
             if checkpointing:
-                name = "activation_checkpointing_enable"  # gradient_... before transformers 5.23
-                start = getattr(model, name, None) or model.gradient_checkpointing_enable
-                start({"use_reentrant": False})
+                start_checkpointing(model)
             module.zero_grad()
             model(**inputs, labels=labels, use_cache=False).loss.backward()
             grads.append({n: p.grad.clone() for n, p in module.named_parameters()})

@@ -209,7 +209,15 @@ def static_decoding(model: Any) -> bool:
 
 def replays(decoder: Any) -> bool:
     """Whether the backward pass will run the layers of this forward again (checkpointing)."""
-    return bool(decoder.training and torch.is_grad_enabled() and decoder.is_gradient_checkpointing)
+    if not (decoder.training and torch.is_grad_enabled()):
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+
+
+def start_checkpointing(model: Any) -> None:
+    """Keep the inputs of layers in training, and run layers again in the backward pass."""
+    start = getattr(model, "activation_checkpointing_enable", None)  # since 5.23
+    (start or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def final_norm(decoder: Any) -> nn.Module:

@@ -309,7 +309,7 @@ def prepare(model: Any, recipe: Recipe) -> Any:
     model.requires_grad_(recipe.base == "full")
     tower(model).requires_grad_(False)
     if recipe.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        compat.start_checkpointing(model)
     if recipe.base != "lora":
         return None
     try:

@@ -148,6 +148,7 @@ class VLM:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._one_at_a_time = threading.Lock()
+        self._using: int | None = None  # the thread that holds it
         self.tokenizing = threading.RLock()  # a tokenizer serves one thread at a time
         self.readings: OrderedDict[Any, Any] = OrderedDict()  # kept by `foveate.look`
 
@@ -439,14 +440,27 @@ class VLM:
 
         Args:
             chats: the prompts, one per row, where methods may want their notes or contrast.
+
+        Raises:
+            FoveateError: in a thread that is inside such a block already.
         """
+        if self._using == threading.get_ident():
+            raise FoveateError(
+                "This thread uses the model with methods already: leave vlm.using() before you ask "
+                "again, or call vlm.model inside it."
+            )
         views = None
         if any(chat.contrast for chat in chats):
             other = [replace(chat, images=chat.contrast or chat.images) for chat in chats]
             views = {k: v for k, v in self.inputs(other).items() if k.startswith("pixel_values")}
         notes = [chat.notes for chat in chats]
-        with self._one_at_a_time, attach(self.model, methods, notes=notes, contrast=views):
-            yield
+        with self._one_at_a_time:
+            self._using = threading.get_ident()
+            try:
+                with attach(self.model, methods, notes=notes, contrast=views):
+                    yield
+            finally:
+                self._using = None
 
     def _pieces(
         self,
