@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from foveate import FoveateError, Method, Recorder, enhance, prefill
+from foveate import FoveateError, Method, Recorder, compat, enhance, prefill
 from foveate import method as registry
 from foveate.compat import cache_of, passing
+from foveate.context import attention_layers
 from foveate.methods.clvs import CLVS
+from foveate.methods.pai import PAI
+from foveate.methods.vcd import VCD
 from foveate.shared import next_position, suffix_batch
 from tests import models
 from tests.references import clvs as reference
@@ -652,6 +658,148 @@ def test_a_second_context_is_refused_nested_and_from_another_thread() -> None:
     assert "pass all methods at once" in failures[0]
     elsewhere()  # free again
     assert len(failures) == 1
+
+
+def test_another_thread_is_refused_and_not_edited() -> None:
+    model, inputs, failures = models.build("llava"), models.inputs("llava"), []
+
+    def elsewhere(call: Any) -> None:
+        try:
+            with torch.no_grad():
+                call(**inputs)
+        except FoveateError as error:
+            failures.append(str(error))
+
+    with torch.no_grad(), enhance(model, CLVS(**FREE)):
+        want = model(**inputs).logits
+        for call in (model, model.generate):
+            thread = threading.Thread(target=elsewhere, args=(call,))
+            thread.start()
+            thread.join()
+        assert torch.equal(model(**inputs).logits, want), "the block goes on"
+    assert len(failures) == 2
+    assert all(failure.startswith("Another thread has this model") for failure in failures)
+
+
+# -- leaving ---------------------------------------------------------------------------------
+
+
+NAMES = ("generate", "_supports_mm_encoder_outputs", "_expand_inputs_for_generation")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", [CLVS(**FREE), VCD()], ids=str)
+def test_attributes_of_the_users_own_come_back(method: Method, fails: bool) -> None:
+    model = models.build("llava", fresh=True)
+    own = {name: functools.partial(getattr(model, name)) for name in NAMES}
+    for name, value in own.items():
+        setattr(model, name, value)
+    with contextlib.suppress(ZeroDivisionError), enhance(model, method):
+        assert model.generate is not own["generate"]
+        if fails:
+            raise ZeroDivisionError
+    for name, value in own.items():
+        assert vars(model)[name] is value, name
+
+
+def test_attributes_that_were_not_there_are_gone() -> None:
+    model = models.build("llava", fresh=True)
+    before = dict(vars(model))
+    with enhance(model, VCD()):
+        assert "generate" in vars(model)
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_failed_pair_of_streams_leaves_the_positions_alone(
+    earlier: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen keeps `rope_deltas` on the model, twice as long while two streams share a batch."""
+    model, inputs = models.build("qwen2_5_vl", fresh=True), models.inputs("qwen2_5_vl", batch=3)
+    with torch.no_grad():
+        if earlier:
+            model(**models.inputs("qwen2_5_vl", "images", batch=3))
+        before = compat.rope_deltas(model)
+        last = model.get_decoder().layers[-1]
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+        with enhance(model, VCD()):
+            with monkeypatch.context() as patch:
+                patch.setattr(last, "forward", fail)
+                with pytest.raises(ZeroDivisionError):
+                    model(**inputs)
+            after = compat.rope_deltas(model)
+            got = model(**inputs).logits[:, -1]  # and the next call recovers
+            with monkeypatch.context() as patch:
+                patch.setattr(last, "forward", fail)
+                compat.set_rope_deltas(model, before)
+                with pytest.raises(ZeroDivisionError):
+                    model(**inputs)
+        assert compat.rope_deltas(model) is before
+        assert after is None or len(after) == 6, "the forward did run two streams"
+        want = forward(models.build("qwen2_5_vl", fresh=True), inputs, VCD()).logits[:, -1]
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+# -- windows ---------------------------------------------------------------------------------
+
+
+def windowed(**options: Any) -> Any:
+    """The tiny LLaVA on Mistral's decoder, whose configuration has no `layer_types`."""
+    text = MistralConfig(
+        vocab_size=models.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, **options,
+    )  # fmt: skip
+    config = copy.deepcopy(models.build("llava").config)
+    config.text_config = text
+    return models.randomise(type(models.build("llava"))(config))
+
+
+def test_layers_with_a_window_are_known_without_layer_types() -> None:
+    model, inputs = windowed(sliding_window=8), models.inputs("llava")
+    assert attention_layers(model) == ()
+    with (
+        pytest.raises(FoveateError, match="there are 4 sliding_attention"),
+        enhance(model, "clvs"),
+    ):
+        pass
+    with enhance(windowed(sliding_window=None), "clvs") as open_model, torch.no_grad():
+        assert open_model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "full"),
+    [
+        ({"sliding_window": 8, "use_sliding_window": False}, (0, 1, 2, 3)),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}, (0, 1, 2)),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, ()),
+        ({"attention_chunk_size": 8}, ()),
+        ({"layer_types": ["linear_attention", "full_attention"] * 2}, (1, 3)),
+        ({}, (0, 1, 2, 3)),
+    ],
+)
+def test_kinds_of_layers_follow_from_the_configuration(
+    options: dict[str, Any], full: tuple[int, ...]
+) -> None:
+    kinds = compat.layer_kinds(SimpleNamespace(num_hidden_layers=4, **options))
+    assert tuple(i for i, kind in enumerate(kinds) if kind == "full_attention") == full
+
+
+def test_fewer_keys_than_the_prompt_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the configuration says: a layer that forgot part of the prompt is not edited."""
+    model, inputs = windowed(sliding_window=8), models.inputs("llava")
+    monkeypatch.setattr(compat, "layer_kinds", lambda config: ("full_attention",) * 4)
+    with torch.no_grad(), enhance(model, PAI(gamma=1.0)):
+        cache = compat.empty_cache(model.get_decoder())
+        out = model(**inputs, **passing(model, cache))
+        token = {"input_ids": torch.tensor([[40]]), "position_ids": torch.tensor([[30]])}
+        with pytest.raises(FoveateError, match=r"Layer \d keeps 8 keys of a prompt of \d+ tokens"):
+            model(**token, **passing(model, cache_of(out)))
+
+
+# -- refusals --------------------------------------------------------------------------------
 
 
 def test_models_that_cannot_be_served_are_refused() -> None:
