@@ -165,7 +165,7 @@ def test_a_failure_lets_go_of_its_tensors_and_keeps_its_traceback() -> None:
     assert "in outer" in told
 
 
-@pytest.mark.filterwarnings("ignore:.*questions are now asked one by one")
+@pytest.mark.filterwarnings("ignore:(Memory is short|.* questions are now asked one by one)")
 @pytest.mark.parametrize("error", [starved(), ZeroDivisionError("no")])
 def test_a_question_that_always_fails_fails_alone(
     vlm: VLM, batches: Batches, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -379,6 +379,7 @@ def test_out_of_memory_halves_the_batch(
         assert all(r["error"] is None for r in other)
 
 
+@pytest.mark.filterwarnings("ignore:OutOfMemoryError. 4 questions are now asked one by one")
 def test_memory_that_one_question_exceeds_does_not_slow_the_others(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,9 +393,9 @@ def test_memory_that_one_question_exceeds_does_not_slow_the_others(
 
 
 class Watched:
-    """The model's forward, with the rows of every forward noted apart for reading and answering.
+    """The model's forward: its rows are noted, apart for reading and for answering.
 
-    Args:
+    Attributes:
         fails: told the rows of a forward that reads; where it says True, memory does not suffice.
     """
 
