@@ -635,7 +635,7 @@ def test_the_recorder_keeps_chosen_layers_steps_and_tokens() -> None:
         Recorder.read(DynamicCache())
 
 
-# -- refusals --------------------------------------------------------------------------------
+# -- one block, one thread -------------------------------------------------------------------
 
 
 def test_a_second_context_is_refused_nested_and_from_another_thread() -> None:

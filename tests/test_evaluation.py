@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import VLM, FoveateError, Method, commands, evaluation, run
+from foveate import VLM, FoveateError, Method, answering, commands, evaluation, look, run
 from foveate.benchmark import Benchmark, Record, Sample, by_split, parse
 from foveate.benchmarks.pocket import PocketBench
 from foveate.data import Data
 from foveate.evaluation import Asker, Question, evaluate
+from foveate.memory import Size
 from foveate.merge import merge, read_runs
 from foveate.method import as_stack
 from foveate.pocket import world
@@ -372,12 +373,13 @@ def test_out_of_memory_halves_the_batch(
     monkeypatch.setattr(vlm.model, "forward", starving(vlm, 1))
     with pytest.warns(UserWarning, match="going on with 2 questions at a time"):
         hungry = [asker.answer(asker.load(job), method) for job in (short, captions)]
-    assert asker.size == 1
+    assert asker.size.now < 4
     for one, other in zip(calm, hungry, strict=True):
         assert [r["answer"] for r in one] == [r["answer"] for r in other]
         assert all(r["error"] is None for r in other)
 
 
+@pytest.mark.filterwarnings("ignore:OutOfMemoryError. 4 questions are now asked one by one")
 def test_memory_that_one_question_exceeds_does_not_slow_the_others(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +389,79 @@ def test_memory_that_one_question_exceeds_does_not_slow_the_others(
     with pytest.warns(UserWarning, match="Memory is short"):
         records = asker.answer(asker.load(unit), "vanilla")
     assert {r["error"] for r in records} == {"out of memory"}
-    assert asker.size == 32
+    assert asker.size.now == 32
+
+
+class Watched:
+    """The model's forward: its rows are noted, apart for reading and for answering.
+
+    Attributes:
+        fails: told the rows of a forward that reads; where it says True, memory does not suffice.
+    """
+
+    def __init__(self, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[int] = []
+        self.answered: list[int] = []
+        self.fails: Callable[[int], bool] = lambda rows: False
+        plain, forward, now = look.read, vlm.model.forward, [self.answered]
+
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            now[0].append(len(kwargs["input_ids"]))
+            if now[0] is self.read and self.fails(now[0][-1]):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(*args, **kwargs)
+
+        def reading(*args: Any, **options: Any) -> Any:
+            now[0] = self.read
+            try:
+                return plain(*args, **options)
+            finally:
+                now[0] = self.answered
+
+        monkeypatch.setattr(vlm.model, "forward", noted)
+        monkeypatch.setattr(look, "read", reading)
+
+    def run(self, vlm: VLM, method: str) -> tuple[list[Record], list[list[int]], list[int]]:
+        """Records of a few jobs, and for each job the rows of its answers, and the most read."""
+        vlm.readings.clear()
+        vlm.size = Size(64)
+        asker, records, answered, most = Asker(vlm, [method]), list[Record](), [], []
+        for unit in [unit for unit in questions(Scenes(images=4)) if len(unit) > 1]:
+            self.read.clear()
+            self.answered.clear()
+            records += asker.answer(asker.load(unit), method)
+            answered.append(list(self.answered))
+            most.append(max(self.read))
+        return records, answered, most
+
+
+@pytest.mark.filterwarnings("ignore:Memory is short")
+@pytest.mark.parametrize("method", ["vicrop", "carve(steps=2)", "laser"])
+@pytest.mark.parametrize("how", ["once", "always"])
+def test_memory_short_in_a_reading_pass_does_not_slow_the_rest(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch, method: str, how: str
+) -> None:
+    watched = Watched(vlm, monkeypatch)
+    calm, answered, most = watched.run(vlm, method)
+    assert most == [5, 5, 5, 5], "four questions and a general one, or none"
+    failures: list[int] = []
+
+    def fails(rows: int) -> bool:
+        failed = rows == 5 and (how == "always" or not failures)
+        failures.extend([rows] * failed)
+        return failed
+
+    watched.fails = fails
+    hungry, still_answered, still_most = watched.run(vlm, method)
+    assert [r["answer"] for r in hungry] == [r["answer"] for r in calm]
+    assert [r["notes"] for r in hungry] == [r["notes"] for r in calm]
+    assert still_answered == answered, "as many at a time as without the shortage"
+    if how == "once":
+        assert failures == [5]
+        assert still_most == [5, 2, 3, 5], "the readings halve, and grow back"
+    else:
+        assert failures == [5, 5], "not with every job"
 
 
 def test_logits_that_are_no_numbers_are_an_error(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,13 +498,13 @@ def test_methods_that_look_again_rewrite_first_and_then_group(
     unit = questions(Scenes())[0]
     shared, alone = Asker(vlm, [Looking()]), Asker(vlm, [Looking()], share=False)
     groups: list[int] = []
-    plain = evaluation.ask_together
+    plain = answering.ask_together
 
     def counted(vlm: VLM, prompts: Any, *rest: Any) -> Any:
         groups.append(len(prompts.chats))
         return plain(vlm, prompts, *rest)
 
-    monkeypatch.setattr(evaluation, "ask_together", counted)
+    monkeypatch.setattr(answering, "ask_together", counted)
     together = shared.answer(shared.load(unit), "looking")
     assert groups == [2, 2], "car and cat on the left, tree and house on the right"
     one_by_one = [r for q in unit for r in alone.answer(alone.load([q]), "looking")]

@@ -61,7 +61,7 @@ def test_rows_are_those_of_running_everything_again(
 ) -> None:
     chats = [vlm.chat(images, question, None) for question in QUESTIONS]
     if how == "padded":
-        monkeypatch.setattr("foveate.look.shareable", lambda *_: False)
+        monkeypatch.setattr("foveate.shared.shareable", lambda *_: False)
     if how == "alone":
         chats = chats[:1]
     layers = (0, 5, 11)

@@ -27,11 +27,10 @@ from .form import Form, FoveateError, Registry
 from .journal import Journal, write_json
 from .masks import Picture
 from .method import Method, as_stack, shape, text
-from .shared import ask_together, prepare, shareable
 
 if TYPE_CHECKING:
     from .plots.analysis import Sheet
-    from .vlm import VLM, Answer, Chat
+    from .vlm import VLM
 
 Row = dict[str, Any]
 Numbers = dict[str, Any]
@@ -222,14 +221,6 @@ def _finite(value: Any) -> Any:
 
 
 # ----------------------------------------------------------------------- what measures share
-
-
-def ask(vlm: VLM, chats: list[Chat], methods: Stack, max_new_tokens: int = 1) -> list[Answer]:
-    """Greedy answers to chats about one picture, on a shared prefix where there is one."""
-    prompts = prepare(vlm, chats) if shareable(vlm, chats, methods) else None
-    if prompts is not None:
-        return ask_together(vlm, prompts, methods, max_new_tokens)
-    return [vlm.answer([chat], methods, max_new_tokens)[0] for chat in chats]
 
 
 def rounded(values: Tensor) -> list[Any]:

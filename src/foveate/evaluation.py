@@ -9,10 +9,8 @@ A run that was killed goes on where it stopped, and ends with the records of an 
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +20,13 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from .answering import answer_all
 from .benchmark import Benchmark, Record
 from .form import FoveateError
+from .memory import Size, out_of_memory
 from .method import Method, as_stack, text
 from .run import RECORDS, RESULTS, Question, Run, Watch, environment, key, read_run, run_folders
-from .shared import Prompts, ask_together, prepare, shareable
+from .shared import Prompts, prepare
 from .vlm import VLM, Answer, Chat
 
 __all__ = [
@@ -68,8 +68,8 @@ def evaluate(
         out: the run's folder. A shard of several writes to ``shard-i-of-n`` in it.
         root: the folder with the user's data sets; None reads from the hub.
         limit: only the first so many questions of every split.
-        batch_size: questions at a time; None = 64 on an accelerator, 32 on a CPU. Halved, and
-            kept so, where memory does not suffice.
+        batch_size: questions at a time; None = 64 on an accelerator, 32 on a CPU. Halved where
+            memory does not suffice, and grown back (`foveate.memory.Size`).
         shard: (i, n): every n-th image, from the i-th on, counted from 0.
         seed: of torch's generator, for methods that draw from it.
         share: False asks one by one, as published code does.
@@ -87,7 +87,7 @@ def evaluate(
         benchmarks, vlm.name, dtype, names, out,
         root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
     ) as run:  # fmt: skip
-        jobs = run.jobs(asker.size, share)
+        jobs = run.jobs(asker.size.most, share)
         for job, loaded in zip(jobs, _ahead(jobs, asker.load), strict=True):
             for name in run.missing(job):
                 run.keep(asker.answer(loaded, name))
@@ -116,7 +116,7 @@ class Asker:
 
     Attributes:
         stacks: the methods by their text form.
-        size: questions at a time, for as long as memory suffices.
+        size: questions at a time, fewer while memory is short.
 
     Raises:
         FoveateError: a method that the model cannot be served with.
@@ -131,9 +131,9 @@ class Asker:
         share: bool = True,
     ) -> None:
         self.vlm, self.share, self.stacks = vlm, share, dict[str, Stack]()
-        self.size = batch_size or (64 if vlm.model.device.type != "cpu" else 32)
         if batch_size is not None and batch_size < 1:
             raise FoveateError(f"The batch size must be 1 or more, got {batch_size}.")
+        self.size = Size(batch_size or (64 if vlm.model.device.type != "cpu" else 32))
         for given in methods:
             stack = as_stack(*(given if isinstance(given, tuple) else (given,)))
             if text(stack) in self.stacks:
@@ -165,100 +165,29 @@ class Asker:
             except FoveateError as error:
                 chats.append(str(error))
         prompts, good = None, [chat for chat in chats if isinstance(chat, Chat)]
-        if self.share and good and shareable(self.vlm, good, ()):
+        if self.share and good:
             with contextlib.suppress(Exception):  # then it fails again where that is recorded
                 prompts = prepare(self.vlm, good)
         return Loaded(job, chats, prompts)
 
     def answer(self, loaded: Loaded, method: str) -> list[Record]:
         """One record per question: an answer, or an error."""
-        pairs = zip(loaded.questions, loaded.chats, strict=True)
-        asked = [(q, c) for q, c in pairs if isinstance(c, Chat)]
-        found = iter(self._attempt(asked, self.stacks[method], loaded.prompts))
+        asked = [chat for chat in loaded.chats if isinstance(chat, Chat)]
+        start, limit = time.perf_counter(), loaded.questions[0].limit  # one for the whole job
+        found = answer_all(
+            self.vlm, asked, self.stacks[method], limit,
+            size=self.size, share=self.share, prompts=loaded.prompts,
+        )  # fmt: skip
+        ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(found)
         records = []
         for question, chat in zip(loaded.questions, loaded.chats, strict=True):
-            answer, ms = next(found) if isinstance(chat, Chat) else (chat, 0.0)
-            records.append(as_record(question, method, answer, ms))
+            if isinstance(chat, str):
+                records.append(as_record(question, method, chat, 0.0))
+                continue
+            answer = next(answers)
+            told = answer if isinstance(answer, Answer) else _told(answer)
+            records.append(as_record(question, method, told, ms))
         return records
-
-    def _attempt(
-        self, asked: list[tuple[Question, Chat]], stack: Stack, prompts: Prompts | None
-    ) -> list[tuple[Answer | str, float]]:
-        """Answers or errors, with milliseconds.
-
-        Where memory does not suffice the batch is halved; after other failures, and where halving
-        did not help, questions are asked one by one, so that only those fail that must.
-        """
-        size = self.size
-        while asked:
-            start = time.perf_counter()
-            try:
-                answers = self._together(asked, stack, prompts)
-                ms = 1e3 * (time.perf_counter() - start) / len(asked)
-                return [(answer, ms) for answer in answers]
-            except Exception as error:
-                starved, why = out_of_memory(error), _told(error)
-            # the failure is forgotten by now, and with it the tensors that it held
-            if starved:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            most = min(self.size, len(asked))
-            if starved and most > 1:
-                self.size = most // 2
-                warnings.warn(
-                    f"Memory is short: going on with {self.size} questions at a time.",
-                    stacklevel=2,
-                )
-                continue
-            if len(asked) == 1:
-                return [(why, 1e3 * (time.perf_counter() - start))]
-            found = [one for pair in asked for one in self._attempt([pair], stack, None)]
-            if any(isinstance(answer, str) for answer, _ in found):
-                self.size = size  # it was not the batch, but a question in it
-            return found
-        return []
-
-    def _together(
-        self, asked: list[tuple[Question, Chat]], stack: Stack, prompts: Prompts | None
-    ) -> list[Answer]:
-        """Answers in order: by a shared prefix where there is one, else as padded batches."""
-        limit = asked[0][0].limit  # of the whole job
-        wanted, found = self._rewritten([c for _, c in asked], stack), dict[int, Answer]()
-        together = self.share and all(method.shares_prefix for method in stack)
-        groups: dict[Hashable, list[int]] = {}  # of questions about the same images
-        for row, chat in enumerate(wanted):
-            seen = tuple(map(id, chat.images)) if together and chat.images else row
-            groups.setdefault(seen, []).append(row)
-        batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
-        for rows in groups.values():
-            group, ready = [wanted[row] for row in rows], None
-            if shareable(self.vlm, group, stack):
-                ready = prompts if prompts is not None and prompts.of(group) else None
-                ready = ready or prepare(self.vlm, group)
-            if ready is not None:
-                answers = ask_together(self.vlm, ready, stack, limit, self.size)
-                found |= dict(zip(rows, answers, strict=True))
-                continue
-            for row in rows:
-                batches.setdefault(wanted[row].kind if together else -row, []).append(row)
-        for rows in batches.values():
-            for i in range(0, len(rows), self.size):
-                part = rows[i : i + self.size]
-                answers = self.vlm.answer([wanted[r] for r in part], stack, limit)
-                found |= dict(zip(part, answers, strict=True))
-        return [found[row] for row in range(len(asked))]
-
-    def _rewritten(self, chats: list[Chat], stack: Stack) -> list[Chat]:
-        """Chats as the methods want them asked; all about one image are rewritten at once."""
-        images: dict[int, list[int]] = {}
-        for row, chat in enumerate(chats):
-            images.setdefault(id(chat.images), []).append(row)
-        found: dict[int, Chat] = {}
-        for rows in images.values():
-            new = self.vlm.rewrite([chats[row] for row in rows], stack)
-            found |= dict(zip(rows, new, strict=True))
-        return [found[row] for row in range(len(chats))]
 
 
 def as_record(question: Question, method: str, answer: Answer | str, ms: float) -> Record:
@@ -315,11 +244,3 @@ def _told(error: Exception) -> str:
     if isinstance(error, FoveateError):
         return str(error)
     return "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"
-
-
-def out_of_memory(error: Exception) -> bool:
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(sign in said for sign in ("out of memory", "allocate memory", "alloc_failed"))
-    )

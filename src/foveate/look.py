@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .answering import answer_all, complete
 from .method import FoveateError, Method
 from .record import Recorder
-from .shared import ask_together, prepare, shareable
+from .shared import prepare
 from .vision import WHOLE, Box, Grid, grids, together
 from .vlm import VLM, Answer, Chat
 
@@ -86,16 +87,14 @@ def read(
 
     Raises:
         FoveateError: where it is not known how this model lays out its image tokens.
+        Exception: the first failure of a question that also fails alone.
     """
     recorder, chats = Recorder(layers=layers, heads=heads), list(chats)
-    prompts = prepare(vlm, chats) if shareable(vlm, chats, ()) else None
+    prompts = prepare(vlm, chats)
     inputs = vlm.inputs(chats[:1]).data if prompts is None else prompts.prefix
     sizes = [[image.size for image in chats[0].images]]
     where = grids(vlm.model, inputs, sizes, vlm.processor)[0]
-    if prompts is not None:
-        answers = ask_together(vlm, prompts, (recorder,), max_new_tokens)
-    else:
-        answers = vlm.answer(chats, (recorder,), max_new_tokens)
+    answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens, prompts=prompts))
     return [_reading(answer, where, max_new_tokens) for answer in answers]
 
 

@@ -141,7 +141,7 @@ def _look(*asker: Any) -> tuple[str, str, list[str], int, dict[str, Any]]:
         "threads": torch.get_num_threads(),
     }
     dtype = str(model.dtype).removeprefix("torch.")
-    return found.vlm.name, dtype, list(found.stacks), found.size, place
+    return found.vlm.name, dtype, list(found.stacks), found.size.most, place
 
 
 def _answers(

@@ -78,12 +78,14 @@ def shareable(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...]) -> bool:
     )
 
 
-def prepare(vlm: VLM, chats: list[Chat]) -> Prompts | None:
+def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Prompts | None:
     """Chats about the same images as a shared prefix and suffixes.
 
-    None where the prompts differ before the image or the processor's tokens cannot be told apart:
-    then they have to be asked one by one.
+    None where they are not `shareable`, the prompts differ before the image or the processor's
+    tokens cannot be told apart: then each needs a prompt of its own.
     """
+    if not shareable(vlm, chats, methods):
+        return None
     start = time.perf_counter()
     inputs: dict[str, Any] = dict(vlm.inputs([chats[0]]))
     whole = inputs["input_ids"][0].tolist()

@@ -37,6 +37,7 @@ from transformers import (
 from .engine import attach
 from .images import ImageLike, decode_all
 from .loading import load
+from .memory import Size
 from .method import FoveateError, Method, as_stack
 from .record import Record, Recorder
 from .vision import Grid, grids
@@ -151,6 +152,7 @@ class VLM:
         self._using: int | None = None  # the thread that holds it
         self.tokenizing = threading.RLock()  # a tokenizer serves one thread at a time
         self.readings: OrderedDict[Any, Any] = OrderedDict()  # kept by `foveate.look`
+        self.size = Size(64)  # questions at a time where nobody says how many
 
     @classmethod
     def load(

@@ -182,6 +182,7 @@ class Failing:
 STARVED = torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.filterwarnings("ignore:Memory is short")
 def test_memory_that_does_not_suffice_halves_the_batch(worker, vlm, monkeypatch):
     failing = Failing(vlm, lambda chats: len(chats) > 1, STARVED, step=3)
     monkeypatch.setattr(vlm, "answer", failing)
@@ -190,7 +191,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(worker, vlm, monkeypatch)
     heard = submit(worker, asked(vlm, 0), *drawn, asked(vlm, 3, stop=("small",)))
     worker.start()
     wait_for(lambda: all(events.over for events in heard))
-    assert failing.batches == [4, 2, 1, 1, 2, 1, 1]
+    assert failing.batches == [4, 2, 1, 1, 1, 1]
     monkeypatch.undo()
     assert heard[0].text == offline(vlm, 0)
     assert heard[1].text == heard[2].text
@@ -200,6 +201,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(worker, vlm, monkeypatch)
     assert heard[3].text == offline(vlm, 3).partition("small")[0].strip()
 
 
+@pytest.mark.filterwarnings("ignore:RuntimeError. 3 questions are now asked one by one")
 def test_a_row_that_fails_fails_alone(worker, vlm, monkeypatch, caplog):
     bad = asked(vlm, 2)
     failing = Failing(vlm, lambda chats: bad.chat in chats, RuntimeError("index -1 at 0x7f"))
@@ -217,6 +219,41 @@ def test_a_row_that_fails_fails_alone(worker, vlm, monkeypatch, caplog):
     [last] = submit(worker, asked(vlm))
     wait_for(lambda: last.over)
     assert last.text == offline(vlm)
+
+
+@pytest.mark.filterwarnings("ignore:Memory is short")
+def test_after_a_shortage_batches_grow_back(worker, vlm, monkeypatch):
+    short = [True]
+    failing = Failing(vlm, lambda chats: short[0] and len(chats) > 1, STARVED)
+    monkeypatch.setattr(vlm, "answer", failing)
+    heard = submit(worker, *(asked(vlm, i, max_tokens=2) for i in range(4)))
+    worker.start()
+    wait_for(lambda: all(events.over for events in heard))
+    assert failing.batches == [4, 2, 1, 1, 1, 1]
+    short[0] = False
+    for expected in ([1, 1, 1, 1], [2, 2], [4], [4]):
+        failing.batches.clear()
+        with worker._changed:  # the worker waits until all four are there
+            heard = submit(worker, *(asked(vlm, i, max_tokens=2) for i in range(4)))
+        wait_for(lambda: all(events.over for events in heard))  # noqa: B023
+        assert failing.batches == expected
+        for number, events in enumerate(heard):
+            assert events.text == offline(vlm, number, tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:RuntimeError. 3 questions are now asked one by one")
+def test_a_failure_is_told_before_the_others_are_answered(worker, vlm, monkeypatch):
+    bad = asked(vlm, 2)
+    failing = Failing(vlm, lambda chats: bad.chat in chats, RuntimeError("no"))
+    monkeypatch.setattr(vlm, "answer", failing)
+    told: list[int] = []
+    requests = [bad, asked(vlm, 0), asked(vlm, 1)]
+    for number, request in enumerate(requests):
+        worker.submit(request, lambda _, number=number: told.append(number))
+    worker.start()
+    wait_for(lambda: all(request.row.done for request in requests))
+    assert told[0] == 0
+    assert failing.batches == [3, 1, 1, 1]
 
 
 def test_what_a_method_refuses_is_the_requests_own_fault(worker, vlm, monkeypatch):

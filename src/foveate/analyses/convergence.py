@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis import Analysis, Numbers, Row, Stack, ask, chance, percent, rounded
+from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
+from ..answering import answer_all, complete
 from ..compat import final_norm
 from ..intervals import correlation, mean, proportion
 from ..masks import Picture
@@ -77,8 +78,9 @@ class Convergence(Analysis):
     def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
         image, asked = picture.load(), picture.asked()
         chats = [vlm.chat([image], question.text, None) for question in asked]
+        answers = complete(answer_all(vlm, chats, (Lens(),), 1))
         questions = []
-        for question, answer in zip(asked, ask(vlm, chats, (Lens(),)), strict=True):
+        for question, answer in zip(asked, answers, strict=True):
             assert answer.record is not None
             u, tokens, written = self.lens(vlm.model, answer.record.values[0][0])
             converged = (tokens == written).int().tolist()

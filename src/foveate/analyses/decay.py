@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..analysis import Analysis, Numbers, Row, Stack, ask, percent, rounded
+from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded
+from ..answering import answer_all, complete
 from ..form import FoveateError
 from ..intervals import mean, ratio
 from ..masks import Picture, exists
@@ -56,7 +57,7 @@ class Decay(Analysis):
         found: list[Row] = [{"object": kind} for kind in picture.objects]
         layers: tuple[int, ...] = ()
         for name, stack in stacks.items():
-            answers = ask(vlm, chats, (*stack, Recorder()))
+            answers = complete(answer_all(vlm, chats, (*stack, Recorder()), 1))
             for row, mask, answer in zip(found, masks, answers, strict=True):
                 assert answer.record is not None
                 layers, weights = answer.record.layers, answer.record.image()[0].double().cpu()

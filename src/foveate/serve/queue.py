@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import threading
@@ -14,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..evaluation import out_of_memory
+from ..answering import Decoding, answer_all
+from ..memory import Size, out_of_memory
 from ..method import FoveateError, Method, text
 from ..vlm import VLM, Chat
 from .errors import Busy, Failed, Stopping
@@ -64,11 +63,12 @@ class Worker:
         self.waiting: deque[Request | Job] = deque()
         self.stopping = False
         self.pace = 1.0  # seconds of the latest batch
+        self.size = Size(settings.batch)
         self.metrics = Metrics(lambda: len(self.waiting))
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="foveate-worker", daemon=True)
         ends = vlm.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+        self.ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def start(self) -> None:
         self._thread.start()
@@ -174,64 +174,46 @@ class Worker:
 
     def _answer(self, batch: list[Request]) -> None:
         """Every request of the batch gets an `End` or an error."""
-        kinds: dict[int, list[Request]] = {}
-        for request in batch:
-            try:
-                [request.chat] = self.vlm.rewrite([request.chat], request.methods)
-            except Exception as error:
-                self._fail(request, error)
-            else:
-                kinds.setdefault(request.chat.kind, []).append(request)
-        for together in kinds.values():
-            self.metrics.batches.observe(len(together))
-            self._generate(together)
-
-    def _generate(self, batch: list[Request]) -> None:
-        """Where memory does not suffice the batch is halved; after other failures, each alone."""
-        batch = [request for request in batch if not request.row.done]
-        if not batch:
-            return
-        rows = [request.row for request in batch]
-        try:
-            self._attempt(batch, rows)
-            return
-        except Exception as error:
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-                return
-            starved = out_of_memory(error)
-        # the failure is forgotten by now, and with it the tensors that it held
-        if starved:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        log.warning("A batch of %d failed and is taken apart.", len(batch))
-        step = -(-len(batch) // 2) if starved else 1
-        for row in rows:
-            row.restart()
-        for i in range(0, len(batch), step):
-            self._generate(batch[i : i + step])
-
-    def _attempt(self, batch: list[Request], rows: list[Row]) -> None:
-        pad: Any = self.vlm.tokenizer.pad_token_id
-        self.vlm.answer(
+        answer_all(
+            self.vlm,
             [request.chat for request in batch],
             batch[0].methods,
-            max(row.sampling.max_tokens for row in rows),
-            num_beams=1,
-            logits_processor=LogitsProcessorList([Choose(rows, pad)]),
-            stopping_criteria=StoppingCriteriaList([Take(rows, self._ends)]),
+            max(request.sampling.max_tokens for request in batch),
+            size=self.size,
+            decoding=Rows([request.row for request in batch], self),
         )
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        if request.row.done:
-            return
-        request.row.done = True
-        request.row.deliver(_told(error))
 
     def _decode(self, ids: list[int], **options: Any) -> str:
         with self.vlm.tokenizing:
             return self.vlm.tokenizer.decode(ids, **options)
+
+
+class Rows(Decoding):
+    """Each row of a batch decodes in its own way, and begins again with every attempt."""
+
+    def __init__(self, rows: list[Row], worker: Worker) -> None:
+        self.rows, self.worker = rows, worker
+
+    def wanted(self, row: int) -> bool:
+        return not self.rows[row].done
+
+    def options(self, rows: list[int]) -> dict[str, Any]:
+        batch = [self.rows[row] for row in rows]
+        for row in batch:
+            row.restart()
+        self.worker.metrics.batches.observe(len(batch))
+        pad: Any = self.worker.vlm.tokenizer.pad_token_id
+        return {
+            "num_beams": 1,
+            "logits_processor": LogitsProcessorList([Choose(batch, pad)]),
+            "stopping_criteria": StoppingCriteriaList([Take(batch, self.worker.ends)]),
+        }
+
+    def failed(self, row: int, error: Exception) -> None:
+        found = self.rows[row]
+        if not found.done:
+            found.done = True
+            found.deliver(_told(error))
 
 
 def _told(error: Exception) -> FoveateError:
