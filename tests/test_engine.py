@@ -719,7 +719,7 @@ def test_a_failed_pair_of_streams_leaves_the_positions_alone(
     with torch.no_grad():
         if earlier:
             model(**models.inputs("qwen2_5_vl", "images", batch=3))
-        before = compat.rope_deltas(model)
+        before = compat.kept_positions(model)
         last = model.get_decoder().layers[-1]
 
         def fail(*args: Any, **kwargs: Any) -> None:
@@ -730,14 +730,14 @@ def test_a_failed_pair_of_streams_leaves_the_positions_alone(
                 patch.setattr(last, "forward", fail)
                 with pytest.raises(ZeroDivisionError):
                     model(**inputs)
-            after = compat.rope_deltas(model)
+            after = compat.kept_positions(model)
             got = model(**inputs).logits[:, -1]  # and the next call recovers
             with monkeypatch.context() as patch:
                 patch.setattr(last, "forward", fail)
-                compat.set_rope_deltas(model, before)
+                compat.keep_positions(model, before)
                 with pytest.raises(ZeroDivisionError):
                     model(**inputs)
-        assert compat.rope_deltas(model) is before
+        assert compat.kept_positions(model) is before
         assert after is None or len(after) == 6, "the forward did run two streams"
         want = forward(models.build("qwen2_5_vl", fresh=True), inputs, VCD()).logits[:, -1]
     assert torch.allclose(got, want, atol=1e-5)

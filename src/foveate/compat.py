@@ -94,6 +94,16 @@ def cache_of(out: Any) -> Any:
     return next((fields[name] for name in CACHE_NAMES if fields.get(name) is not None), None)
 
 
+def keep_rows(out: Any, batch: int) -> None:
+    """Cut a forward's output to the first `batch` rows; the cache stays as it is."""
+    for name in ("logits", "hidden_states", "attentions", "rope_deltas"):
+        value = getattr(out, name, None)
+        if isinstance(value, tuple):
+            setattr(out, name, tuple(v[:batch] for v in value))
+        elif isinstance(value, Tensor):
+            setattr(out, name, value[:batch])
+
+
 # -- caches ----------------------------------------------------------------------------------------
 
 
@@ -200,6 +210,20 @@ def attending(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = usual
+
+
+def takes_masks(model: Any) -> bool:
+    """Whether a model's forward takes a mask, so that prompts can be padded to one length."""
+    return "attention_mask" in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def static_cache(model: Any) -> bool:
+    """Whether a static cache can be made for the model's layers."""
+    try:
+        transformers.StaticCache(config=model.get_decoder().config, max_cache_len=1)
+    except Exception:  # kinds of layers that it does not know raise nearly anything
+        return False
+    return True
 
 
 def static_decoding(model: Any) -> bool:
@@ -328,7 +352,7 @@ def rotate(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply(x.float(), x[:, :0].float(), cos, sin)[0]
 
 
-def rope_deltas(model: Any) -> Tensor | None:
+def kept_positions(model: Any) -> Tensor | None:
     """What Qwen's models remember of their last prompt's positions, (B, 1); None on others."""
     return getattr(getattr(model, "model", None), "rope_deltas", None)
 
@@ -338,20 +362,20 @@ def remembers_positions(model: Any) -> bool:
     return hasattr(getattr(model, "model", None), "rope_deltas")
 
 
-def set_rope_deltas(model: Any, deltas: Tensor | None) -> None:
+def keep_positions(model: Any, deltas: Tensor | None) -> None:
     """Put back what the model remembers; does nothing on models that remember nothing."""
     if remembers_positions(model):
         model.model.rope_deltas = deltas
 
 
 @contextmanager
-def keeping_rope_deltas(model: Any) -> Iterator[None]:
+def keeping_positions(model: Any) -> Iterator[None]:
     """Restore `rope_deltas` on exit."""
-    deltas = rope_deltas(model)
+    deltas = kept_positions(model)
     try:
         yield
     finally:
-        set_rope_deltas(model, deltas)
+        keep_positions(model, deltas)
 
 
 # -- generation ------------------------------------------------------------------------------------
@@ -392,9 +416,14 @@ def pixels_to_the_forward(
 # -- images ----------------------------------------------------------------------------------------
 
 
-def vision_tower(model: Any) -> Any:
+def image_tower(model: Any) -> Any:
     """The vision tower of a model of LLaVA's shape, or None."""
     return getattr(getattr(model, "model", None), "vision_tower", None)
+
+
+def is_tower_weight(name: str) -> bool:
+    """Whether a weight of this name belongs to the vision tower, in a model of LLaVA's shape."""
+    return "vision_tower" in name
 
 
 def projector(model: Any) -> Any:

@@ -426,10 +426,10 @@ class _Engine:
                 return value  # one row for all samples
             return torch.cat([value, other], axis)
 
-        deltas = compat.rope_deltas(model)
-        self.undo = functools.partial(compat.set_rope_deltas, model, deltas)
+        deltas = compat.kept_positions(model)
+        self.undo = functools.partial(compat.keep_positions, model, deltas)
         if deltas is not None and len(deltas) == batch:
-            compat.set_rope_deltas(model, deltas.repeat(2, 1))
+            compat.keep_positions(model, deltas.repeat(2, 1))
         return kwargs | {
             k: double(v, changed.get(k, v), int(k == "position_ids" and v.dim() == 3))
             for k, v in kwargs.items()
@@ -441,16 +441,11 @@ class _Engine:
         batch = len(ctx.visual)
         if ctx.paired:
             self.thin.on = False
-            deltas, other = compat.rope_deltas(model), out.logits[batch:, -1]
+            deltas, other = compat.kept_positions(model), out.logits[batch:, -1]
             self.undo = None
             if deltas is not None and len(deltas) == 2 * batch:
-                compat.set_rope_deltas(model, deltas[:batch])
-            for name in ("logits", "hidden_states", "attentions", "rope_deltas"):
-                value = getattr(out, name, None)
-                if isinstance(value, tuple):
-                    setattr(out, name, tuple(v[:batch] for v in value))
-                elif isinstance(value, Tensor):
-                    setattr(out, name, value[:batch])
+                compat.keep_positions(model, deltas[:batch])
+            compat.keep_rows(out, batch)
             return other
         stream = ctx.other
         if stream is None:
@@ -505,7 +500,7 @@ class _Engine:
         stream.mask = torch.cat([stream.mask, mask], 1)
         if positions is not None:
             inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
-        with compat.keeping_rope_deltas(model):
+        with compat.keeping_positions(model):
             out = model(
                 **inputs,
                 **compat.passing(model, stream.cache),
@@ -515,7 +510,7 @@ class _Engine:
                 foveate=None,
             )
             if positions is None:
-                deltas = cast(Tensor, compat.rope_deltas(model))
+                deltas = cast(Tensor, compat.kept_positions(model))
                 stream.position = past + mask.shape[1] + deltas[:, 0]
             else:
                 here = torch.where(mask.bool(), positions.amax(0) + 1, 0)
@@ -528,7 +523,7 @@ class _Engine:
         side = copy.deepcopy(cache)
         if side is not None:
             side.foveate = None
-        with compat.keeping_rope_deltas(model):
+        with compat.keeping_positions(model):
             out = model(
                 **inputs,
                 **compat.passing(model, side),

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from .compat import passing, rope_deltas
+from .compat import kept_positions, passing
 from .context import attention_layers
 from .engine import prefill
 from .method import Method
@@ -151,7 +151,7 @@ def ask_together(
 def next_position(model: Any, cache: Any) -> Tensor:
     """The position (1, 1) or, under M-RoPE, (3, 1, 1) after the prefix just filled."""
     position = torch.tensor([[cache.get_seq_length()]], device=model.device)
-    deltas = rope_deltas(model)
+    deltas = kept_positions(model)
     if deltas is None:
         return position
     return (position + deltas[:1]).expand(3, 1, 1)  # an image counts as its longer side

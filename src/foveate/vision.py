@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat import vision_tower
+from .compat import image_tower
 from .method import FoveateError
 
 Box = tuple[float, float, float, float]
@@ -70,7 +70,7 @@ def vision_blocks(model: Any) -> nn.ModuleList:
     Raises:
         FoveateError: where the model has no tower of such blocks.
     """
-    tower = vision_tower(model)
+    tower = image_tower(model)
     depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
     for module in tower.modules() if isinstance(tower, nn.Module) else ():
         if isinstance(module, nn.ModuleList) and len(module) == depth:

@@ -48,7 +48,7 @@ def note(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def quiet() -> None:
     """No progress bars for models that load in a moment, nor where nobody watches."""
-    from transformers.utils import logging
+    from transformers import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -1,6 +1,9 @@
-"""`foveate doctor`: what is installed, what works here."""
+"""`foveate doctor`: what is installed, what works here, what works on a model."""
 
 from __future__ import annotations
+
+import json
+from typing import Annotated
 
 import typer
 
@@ -9,13 +12,34 @@ from .common import quiet
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is installed and what works here; exit code 1 if foveate itself does not."""
-    from ..doctor import check
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Say what works on this model instead. Needs no weights."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --model.")] = False,
+) -> None:
+    """Say what is installed and what works here, or with --model what works on a model.
+
+    The exit code is 1 if foveate itself does not work here, or refuses the model.
+    """
+    from ..doctor import check, examine, told
+    from ..method import FoveateError
 
     quiet()
+    if as_json and not model:
+        raise FoveateError("--json prints what works on a model: name one with --model.")
+    lines = check()
+    if model:
+        found = examine(model)
+        if as_json:
+            print(json.dumps(found, indent=1))
+            raise typer.Exit(1 if found["refusal"] else 0)
+        lines = told(found)
     healthy = True
-    for line in check():
+    for line in lines:
         healthy &= line.good is not False
         mark = {True: "ok  ", False: "BAD ", None: "    "}[line.good]
         print(f"{mark}{line.what}: {line.found}", flush=True)

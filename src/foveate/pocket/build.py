@@ -39,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from foveate.compat import clip_image_processor
+from foveate.compat import clip_image_processor, is_tower_weight
 from foveate.pocket import questions
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -287,7 +287,7 @@ def save_open(state: dict[str, torch.Tensor], folder: Path | str) -> None:
     kept = {
         k: v.half().contiguous()
         for k, v in state.items()
-        if "vision_tower" not in k and k != "lm_head.weight"
+        if not is_tower_weight(k) and k != "lm_head.weight"
     }
     save_file(kept, Path(folder) / OPEN)
 

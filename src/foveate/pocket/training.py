@@ -51,7 +51,7 @@ class TowerLesson(nn.Module):
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__()
         core: Any = model
-        self.tower, self.projector = compat.vision_tower(core), compat.projector(core)
+        self.tower, self.projector = compat.image_tower(core), compat.projector(core)
         self.embed = core.get_decoder().get_input_embeddings()
         self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
         for p in self.helper.parameters():
@@ -96,7 +96,7 @@ class LanguageLesson(nn.Module):
     def __init__(self, model: nn.Module, image_token: int):
         super().__init__()
         core: Any = model
-        self.projector, self.decoder = core.model.multi_modal_projector, core.model.language_model
+        self.projector, self.decoder = compat.projector(core), core.get_decoder()
         self.image_token = image_token
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -336,7 +336,7 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
         with torch.no_grad(), autocast(precision, device):
             for i in range(0, len(pool), 64):
                 pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
-                hidden = compat.vision_tower(model)(normalised(pixels)).last_hidden_state[:, 1:]
+                hidden = compat.image_tower(model)(normalised(pixels)).last_hidden_state[:, 1:]
                 array[i : i + 64] = hidden.half().cpu().numpy()
         array.flush()
         part.replace(path)
@@ -352,7 +352,7 @@ def _train_language(
     stage: str,
     common: dict[str, Any],
 ) -> None:
-    model.model.vision_tower.requires_grad_(False)
+    compat.image_tower(model).requires_grad_(False)
     seen = {id(p): tower_features(model, p, common["precision"]) for p in (pool, held)}
     packer = lessons.Packer(processor)
     lesson = LanguageLesson(model, packer.image)
