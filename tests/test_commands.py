@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import __version__, commands, doctor
+from foveate import __version__, commands, compat, doctor, loading
 from foveate.method import methods
 from foveate.plots.attention import Look, show_attention
 from foveate.plots.style import evenly, greys, lit
 from foveate.pocket import build, questions
 from foveate.vision import Grid
-from tests import tiny
+from tests import models, tiny
 from tests.test_images import png_header
 
 
@@ -339,3 +339,51 @@ def test_layers_are_spread_evenly():
     assert evenly(32, 7) == [0, 5, 10, 16, 21, 26, 31]
     assert evenly(3, 7) == [0, 1, 2]
     assert evenly(1, 7) == [0]
+
+
+def test_doctor_prints_the_handshake_with_a_model(run):
+    code, out, _ = run("doctor", "--model", "pocket")
+    assert code == 0
+    for line in (
+        "handshake: the model can be enhanced",
+        "layers of full_attention: 12 (0 to 11)",
+        "image layout: known",
+        "static cache: yes",
+        "clvs: layers 0 to 11",
+        "vaf: layers 3 to 5",
+        "vcd: outside the layers",
+    ):
+        assert line in out
+    assert "cli is trained" in out
+
+
+def test_doctor_prints_json(run):
+    code, out, _ = run("doctor", "--model", "pocket", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["refusal"] is None
+    assert found["cache_argument"] in compat.CACHE_NAMES
+    assert found["layers"] == {"full_attention": list(range(12))}
+    assert found["methods"]["clvs"] == {"layers": list(range(12)), "note": None, "refusal": None}
+    assert "is trained" in found["methods"]["cli"]["refusal"]
+    assert found["layout"] and found["padded_batches"]
+    assert found["static_cache"]
+    code, _, err = run("doctor", "--json")
+    assert code == 2
+    assert "name one with --model" in err
+
+
+def test_doctor_says_why_a_model_is_refused(run, monkeypatch):
+    monkeypatch.setattr(loading, "outline", lambda *_: models.soft_capped())
+    code, out, _ = run("doctor", "--model", "some/model")
+    assert code == 1
+    assert "BAD handshake: " in out
+    assert "soft-caps" in out
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [([], ""), ([3], "3"), ([3, 4], "3, 4"), ([0, 1, 2, 5, 7, 8, 9, 10], "0 to 2, 5, 7 to 10")],
+)
+def test_layers_are_told_as_ranges(numbers, words):
+    assert doctor.ranges(numbers) == words

@@ -209,7 +209,12 @@ def told(found: dict[str, Any]) -> Iterator[Line]:
         if entry["refusal"]:
             yield Line(name, entry["refusal"])
         else:
-            where = f"layers {ranges(entry['layers'])}" if entry["layers"] else "beside the layers"
+            layers = entry["layers"] or []
+            where = (
+                f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+                if layers
+                else "outside the layers"
+            )
             yield Line(name, f"{where}. {entry['note']}" if entry["note"] else where, True)
 
 

@@ -1,0 +1,68 @@
+"""Models of which few layers or none see the whole image, on their default configurations."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from foveate import FoveateError, enhance
+from foveate.handshake import handshake
+from foveate.methods.clvs import CLVS
+from foveate.methods.vaf import VAF
+
+
+def outline(model_type: str) -> Any:
+    """The model of a default configuration, on the meta device."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    with torch.device("meta"):
+        config = transformers.CONFIG_MAPPING[model_type]()
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [
+        ("glm5_next", "34 linear_attention, 11 indexed_attention"),
+        ("hy_v4_vl", "78 indexed_attention"),
+        ("mistral_large4", "72 indexed_attention"),
+        ("dots3_note", "13 indexed_attention, 33 sliding_attention"),
+        ("inkling_mm_model", "hybrid"),
+    ],
+)
+def test_a_model_without_an_editable_layer_is_refused_with_its_kinds(
+    model_type: str, kinds: str
+) -> None:
+    model = outline(model_type)
+    assert handshake(model).editable == ()
+    with pytest.raises(FoveateError, match=rf"none of its layers.*{kinds}"), enhance(model, "clvs"):
+        pass
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "gemma4"])
+def test_published_layers_that_shrink_are_told(model_type: str) -> None:
+    model = outline(model_type)
+    with pytest.warns(UserWarning, match="9, 10, 11, 12, 13, 14, only 11 see the whole image"):
+        assert VAF().resolve(model).layers == (11,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # CLVS names no layers: it takes all that see the image
+        assert CLVS().resolve(model).layers == handshake(model).editable
+
+
+def test_published_layers_that_vanish_are_an_error() -> None:
+    """Qwen3.5's full-attention layers are 3, 7, 11, ..."""
+
+    class Between(VAF, register=False):  # type: ignore[misc]
+        paper_layers = (8, ..., 10)
+
+    with pytest.raises(FoveateError, match=r"here 8, 9, 10, do not see the whole image"):
+        Between().resolve(outline("qwen3_5"))
+
+
+def test_a_decoder_without_a_list_of_layers_is_told_so() -> None:
+    with pytest.raises(FoveateError, match=r"decoder of Llama4\w+ .* has no list of layers"):
+        handshake(outline("llama4"))
