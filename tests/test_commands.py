@@ -366,7 +366,8 @@ def test_doctor_prints_json(run):
     assert found["layers"] == {"full_attention": list(range(12))}
     assert found["methods"]["clvs"] == {"layers": list(range(12)), "note": None, "refusal": None}
     assert "is trained" in found["methods"]["cli"]["refusal"]
-    assert found["layout"] and found["padded_batches"]
+    assert found["layout"]
+    assert found["padded_batches"]
     assert found["static_cache"]
     code, _, err = run("doctor", "--json")
     assert code == 2
