@@ -28,7 +28,7 @@ from .attention import register
 from .cache import Stream, adopt
 from .compat import NOT_INPUTS, length
 from .context import Context, Stack
-from .handshake import handshake
+from .handshake import check_layers, handshake
 from .heartbeat import astray, check_graphs, lost
 from .method import FoveateError, Method, as_stack
 from .thin import Switch, thin_products
@@ -609,6 +609,7 @@ def attach(
         return
     decoder = handshake(model).decoder
     stack = Stack(model, methods, plans)
+    check_layers(model, stack.edited)
     image_ids = visual_token_ids(model.config, image_token_id)
     if not image_ids and stack.needs_image:
         visual_mask((), torch.zeros(1, 1, dtype=torch.long))  # says what to do

@@ -5,6 +5,7 @@ A model that lacks something is refused in one sentence. `foveate doctor --model
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,3 +74,20 @@ def handshake(model: Any) -> Handshake:
             f"configuration describes {len(kinds)}: the configuration is not that of the model."
         )
     return Handshake(decoder, cache, compat.attention_name(decoder), kinds)
+
+
+def check_layers(model: Any, layers: Iterable[int]) -> None:
+    """Whether the layers that methods edit have attention that knows its own number.
+
+    Raises:
+        FoveateError: one has not.
+    """
+    decoder = model.get_decoder()
+    for layer in layers:
+        numbers = {getattr(part, "layer_idx", None) for part in decoder.layers[layer].modules()}
+        if layer not in numbers:
+            raise FoveateError(
+                f"Layer {layer} of {type(model).__name__} (transformers {VERSION}) has no "
+                "attention with its number in `layer_idx`, so it cannot be told from others: choose "
+                "other layers, as in layers=(N,), or upgrade foveate."
+            )

@@ -322,6 +322,13 @@ def test_parts_of_a_model_called_by_hand_are_refused(model: Any) -> None:
                 call(input_ids=ids)
 
 
+def test_attention_that_does_not_know_its_layer_is_refused_at_the_door(model: Any) -> None:
+    attention = model.get_decoder().layers[2].self_attn
+    attention.number = attention.__dict__.pop("layer_idx")
+    with pytest.raises(FoveateError, match=r"Layer 2 of .* has no attention with its number"):
+        generate(model)
+
+
 # -- compiled graphs -------------------------------------------------------------------------------
 
 
