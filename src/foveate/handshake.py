@@ -88,6 +88,6 @@ def check_layers(model: Any, layers: Iterable[int]) -> None:
         if layer not in numbers:
             raise FoveateError(
                 f"Layer {layer} of {type(model).__name__} (transformers {VERSION}) has no "
-                "attention with its number in `layer_idx`, so it cannot be told from others: choose "
+                "attention with its number in `layer_idx`: it cannot be told from others. Choose "
                 "other layers, as in layers=(N,), or upgrade foveate."
             )
