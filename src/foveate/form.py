@@ -10,11 +10,14 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
 import pkgutil
+import threading
 import types
 import typing
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 
@@ -78,6 +81,7 @@ class Registry:
     def __init__(self, kind: str, package: str, example: str, reserved: tuple[str, ...]) -> None:
         self.kind, self.package, self.example, self.reserved = kind, package, example, reserved
         self.classes: dict[str, type[Any]] = {}
+        self.walked, self._walking = False, threading.RLock()
 
     def add(self, cls: type[Form]) -> None:
         """Register `cls` under its own name; one that inherits its name is not registered."""
@@ -100,13 +104,34 @@ class Registry:
         self.classes[name] = cls
 
     def all(self) -> dict[str, type[Any]]:
-        """Every class: this package's, installed plug-ins', and the user's own."""
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.package):
-            point.load()
+        """Every class: this package's, installed plug-ins', and the user's own.
+
+        The first two are looked for once per process.
+        """
+        with self._walking:
+            if not self.walked:
+                self.walked = True  # before: a plug-in may look for others while it is imported
+                try:
+                    package = importlib.import_module(self.package)
+                    for module in pkgutil.iter_modules(package.__path__):
+                        importlib.import_module(f"{self.package}.{module.name}")
+                except BaseException:
+                    self.walked = False
+                    raise
+                load_plugins(self.package, self._admit)
         return dict(sorted(self.classes.items()))
+
+    def _admit(self, plugin: Any) -> None:
+        """Refuse a plug-in, a class or a module with classes, that would fail at its first use."""
+        if isinstance(plugin, type) and plugin not in self.classes.values():
+            raise FoveateError(f"{plugin.__qualname__} is no {self.kind} with a name of its own")
+        for name, cls in list(self.classes.items()):
+            if cls is plugin or cls.__module__ == getattr(plugin, "__name__", None):
+                try:
+                    cls()
+                except Exception:
+                    del self.classes[name]
+                    raise
 
     def get(self, name: str) -> type[Any]:
         """The class called `name`; unknown names are refused with the nearest one."""
@@ -178,6 +203,24 @@ class Registry:
         return FoveateError(
             f"Cannot read the {self.kind} {text!r}: write it like {self.example}{quotes}."
         )
+
+
+def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
+    """Load every plug-in of an entry-point group and hand it to `admit`.
+
+    One that cannot be imported, or that `admit` raises for, is a warning and is left out.
+    """
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            admit(point.load())
+        except Exception as error:  # it is somebody else's code
+            reason = " ".join(str(error).split()).rstrip(".")
+            package = point.dist.name if point.dist else point.value
+            warnings.warn(
+                f"The plug-in {point.name!r} of {package} ({group}: {point.value}) is left out, it "
+                f"raises {type(error).__name__}: {reason}. Upgrade {package}, or uninstall it.",
+                stacklevel=2,
+            )
 
 
 def _nearest(word: str, known: list[str]) -> str:
