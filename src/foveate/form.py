@@ -64,7 +64,9 @@ class Form:
             for f, _ in parameters(type(self))
             if getattr(self, f.name) != f.default
         ]
-        return f"{self.name}({', '.join(changed)})" if changed else self.name
+        cls = type(self)
+        name = self.name or f"{cls.__module__}.{cls.__qualname__}"  # which no parser reads
+        return f"{name}({', '.join(changed)})" if changed else name
 
 
 class Registry:
