@@ -230,6 +230,51 @@ def _nearest(word: str, known: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f"; there are {', '.join(known)}"
 
 
+# -- what a field declares -------------------------------------------------------------------------
+
+
+def file(default: Any = "") -> Any:
+    """A field whose text, where it is not the default, names a file that the class opens."""
+    return dataclasses.field(default=default, metadata={"file": True})
+
+
+def costly(default: Any, limit: int | None) -> Any:
+    """A field that multiplies passes, tokens, memory or time.
+
+    Args:
+        limit: the most that a stranger may ask for: the number itself, the values of a tuple, the
+            characters of a text. None = nothing but the default.
+    """
+    return dataclasses.field(default=default, metadata={"limit": limit})
+
+
+def permit(form: Form) -> None:
+    """See that a stranger, such as a server's client, may ask for this.
+
+    Raises:
+        FoveateError: a field names a file, or asks for more than its limit.
+    """
+    for f, _ in parameters(type(form)):
+        value, limit = getattr(form, f.name), f.metadata.get("limit")
+        if value == f.default:
+            continue
+        if "file" in f.metadata and isinstance(value, str):
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} names a file, and requests name no files of the "
+                "server: give values."
+            )
+        if "limit" not in f.metadata or value is None:
+            continue
+        if limit is None:
+            raise FoveateError(f"{form.name}: a request may not set {f.name}: leave it out.")
+        unit = " characters" if isinstance(value, str) else " values" * isinstance(value, tuple)
+        if (len(value) if unit else value) > limit:
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} is too much, a request may ask for {limit}{unit} "
+                "at most."
+            )
+
+
 # -- parameter types -------------------------------------------------------------------------------
 
 

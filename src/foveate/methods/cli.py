@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from ..form import costly, file
 from ..injection import (
     KIND,
     CrossLayerInjection,
@@ -88,16 +89,16 @@ class CLI(Method):
         strength: factor of what is added; 0 is the plain model. Not in the paper.
     """
 
-    path: str = ""
-    seed: int | None = None
-    vision_layers: tuple[int, ...] | None = None  # type: ignore[misc]
-    rank: int = 64
+    path: str = file()
+    seed: int | None = costly(None, limit=None)  # a module is made, and has learnt nothing
+    vision_layers: tuple[int, ...] | None = costly(None, limit=8)  # type: ignore[misc]
+    rank: int = costly(64, limit=256)
     alpha: float = 128.0
     gate: Gates = "scalar"
     summary: Summaries = "prompt"
     routes: Routes = "many-to-many"
-    heads: int = 8
-    width: int = 256
+    heads: int = costly(8, limit=64)
+    width: int = costly(256, limit=1024)
     norm: Literal["none", "rms"] = "none"
     gate_norm: Literal["none", "rms"] = "none"
     reduce: Literal["sum", "mean"] = "sum"
