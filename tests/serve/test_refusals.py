@@ -54,7 +54,7 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
                    "steps=1000000 is too much, a request may ask for 64"),
     "long instruction": ({"method": f"vicrop(instruction='{'car ' * 80}')"}, 400, "300 characters"),
     "instruction's token": ({"method": "vicrop(instruction='<image> a')"}, 400, "<image>"),
-    "instruction's surrogate": ({"method": r"vicrop(instruction='\ud800')"}, 400, "half a character"),
+    "its surrogate": ({"method": r"vicrop(instruction='\ud800')"}, 400, "half a character"),
     "fresh module": ({"method": "cli(seed=0)"}, 400, "a request may not set seed"),
     "large module": ({"method": "cli(rank=1000000000)"}, 400, "a request may ask for 256"),
     "untrained module": ({"method": "cli"}, 400, "cli is trained"),
