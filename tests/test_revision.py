@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RevisionNotFoundError
 
-from foveate import VLM, FoveateError, loading
+from foveate import VLM, FoveateError, heads, loading
 from foveate.commands import main
 from foveate.evaluation import evaluate
 from foveate.journal import Journal
+from foveate.pocket import questions, world
 from foveate.run import RESULTS, RUN
 from foveate.tracing import trace
+from foveate.tuning import Recipe, tune
 from tests.test_evaluation import Scenes, drawn
 
 NAME = "somebody/small"
@@ -147,6 +150,29 @@ def test_what_was_begun_before_revisions_were_noted_goes_on(tmp_path: Path) -> N
 def test_a_trace_says_which_revision(hub: list[Any]) -> None:
     traced = trace(load(), drawn(1), "Is there a car?", ["vanilla"], max_new_tokens=1)
     assert {name: traced.to_json()[name] for name in ASKED} == ASKED
+
+
+def test_a_list_of_heads_says_which_revision(hub: list[Any], tmp_path: Path) -> None:
+    samples, words = heads.pocket_samples(2)
+    there = frozenset(world.KINDS), frozenset[str]()  # all that is said of the first, or nothing
+    samples = [dataclasses.replace(s, objects=o) for s, o in zip(samples, there, strict=True)]
+    out = tmp_path / "heads.json"
+    found = heads.find_heads(load(), samples, words, out, max_new_tokens=8, command="again")
+    assert [found[name] for name in ("name", "revision", "commit")] == list(ASKED.values())
+    begun = json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])["settings"]
+    assert {name: begun[name] for name in ASKED} == ASKED
+
+
+def test_a_training_says_which_revision_and_ends_on_it(hub: list[Any], tmp_path: Path) -> None:
+    questions.export(1, tmp_path / "data", size=96)
+    data, recipe = tmp_path / "data" / "conversations.jsonl", Recipe("vanilla", "full", steps=1)
+    recipe = dataclasses.replace(recipe, batch_size=1, max_length=512)
+    tune(NAME, data, tmp_path / "run", recipe, revision="v1")
+    assert hub == ["v1", OLD], "the base that is saved is of the commit that was trained"
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert {name: settings[name] for name in ASKED} == ASKED
+    with pytest.raises(FoveateError, match=r"other settings \(revision: 'v1', now None"):
+        tune(NAME, data, tmp_path / "run", recipe)
 
 
 @pytest.fixture
