@@ -862,6 +862,22 @@ def test_classes_without_a_name_are_told_apart() -> None:
     )
 
 
+def test_what_one_nameless_class_began_another_does_not_go_on_with() -> None:
+    """Neither on its cache, nor in a graph that was compiled for it."""
+    one, two = nameless(0.5), nameless(2.0)
+    model, inputs = models.build("llava"), models.inputs("llava")
+    out = forward(model, inputs, one(), use_cache=True)
+    token = {"input_ids": out.logits[:, -1:].argmax(-1), "past_key_values": out.past_key_values}
+    forward(model, token, one())
+    with pytest.raises(FoveateError, match="start from a fresh cache"):
+        forward(model, token, two())
+    names = []
+    for method in (one(), two(), one()):
+        with enhance(model, method):
+            names.append(model.get_decoder().config._attn_implementation)
+    assert names[0] == names[2] != names[1]
+
+
 def test_names_are_unique_and_reserved() -> None:
     with pytest.raises(FoveateError, match="cannot be called 'vanilla'"):
 
