@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
 from torch import Tensor
 
-from foveate import FoveateError, enhance, prefill
+from foveate import VLM, FoveateError, enhance, prefill
+from foveate.benchmarks.pocket import PocketBench
 from foveate.compat import passing, start_checkpointing
 from foveate.engine import attach
+from foveate.evaluation import evaluate
 from foveate.injection import CrossLayerInjection, Summary
+from foveate.methods import cli
 from foveate.methods.cli import CLI, SERVES
 from foveate.shared import next_position, suffix_batch
 from tests import models
@@ -309,14 +313,68 @@ def test_an_injection_goes_to_the_hub_and_comes_from_it(
     assert injection.push_to_hub("somebody/injection") == "somebody/injection"
     assert {p.name for p in hub.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
-    def download(repo_id: str, filename: str, **rest: Any) -> str:
-        assert repo_id == "somebody/injection"
-        return str(hub / filename)
-
-    for module in ("foveate.methods.cli", "foveate.injection", "huggingface_hub.hub_mixin"):
-        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    asked = from_the_hub(monkeypatch, "somebody/injection", hub)
     got = forward(model, inputs, CLI(path="somebody/injection")).logits
     assert torch.equal(got, forward(model, inputs, method).logits)
+    assert asked == ["somebody/injection"]
+    with pytest.raises(FoveateError, match="neither a folder nor to be had from the hub"):
+        forward(model, inputs, CLI(path="nobody/nothing"))
+
+
+def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> list[str]:
+    """Let the hub have one repository; what it is asked for is noted."""
+    asked: list[str] = []
+
+    def download(repo_id: str, **rest: Any) -> str:
+        asked.append(repo_id)
+        if repo_id != name:
+            raise OSError("not found")
+        return str(folder)
+
+    def elsewhere(*args: Any, **rest: Any) -> Any:
+        raise AssertionError("asked again")
+
+    cli._fetched.cache_clear()
+    monkeypatch.setattr("foveate.methods.cli.snapshot_download", download)
+    for module in ("foveate.injection", "huggingface_hub.hub_mixin"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", elsewhere)
+    return asked
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_an_evaluation_reads_the_files_once(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 questions, two injections and another strength of one of them."""
+    vlm = VLM.load("pocket", device="cpu")
+    paths = [str(trained(vlm.model, tmp_path / name).path) for name in ("one", "two")]
+    asked: list[str] = []
+    if where == "hub":
+        asked = from_the_hub(monkeypatch, "somebody/injection", tmp_path / "one")
+        paths[0] = "somebody/injection"
+    opened: list[str] = []
+    reading = Path.read_text
+
+    def read(self: Path, *args: Any, **rest: Any) -> str:
+        opened.extend([str(self.relative_to(tmp_path))] if tmp_path in self.parents else [])
+        return reading(self, *args, **rest)
+
+    def load(file: Path, **rest: Any) -> Any:
+        opened.append(str(file.relative_to(tmp_path)))
+        return load_file(file, **rest)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr("foveate.injection.load_file", load)
+    methods = [f"cli(path={paths[0]!r})", f"cli(path={paths[1]!r})"]
+    methods.append(f"cli(path={paths[0]!r},strength=0.5)")
+    benchmark = PocketBench(word_tokens=2, categories=("existence-random",), questions=8)
+    found = evaluate([benchmark], vlm, methods, tmp_path / "run")
+    for entry in found["benchmarks"][str(benchmark)]["methods"].values():
+        assert (entry["questions"], entry["errors"]) == (16, 0)
+    files = [name for name in opened if not name.startswith("run/")]
+    expected = ["config.json", "model.safetensors"]
+    assert sorted(files) == [f"{name}/{file}" for name in ("one", "two") for file in expected]
+    assert asked == ["somebody/injection"] * (where == "hub")
 
 
 @dataclass
@@ -342,12 +400,15 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
     trained(llava, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
+    trained(llava, tmp_path / "light")
+    (tmp_path / "light" / "model.safetensors").unlink()
     trained(llava, tmp_path / "mine")
     cases = {
         "cli": "cli is trained: give path",
         f"cli(path='{tmp_path}/other')": "belongs to another model: its model_type is llava_onevis",
         f"cli(path='{tmp_path}/none')": "there is no folder",
         f"cli(path='{tmp_path}/empty')": "has no readable config.json",
+        f"cli(path='{tmp_path}/light')": "has no model.safetensors",
         f"cli(path='{tmp_path}/model')": "is no cross-layer injection",
         f"cli(path='{tmp_path}/broken')": "could not be loaded",
         f"cli(path='{tmp_path}/mine', rank=8)": "was trained with rank=4: leave out rank",

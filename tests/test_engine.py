@@ -978,6 +978,55 @@ def test_layers_are_literal_scaled_or_refused() -> None:
         CLVS(layers=(0,)).resolve(gemma)
 
 
+def nameless(factor: float) -> type[Method]:
+    """A class like every other that this makes, but for what it does."""
+
+    @dataclass(frozen=True)
+    class Scaled(Method):
+        strength: float = 1.0
+
+        def scores(self, rows: Any) -> Tensor:
+            return rows.x * factor
+
+    return Scaled
+
+
+def test_classes_without_a_name_are_told_apart() -> None:
+    one, two = nameless(0.5), nameless(2.0)
+    label = registry.text((one(strength=3.0),))
+    assert label == f"{__name__}.nameless.<locals>.Scaled(strength=3.0)"
+    for unreadable in (label, f"{__name__}.Scaled", f"{__name__}.Scaled(strength=3.0)"):
+        with pytest.raises(FoveateError, match="Cannot read the method"):
+            registry.parse(unreadable)
+    assert registry.identity((one(),)) == registry.identity((one(),))
+    assert registry.identity((one(),)) != registry.identity((two(),))
+    assert registry.identity((one(),)) != registry.identity((one(strength=3.0),))
+
+    class Spy(CLVS, register=False):  # has another's name
+        pass
+
+    assert registry.identity((Spy(),)) != registry.identity((CLVS(),))
+    assert registry.identity(registry.parse("clvs+vcd")) == registry.identity(
+        registry.parse("clvs + vcd()")
+    )
+
+
+def test_what_one_nameless_class_began_another_does_not_go_on_with() -> None:
+    """Neither on its cache, nor in a graph that was compiled for it."""
+    one, two = nameless(0.5), nameless(2.0)
+    model, inputs = models.build("llava"), models.inputs("llava")
+    out = forward(model, inputs, one(), use_cache=True)
+    token = {"input_ids": out.logits[:, -1:].argmax(-1)} | passing(model, cache_of(out))
+    forward(model, token, one())
+    with pytest.raises(FoveateError, match="start from a fresh cache"):
+        forward(model, token, two())
+    names = []
+    for method in (one(), two(), one()):
+        with enhance(model, method):
+            names.append(model.get_decoder().config._attn_implementation)
+    assert names[0] == names[2] != names[1]
+
+
 def test_names_are_unique_and_reserved() -> None:
     with pytest.raises(FoveateError, match="cannot be called 'vanilla'"):
 

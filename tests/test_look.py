@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +16,7 @@ from PIL import Image
 
 from foveate import VLM, FoveateError, Method
 from foveate.commands import main
-from foveate.look import GENERAL, SHORT, Chain, Panel, kept, read, the_image
+from foveate.look import GENERAL, SHORT, Chain, Panel, kept, read, read_beside, the_image
 from foveate.method import as_stack, registry
 from foveate.pocket import world
 from foveate.vlm import Chat
@@ -110,6 +113,23 @@ def test_readings_of_an_image_are_kept(vlm: VLM, images: list[Image.Image]) -> N
         kept(vlm, other, (number,), make)
     assert len(vlm.readings) == 32, "the oldest are forgotten"
     assert kept(vlm, images[0], ("a",), make) > 3
+
+
+def test_what_is_kept_of_a_reading_holds_no_picture(vlm: VLM) -> None:
+    vlm.readings.clear()
+    images = []
+    for number in range(3):
+        picture = world.draw(world.sample(2_100_000_001 + number)).resize((1500, 1000))
+        images.append(weakref.ref(picture))
+        chat = vlm.chat([picture], QUESTIONS[0], None)
+        general = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        again = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        assert again is general
+    assert len(vlm.readings) == len(images)
+    del picture, chat, general, again
+    gc.collect()
+    assert [image() for image in images] == [None] * 3, "nothing kept refers to the pictures"
+    assert len(pickle.dumps(list(vlm.readings.values()))) < 100_000, "a picture has 4.5 MB"
 
 
 @dataclass(frozen=True)

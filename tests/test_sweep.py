@@ -168,7 +168,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swept:
             config=SimpleNamespace(num_hidden_layers=4, model_type="llava", layer_types=None)
         )
         model = SimpleNamespace(config=decoder.config, get_decoder=lambda: decoder)
-        vlm: Any = SimpleNamespace(name="pocket", model=model)
+        vlm: Any = SimpleNamespace(name="pocket", revision=None, commit=None, model=model)
         return sweep(Grid.read("clvs", over), Doors(), vlm, tmp_path, **options)
 
     return call

@@ -114,7 +114,8 @@ def run(
         track: sees the pictures go by, for a progress bar.
 
     Returns:
-        What NAME.json holds: "numbers" and "caption", "pictures" (how many), "model", "analysis",
+        What NAME.json holds: "numbers" and "caption", "pictures" (how many), "model",
+        "revision", "commit", "analysis",
         "methods", "data", "command", "version".
 
     Raises:
@@ -129,7 +130,7 @@ def run(
             pass
     settings = {
         "analysis": str(analysis),
-        "model": vlm.name,
+        **vlm.source,
         "shape": shape(vlm.model),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "methods": list(compared),
@@ -165,7 +166,7 @@ def run(
     found = {
         "analysis": str(analysis),
         "source": analysis.source,
-        "model": vlm.name,
+        **vlm.source,
         "methods": list(compared),
         "data": data,
         "pictures": len(rows),

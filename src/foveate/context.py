@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .compat import layer_kinds
 from .heartbeat import Heartbeat
-from .method import Method, text
+from .method import Method, identity, text
 
 if TYPE_CHECKING:
     from .cache import Stream
@@ -63,8 +63,8 @@ class Stack:
 
     @property
     def identity(self) -> str:
-        """What tells this stack from any other, with methods that have no name of their own."""
-        return text(self.methods)
+        """What tells this stack from every other in this process."""
+        return identity(self.methods)
 
 
 class Context:

@@ -84,7 +84,7 @@ def evaluate(
     names, dtype = list(asker.stacks), str(vlm.model.dtype).removeprefix("torch.")
     torch.manual_seed(seed)
     with Run(
-        benchmarks, vlm.name, dtype, names, out,
+        benchmarks, vlm.name, dtype, names, out, revision=vlm.revision, commit=vlm.commit,
         root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
     ) as run:  # fmt: skip
         jobs = run.jobs(asker.size.most, share)

@@ -10,11 +10,14 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
 import pkgutil
+import threading
 import types
 import typing
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 
@@ -61,7 +64,9 @@ class Form:
             for f, _ in parameters(type(self))
             if getattr(self, f.name) != f.default
         ]
-        return f"{self.name}({', '.join(changed)})" if changed else self.name
+        cls = type(self)
+        name = self.name or f"{cls.__module__}.{cls.__qualname__}"  # which no parser reads
+        return f"{name}({', '.join(changed)})" if changed else name
 
 
 class Registry:
@@ -78,6 +83,7 @@ class Registry:
     def __init__(self, kind: str, package: str, example: str, reserved: tuple[str, ...]) -> None:
         self.kind, self.package, self.example, self.reserved = kind, package, example, reserved
         self.classes: dict[str, type[Any]] = {}
+        self.walked, self._walking = False, threading.RLock()
 
     def add(self, cls: type[Form]) -> None:
         """Register `cls` under its own name; one that inherits its name is not registered."""
@@ -100,13 +106,34 @@ class Registry:
         self.classes[name] = cls
 
     def all(self) -> dict[str, type[Any]]:
-        """Every class: this package's, installed plug-ins', and the user's own."""
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.package):
-            point.load()
+        """Every class: this package's, installed plug-ins', and the user's own.
+
+        The first two are looked for once per process.
+        """
+        with self._walking:
+            if not self.walked:
+                self.walked = True  # before: a plug-in may look for others while it is imported
+                try:
+                    package = importlib.import_module(self.package)
+                    for module in pkgutil.iter_modules(package.__path__):
+                        importlib.import_module(f"{self.package}.{module.name}")
+                except BaseException:
+                    self.walked = False
+                    raise
+                load_plugins(self.package, self._admit)
         return dict(sorted(self.classes.items()))
+
+    def _admit(self, plugin: Any) -> None:
+        """Refuse a plug-in, a class or a module with classes, that would fail at its first use."""
+        if isinstance(plugin, type) and plugin not in self.classes.values():
+            raise FoveateError(f"{plugin.__qualname__} is no {self.kind} with a name of its own")
+        for name, cls in list(self.classes.items()):
+            if cls is plugin or cls.__module__ == getattr(plugin, "__name__", None):
+                try:
+                    cls()
+                except Exception:
+                    del self.classes[name]
+                    raise
 
     def get(self, name: str) -> type[Any]:
         """The class called `name`; unknown names are refused with the nearest one."""
@@ -180,9 +207,72 @@ class Registry:
         )
 
 
+def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
+    """Load every plug-in of an entry-point group and hand it to `admit`.
+
+    One that cannot be imported, or that `admit` raises for, is a warning and is left out.
+    """
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            admit(point.load())
+        except Exception as error:  # it is somebody else's code
+            reason = " ".join(str(error).split()).rstrip(".")
+            package = point.dist.name if point.dist else point.value
+            warnings.warn(
+                f"The plug-in {point.name!r} of {package} ({group}: {point.value}) is left out, it "
+                f"raises {type(error).__name__}: {reason}. Upgrade {package}, or uninstall it.",
+                stacklevel=2,
+            )
+
+
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f"; there are {', '.join(known)}"
+
+
+# -- what a field declares -------------------------------------------------------------------------
+
+
+def file(default: Any = "") -> Any:
+    """A field whose text, where it is not the default, names a file that the class opens."""
+    return dataclasses.field(default=default, metadata={"file": True})
+
+
+def costly(default: Any, limit: int | None) -> Any:
+    """A field that multiplies passes, tokens, memory or time.
+
+    Args:
+        limit: the most that a stranger may ask for: the number itself, the values of a tuple, the
+            characters of a text. None = nothing but the default.
+    """
+    return dataclasses.field(default=default, metadata={"limit": limit})
+
+
+def permit(form: Form) -> None:
+    """See that a stranger, such as a server's client, may ask for this.
+
+    Raises:
+        FoveateError: a field names a file, or asks for more than its limit.
+    """
+    for f, _ in parameters(type(form)):
+        value, limit = getattr(form, f.name), f.metadata.get("limit")
+        if value == f.default:
+            continue
+        if "file" in f.metadata and isinstance(value, str):
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} names a file, and requests name no files of the "
+                "server: give values."
+            )
+        if "limit" not in f.metadata or value is None:
+            continue
+        if limit is None:
+            raise FoveateError(f"{form.name}: a request may not set {f.name}: leave it out.")
+        unit = " characters" if isinstance(value, str) else " values" * isinstance(value, tuple)
+        if (len(value) if unit else value) > limit:
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} is too much, a request may ask for {limit}{unit} "
+                "at most."
+            )
 
 
 # -- parameter types -------------------------------------------------------------------------------

@@ -468,8 +468,8 @@ def find_heads(
 
     Returns:
         What `out` holds: "heads" [[layer, head], ...] from the highest score down, "model" (its
-        shape), "scores" (layers x heads), "images", "hallucinated", "real", "prompt", "version",
-        "command".
+        shape), "name", "revision", "commit", "scores" (layers x heads), "images",
+        "hallucinated", "real", "prompt", "version", "command".
 
     Raises:
         FoveateError: no image could be used, no word was hallucinated (or none was real), the
@@ -479,7 +479,7 @@ def find_heads(
         raise FoveateError("max_new_tokens, rows and top_k must be at least 1.")
     ablation = Ablation(vlm.model)
     settings = {
-        "model": vlm.name,
+        **vlm.source,
         "shape": shape(vlm.model),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "prompt": prompt,
@@ -579,6 +579,9 @@ def _write(
     found = {
         "heads": [list(divmod(i, ablation.heads)) for i in best],
         "model": settings["shape"],
+        "name": settings["model"],
+        "revision": settings["revision"],
+        "commit": settings["commit"],
         "images": len(records),
         **counts,
         "prompt": settings["prompt"],

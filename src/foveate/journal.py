@@ -72,7 +72,7 @@ class Journal:
                     f"Line {number + 1} of {self.path} is damaged: delete that line, or give "
                     "another --out."
                 ) from error
-            if begun != self.settings:
+            if not alike(begun, self.settings):
                 raise FoveateError(f"{self.path} {difference(begun, self.settings)}.")
         return whole
 
@@ -95,6 +95,12 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
     os.replace(part, path)
+
+
+def alike(begun: Any, settings: Row) -> bool:
+    """Whether these are the settings that a file was begun with; what is missing is None."""
+    old = begun if isinstance(begun, dict) else {}
+    return all(old.get(k) == settings.get(k) for k in {**settings, **old})
 
 
 def difference(begun: Any, settings: Row) -> str:

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from . import compat
 from .method import FoveateError
@@ -27,19 +32,21 @@ def load(
     device: torch.device | str | None = None,
     device_map: Any = None,
     attn: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Any, Any]:
     """The model, in eval mode on its device, and its processor; see `VLM.load`.
 
-    Raises `FoveateError` for a name that leads nowhere, a folder that is incomplete, a model that
-    sees nothing or needs code of its own, and for a device, dtype or attention not to be had.
+    Raises `FoveateError` for a name that leads nowhere, a folder that is incomplete, a revision
+    that the hub does not have, a model that sees nothing or needs code of its own, and for a
+    device, dtype or attention not to be had.
     """
     if device is not None and device_map is not None:
         raise FoveateError("Give either device or device_map, not both.")
     place = _device(device)
-    source, offline = _locate(name)
-    common = {"local_files_only": offline, "trust_remote_code": False}
+    source, offline = _locate(name, revision)
+    common = _options(offline, revision)
     with _one_sentence(name):
-        _config(name, source, offline)
+        _config(name, source, common)
         processor = transformers.AutoProcessor.from_pretrained(source, **common)
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise FoveateError(
@@ -64,24 +71,42 @@ def load(
     return model, processor
 
 
-def outline(name: str) -> Any:
+def outline(name: str, revision: str | None = None) -> Any:
     """The model's modules without any weights (on the meta device), to see how it is built."""
-    source, offline = _locate(name)
+    source, offline = _locate(name, revision)
     with _one_sentence(name), torch.device("meta"):
-        return MODELS.from_config(_config(name, source, offline))
+        return MODELS.from_config(_config(name, source, _options(offline, revision)))
 
 
-def _config(name: str, source: str, offline: bool) -> Any:
-    config = transformers.AutoConfig.from_pretrained(
-        source, local_files_only=offline, trust_remote_code=False
-    )
+def commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that was loaded of a hub model, by where it lies in the cache (transformers no
+    longer keeps it on the configuration); None for a model from elsewhere."""
+    if _is_local(name):
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _options(offline: bool, revision: str | None) -> dict[str, Any]:
+    """What every `from_pretrained` is given."""
+    options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
+    return options if revision is None else options | {"revision": revision}
+
+
+def _config(name: str, source: str, options: dict[str, Any]) -> Any:
+    config = transformers.AutoConfig.from_pretrained(source, **options)
     if not compat.is_vision_language(config):
         raise FoveateError(f"{name} ({config.model_type}) is not a vision-language model: {HINT}.")
     return config
 
 
-def _locate(name: str) -> tuple[str, bool]:
+def _locate(name: str, revision: str | None = None) -> tuple[str, bool]:
     """What to give to `from_pretrained`, and whether the network must be left alone."""
+    if revision is not None and _is_local(name):
+        raise FoveateError(
+            f"{name} does not come from the hub, so it has no revision {revision!r}: leave out the "
+            "revision."
+        )
     if name == "pocket":
         from .pocket.build import WEIGHTS
 
@@ -105,30 +130,43 @@ def _locate(name: str) -> tuple[str, bool]:
         near = difflib.get_close_matches(name, ["pocket"])
         hint = f"did you mean '{near[0]}'" if near else HINT
         raise FoveateError(f"There is no model or folder {name!r}: {hint}.")
-    return name, _offline(name)
+    return name, _offline(name, revision)
+
+
+def _is_local(name: str) -> bool:
+    return name == "pocket" or Path(name).expanduser().exists()
 
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def _offline(name: str) -> bool:
+def _offline(name: str, revision: str | None) -> bool:
     """Ask the hub once whether it has the model; False where it does, True where only a cache can.
 
     transformers itself retries every file for half a minute before it gives up.
     """
     try:
-        HfApi().model_info(name, timeout=10)
+        HfApi().model_info(name, revision=revision, timeout=10)
         return False
     except RepositoryNotFoundError as error:
         raise FoveateError(f"The hub has no model {name!r} that you may see: {HINT}.") from error
+    except RevisionNotFoundError as error:
+        raise FoveateError(
+            f"The hub's {name} has no revision {revision!r}: give a branch, a tag or a commit."
+        ) from error
     except HFValidationError as error:
         raise FoveateError(f"{name!r} is not the name of a model: {HINT}.") from error
     except HfHubHTTPError:  # it answered, if oddly, as some mirrors do: let transformers try
         return False
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE: kinds vary
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return True
+        if revision is not None:
+            raise FoveateError(
+                f"{name!r} in the revision {revision!r} is not in the local cache, and the hub "
+                "cannot be reached: check the name, the revision or the network."
+            ) from error
         raise FoveateError(
             f"{name!r} is neither a folder nor in the local cache, and the hub cannot be reached: "
             "check the name or the network."

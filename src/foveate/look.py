@@ -170,17 +170,26 @@ def the_image(method: Method, chats: Sequence[Chat]) -> Image.Image | None:
 def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What `make` returns for this image, kept for the next questions about it.
 
+    A `Reading` is kept, and returned, without its pictures and its record: nothing of it is then
+    as large as the image.
+
     Args:
         key: what else the result depends on: the method, its parameters, the system prompt.
     """
     store = vlm.readings
     place = (key, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
     if place not in store:
-        store[place] = make()
+        made = make()
+        store[place] = _light(made) if isinstance(made, Reading) else made
         while len(store) > _KEPT:
             store.popitem(last=False)
     store.move_to_end(place)
     return store[place]
+
+
+def _light(reading: Reading) -> Reading:
+    chat = replace(reading.answer.chat, images=[], contrast=None, notes={})
+    return replace(reading, answer=replace(reading.answer, chat=chat, record=None))
 
 
 @dataclass(frozen=True)

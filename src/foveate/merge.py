@@ -35,8 +35,12 @@ class RunFolder:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The settings that answers depend on."""
-        return {name: value for name, value in self.settings.items() if name not in APART}
+        """The settings that answers depend on, those that are None left out."""
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in APART and value is not None
+        }
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunFolder]:

@@ -8,6 +8,7 @@ form are its fields, and the invariant test-suite runs over whatever is register
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ __all__ = [
     "as_stack",
     "from_json",
     "get",
+    "identity",
     "methods",
     "parse",
     "shape",
@@ -38,6 +40,8 @@ __all__ = [
 
 STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "logits")
 RESERVED = ("vanilla", "all")
+
+_numbers = itertools.count()
 
 registry = Registry("method", "foveate.methods", "clvs(smoothing=0.7)+vcd", RESERVED)
 
@@ -79,9 +83,11 @@ class Method(Form):
     vision_layers: ClassVar[tuple[int, ...] | None] = None
 
     stages: ClassVar[frozenset[str]] = frozenset()
+    _number: ClassVar[int] = next(_numbers)  # of the class, in this process
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._number = next(_numbers)
         cls.stages = frozenset(s for s in STAGES if getattr(cls, s) is not getattr(Method, s))
         if register:
             registry.add(cls)
@@ -282,8 +288,16 @@ def parse(text: str) -> tuple[Method, ...]:
 
 
 def text(stack: Iterable[Method]) -> str:
-    """The text form of a stack of methods; `parse` reads it back."""
+    """The text form of a stack of methods; `parse` reads it back where all of them have names."""
     return "+".join(map(str, stack)) or "vanilla"
+
+
+def identity(stack: Iterable[Method]) -> str:
+    """What tells a stack from every other in this process: its text form, and its classes.
+
+    A class without a name, or one that inherits another's, is not to be told by its text alone.
+    """
+    return "+".join(f"{method}#{method._number}" for method in stack)
 
 
 def to_json(stack: Iterable[Method]) -> list[dict[str, Any]]:

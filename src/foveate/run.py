@@ -27,7 +27,7 @@ from typing import Any
 from . import __version__
 from .benchmark import Benchmark, Problems, Record, Sample
 from .form import FoveateError
-from .journal import Journal, difference, write_json
+from .journal import Journal, alike, difference, write_json
 
 RECORDS, RUN, RESULTS, SESSIONS = "records.jsonl", "run.json", "results.json", "sessions.jsonl"
 HEARTBEAT = 10.0  # seconds between notes of the time worked: what a kill may lose of it
@@ -64,7 +64,7 @@ class Run:
 
     Args:
         benchmarks, root, limit: what to ask, see `foveate.evaluation.evaluate`.
-        model, dtype, methods: names, who answers.
+        model, dtype, methods: names, who answers; revision, commit: of a model from the hub.
         out: the folder; of a shard of several its parent.
 
     Raises:
@@ -79,6 +79,8 @@ class Run:
         methods: Sequence[str],
         out: Path,
         *,
+        revision: str | None = None,
+        commit: str | None = None,
         root: Path | None = None,
         limit: int | None = None,
         shard: tuple[int, int] = (0, 1),
@@ -111,6 +113,8 @@ class Run:
         self.configuration: dict[str, Any] = {
             "benchmarks": names,
             "model": model,
+            "revision": revision,
+            "commit": commit,
             "dtype": dtype,
             "methods": list(methods),
             "root": None if root is None else str(root),
@@ -208,10 +212,10 @@ class Run:
         own = self.configuration["shard"]
         for other in run_folders(out):
             begun = read_run(other)
-            alike = isinstance(begun, dict) and begun.get("shard") and own
-            if alike and other != self.folder:  # another shard, whose number differs
+            shards = isinstance(begun, dict) and begun.get("shard") and own
+            if shards and other != self.folder:  # another shard, whose number differs
                 begun = begun | {"shard": [own[0], begun["shard"][1]]}
-            if begun != self.configuration:
+            if not alike(begun, self.configuration):
                 raise FoveateError(f"{other} {difference(begun, self.configuration)}.")
         records = self.folder / RECORDS
         try:

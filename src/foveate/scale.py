@@ -80,9 +80,9 @@ def evaluate(
         asker = (load, methods, batch_size, share, seed)
         with _one_sentence(ray):
             look = ray.remote(**needs, max_retries=0)(_look).remote(*asker)
-            name, dtype, names, size, place = ray.get(look, timeout=patience)
+            source, dtype, names, size, place = ray.get(look, timeout=patience)
         with Run(
-            benchmarks, name, dtype, names, out,
+            benchmarks, dtype=dtype, methods=names, out=out, **source,
             root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
         ) as run:  # fmt: skip
             for at_once in (2, 1):  # images are read while other questions are answered
@@ -131,8 +131,8 @@ def _asker(
     return Asker(load(), methods, batch_size=batch_size, share=share)
 
 
-def _look(*asker: Any) -> tuple[str, str, list[str], int, dict[str, Any]]:
-    """What a worker says of itself: model, dtype, methods, batch size, and where it runs."""
+def _look(*asker: Any) -> tuple[dict[str, Any], str, list[str], int, dict[str, Any]]:
+    """What a worker says of itself: `VLM.source`, dtype, methods, batch size, and where it runs."""
     found = _asker(*asker)
     model = found.vlm.model
     place = {
@@ -141,7 +141,7 @@ def _look(*asker: Any) -> tuple[str, str, list[str], int, dict[str, Any]]:
         "threads": torch.get_num_threads(),
     }
     dtype = str(model.dtype).removeprefix("torch.")
-    return found.vlm.name, dtype, list(found.stacks), found.size.most, place
+    return found.vlm.source, dtype, list(found.stacks), found.size.most, place
 
 
 def _answers(

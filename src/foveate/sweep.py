@@ -253,6 +253,7 @@ class Sweep:
         questions, images: that every number is about.
         vanilla: the plain model's number.
         notes: what a reader must know.
+        revision, commit: of a model from the hub.
     """
 
     method: str
@@ -268,6 +269,8 @@ class Sweep:
     vanilla: float
     points: list[Point]
     notes: list[str]
+    revision: str | None = None
+    commit: str | None = None
 
 
 def sweep(
@@ -332,6 +335,8 @@ def sweep(
         vanilla=vanilla,
         points=points,
         notes=[*gaps(runs), *notes],
+        revision=vlm.revision,
+        commit=vlm.commit,
     )
     write_json(out / "sweep.json", dataclasses.asdict(found))
     show_sweep(found, figure or out / "sweep.png")

@@ -131,6 +131,7 @@ class Trace:
     Attributes:
         model: its name. heads: how heads were reduced.
         target: the object, where one was given.
+        revision, commit: of a model from the hub.
     """
 
     model: str
@@ -139,6 +140,8 @@ class Trace:
     heads: Heads
     target: Target | None
     runs: tuple[Run, ...]
+    revision: str | None = None
+    commit: str | None = None
 
     @property
     def measure(self) -> Literal["on_image", "on_object", "object_share"]:
@@ -178,6 +181,8 @@ class Trace:
         """Everything but the maps: answers, curves by token and layer, where CLVS stopped."""
         return {
             "model": self.model,
+            "revision": self.revision,
+            "commit": self.commit,
             "question": self.question,
             "size": self.image.size,
             "heads": self.heads,
@@ -355,7 +360,7 @@ def trace(
             )
             warnings.warn(why, stacklevel=2)
         runs.append(run)
-    return Trace(vlm.name, picture, question, heads, found, tuple(runs))
+    return Trace(vlm.name, picture, question, heads, found, tuple(runs), vlm.revision, vlm.commit)
 
 
 def _recorder(vlm: VLM, heads: Heads) -> HalfRecorder:

@@ -28,7 +28,7 @@ from . import compat
 from .conversations import IGNORE, Checked, Progress, Row, Writer, check, read
 from .engine import attach
 from .form import FoveateError
-from .journal import difference, write_json
+from .journal import alike, difference, write_json
 from .method import as_stack, text
 from .methods.cli import CLI, SERVES
 from .train import WARM_UP, drawn, drop_checkpoints, fit, start
@@ -169,6 +169,7 @@ def tune(
     recipe: Recipe | None = None,
     *,
     images: Path | str | None = None,
+    revision: str | None = None,
     resume: bool = True,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -180,7 +181,7 @@ def tune(
     and ``run.json``. A run that was killed goes on where it was, with the same arguments.
 
     Args:
-        model: as `VLM.load` takes it.
+        model, revision: as `VLM.load` takes them.
         images: folder of the pictures; default: the data's.
         progress: told how far the look at the data is.
         say: told what happens, a sentence at a time, in the main process only.
@@ -203,7 +204,8 @@ def tune(
     main, device = accelerator.is_main_process, accelerator.device
     out.mkdir(parents=True, exist_ok=True)
     dtype = torch.float32 if recipe.base == "full" else DTYPES[precision]
-    vlm = VLM.load(model, dtype=dtype, device="cpu" if _sharded(accelerator) else device)
+    place = "cpu" if _sharded(accelerator) else device
+    vlm = VLM.load(model, dtype=dtype, device=place, revision=revision)
     if method:
         method = cast(CLI, method.resolve(vlm.model))
     if recipe.packed:
@@ -215,7 +217,7 @@ def tune(
     settings = {
         **dataclasses.asdict(recipe),
         "method": str(method or "vanilla"),
-        "model": model,
+        **vlm.source,
         "data": sha,
         "images": str(images or data.parent),
         "precision": precision,
@@ -291,7 +293,7 @@ def tune(
             shell.load_state_dict(_part(kept, "injection."))
             shell.save_pretrained(out / "injection")
         if recipe.base != "frozen":
-            _save_base(model, kept, adapted, DTYPES[precision], out)
+            _save_base(vlm, kept, adapted, DTYPES[precision], out)
         losses = _losses(out)
         _draw(text(as_stack(recipe.method)), losses, out, say)
         ended = {"steps": clock.step, "seconds": round(clock.seconds, 1), "loss": losses[-1]}
@@ -387,7 +389,7 @@ def _begun(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any] 
     if not resume:
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
     run = json.loads(path.read_text("utf-8"))
-    if run["settings"] != settings:
+    if not alike(run["settings"], settings):
         raise FoveateError(f"The run in {out} {difference(run['settings'], settings)}.")
     return run
 
@@ -453,10 +455,11 @@ def _part(kept: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _save_base(
-    name: str, kept: dict[str, Tensor], adapted: Any, dtype: torch.dtype, out: Path
+    vlm: VLM, kept: dict[str, Tensor], adapted: Any, dtype: torch.dtype, out: Path
 ) -> None:
     """The whole model, loaded afresh with what was learnt put in; LoRA's adapter beside it."""
-    fresh = VLM.load(name, dtype=dtype, device="cpu")
+    # the same commit, as a branch may have moved since
+    fresh = VLM.load(vlm.name, dtype=dtype, device="cpu", revision=vlm.commit)
     base, learnt = fresh.model, _part(kept, "model.")
     if adapted is None:
         base.load_state_dict(learnt, strict=False)

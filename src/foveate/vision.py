@@ -7,14 +7,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .compat import image_tower
-from .method import FoveateError
+from .form import FoveateError, load_plugins
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) as fractions of an image's width and height."""
@@ -249,9 +248,15 @@ def _layouts() -> dict[str, Layout]:
     names = [
         f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)
     ]
-    modules = [importlib.import_module(name) for name in names]
-    modules += [point.load() for point in entry_points(group=package.__name__)]
-    return {kind: module.grid for module in modules for kind in module.serves}
+    layouts: dict[str, Layout] = {}
+
+    def take(module: Any) -> None:
+        layouts.update(dict.fromkeys(module.serves, module.grid))
+
+    for name in names:
+        take(importlib.import_module(name))
+    load_plugins(package.__name__, take)
+    return layouts
 
 
 def layout_of(config: Any) -> Layout | None:

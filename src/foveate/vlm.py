@@ -36,7 +36,7 @@ from transformers import (
 
 from .engine import attach
 from .images import ImageLike, decode_all
-from .loading import load
+from .loading import commit, load
 from .memory import Size
 from .method import FoveateError, Method, as_stack
 from .record import Record, Recorder
@@ -138,13 +138,26 @@ class VLM:
 
     The tokenizer is set to pad on the left, as generation needs. One generation runs at a time:
     calls from other threads wait, because a method changes the model while it is at work.
+
+    Attributes:
+        name: as it was loaded. revision: of the hub's repository, as it was asked for.
+        commit: of the hub's repository, which the weights are of. Both are None for models from
+            elsewhere.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str = "",
+        revision: str | None = None,
+        commit: str | None = None,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
+        self.revision, self.commit = revision, commit
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -163,17 +176,24 @@ class VLM:
         device: torch.device | str | None = None,
         device_map: Any = None,
         attn: str | None = None,
+        revision: str | None = None,
     ) -> VLM:
         """Load "pocket" (ships with foveate), a folder of `save_pretrained`, or a hub model.
 
         `dtype`: a torch dtype or its name, "auto" for the checkpoint's; default bfloat16 on CUDA
         and float32 elsewhere. `device`: default CUDA where there is one. `device_map`: spread over
         devices instead (needs accelerate). `attn`: transformers' attention implementation.
+        `revision`: a branch, tag or commit of a hub model; default: its main branch.
 
         Raises `FoveateError`: no such model, no weights, no vision, no such device, ...
         """
-        model, processor = load(str(name), dtype, device, device_map, attn)
-        return cls(model, processor, str(name))
+        model, processor = load(str(name), dtype, device, device_map, attn, revision)
+        return cls(model, processor, str(name), revision, commit(str(name), revision))
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """Which model this is, for files of results: "model", "revision" and "commit"."""
+        return {"model": self.name, "revision": self.revision, "commit": self.commit}
 
     def ask(
         self,

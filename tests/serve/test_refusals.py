@@ -50,7 +50,14 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "two methods": ({"method": "clvs+clvs"}, 400, "named twice"),
     "long method": ({"method": "clvs+" * 200}, 400, "500 characters"),
     "method's file": ({"method": "adhh(heads='/etc/passwd')"}, 400, "no files of the server"),
-    "fresh module": ({"method": "cli(seed=0,rank=1000000000)"}, 400, "cli is trained"),
+    "many steps": ({"method": "carve(steps=1000000)"}, 400,
+                   "steps=1000000 is too much, a request may ask for 64"),
+    "long instruction": ({"method": f"vicrop(instruction='{'car ' * 80}')"}, 400, "300 characters"),
+    "instruction's token": ({"method": "vicrop(instruction='<image> a')"}, 400, "<image>"),
+    "its surrogate": ({"method": r"vicrop(instruction='\ud800')"}, 400, "half a character"),
+    "fresh module": ({"method": "cli(seed=0)"}, 400, "a request may not set seed"),
+    "large module": ({"method": "cli(rank=1000000000)"}, 400, "a request may ask for 256"),
+    "untrained module": ({"method": "cli"}, 400, "cli is trained"),
     "trained module": ({"method": "cli(path='/etc/x')"}, 400, "no files of the server"),
     "no messages": ({"messages": []}, 400, "messages"),
     "empty": ({"messages": [{"role": "user", "content": " "}]}, 400, "The question is empty"),
@@ -157,6 +164,19 @@ def test_the_good_request_of_this_file_is_good(server):
     assert post(server, GOOD | image(PIXEL) | {"max_tokens": 2}).status_code == 200
     heard = {"user": "me", "n": 1, "presence_penalty": 0, "metadata": {"a": "b"}, "store": False}
     assert post(server, GOOD | heard | {"max_tokens": 2}).status_code == 200
+
+
+def test_texts_that_name_no_file_are_for_everybody(server):
+    about = GOOD | image(PIXEL) | {"max_tokens": 2}
+    for method in ("vicrop(instruction='Describe the cars.')", "carve(steps=2, suffix=' Say it.')"):
+        assert post(server, about | {"method": method}).json()["method"] == method
+
+
+def test_the_server_itself_may_offer_what_costs_more(vlm):
+    about = GOOD | image(PIXEL) | {"max_tokens": 2}
+    with running(vlm, methods=("carve(steps=65)",)) as server:
+        assert post(server, about | {"method": "carve"}).json()["method"] == "carve(steps=65)"
+        refusal(post(server, about | {"method": "carve(steps=65)"}), 400, "64 at most")
 
 
 def test_other_paths_and_types(server):

@@ -35,8 +35,8 @@ class Foveate(lmms):
     Args:
         pretrained: "pocket", a folder of `save_pretrained` or a hub model.
         method: text form of one method or several, such as ``clvs(smoothing=0.7)+vcd``.
-        dtype, device, device_map, attn_implementation: see `VLM.load`. Under ``accelerate launch``
-            every process takes its own device and its share of the questions.
+        dtype, device, device_map, attn_implementation, revision: see `VLM.load`. Under
+            ``accelerate launch`` every process takes its own device and its share of the questions.
         batch_size: questions that go through the model together.
 
     Raises `FoveateError`: no such model, no such method, a method that does not suit the model.
@@ -50,6 +50,7 @@ class Foveate(lmms):
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        revision: str | None = None,
         batch_size: int | str = 1,
     ) -> None:
         super().__init__()
@@ -63,7 +64,12 @@ class Foveate(lmms):
         if self._world_size > 1:
             device = str(self.accelerator.device)
         self.vlm = VLM.load(
-            pretrained, dtype=dtype, device=device, device_map=device_map, attn=attn_implementation
+            pretrained,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            attn=attn_implementation,
+            revision=revision,
         )
         self.device = self.vlm.model.device  # where lmms-eval counts the requests of all processes
         for one in self.methods:

@@ -12,7 +12,15 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, ModelOption, Progress, load, make_folder
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    Progress,
+    RevisionOption,
+    load,
+    make_folder,
+)
 
 if TYPE_CHECKING:
     from ..masks import Picture
@@ -46,6 +54,7 @@ def analyze(
     out: Annotated[
         Path, typer.Option(help="Folder for NAME.png, .json and .md, and the rows they come from.")
     ] = Path("."),
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -69,10 +78,11 @@ def analyze(
     folder = make_folder(out)
     given = [("model", model), ("data", data), *(("method", m) for m in method or ())]
     given += [("limit", str(count)), ("out", str(out)), *([("dtype", dtype)] if dtype else [])]
+    given += [("revision", revision)] if revision else []
     options = [part for option, value in given for part in (f"--{option}", value)]
     told = "drawn scenes, half against the pocket model's habits" if drawn else "COCO val2014"
     try:
-        vlm = load(model, device=device, dtype=dtype)
+        vlm = load(model, revision=revision, device=device, dtype=dtype)
         with Progress("pictures") as watch:
 
             def track(pictures: Sequence[Picture]) -> Iterator[Picture]:

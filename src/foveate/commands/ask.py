@@ -15,6 +15,7 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    RevisionOption,
     draw,
     load,
     new_table,
@@ -50,6 +51,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -66,7 +68,7 @@ def ask(
     picture = read_picture(image)
     chosen = method or list(SIDE_BY_SIDE)
     stacks = [as_stack(m) for m in chosen if m != "all"]
-    vlm = load(model, device=device, dtype=dtype)
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
     if "all" in chosen:
         known = [(), *((cls(),) for cls in methods().values())]
         stacks += [stack for stack in known if stack not in stacks and serves(vlm.model, stack)]
@@ -85,7 +87,7 @@ def ask(
     names = [text(stack) for stack in stacks]
     if as_json:
         found = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
-        print(json.dumps({"model": model, "image": image, "question": question, "answers": found}))
+        print(json.dumps({**vlm.source, "image": image, "question": question, "answers": found}))
     else:
         table = new_table("method", "answer", "probability", "seconds")
         table.caption_justify = "left"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="pocket, a saved model's folder, or a hub name.")
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Of a hub model: a branch, tag or commit; default: main.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
 # of runs over benchmarks

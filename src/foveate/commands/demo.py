@@ -11,6 +11,7 @@ from . import app
 from .common import (
     SIDE_BY_SIDE,
     ModelOption,
+    RevisionOption,
     draw_attention,
     load,
     make_folder,
@@ -34,6 +35,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Another scene.")] = 0,
     model: ModelOption = "pocket",
+    revision: RevisionOption = None,
 ) -> None:
     """Draw a scene, ask six questions about it with vanilla and CLVS, and show the attention."""
     from ..pocket import world
@@ -42,7 +44,7 @@ def demo(
     folder = make_folder(out)
     picture = world.draw(scene)
     picture.save(folder / "scene.png")
-    vlm = load(model)
+    vlm = load(model, revision=revision)
     vlm.ask(picture, asked[0].text, max_new_tokens=1)
     table = new_table("question", "truth", *SIDE_BY_SIDE)
     for number, question in enumerate(asked):

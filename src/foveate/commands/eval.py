@@ -24,6 +24,7 @@ from .common import (
     ModelOption,
     Progress,
     ResumeOption,
+    RevisionOption,
     ShardOption,
     load,
     new_table,
@@ -77,6 +78,7 @@ def evaluate(
     gpus: Annotated[
         float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: 1 where there is.")
     ] = None,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -106,7 +108,7 @@ def evaluate(
         from ..scale import evaluate as run
         from ..vlm import VLM
 
-        vlm = functools.partial(VLM.load, model, device=device, dtype=dtype)
+        vlm = functools.partial(VLM.load, model, revision=revision, device=device, dtype=dtype)
         gpus = 0.0 if device == "cpu" and gpus is None else gpus
         options |= {"workers": workers, "cpus": cpus, "gpus": gpus}
     elif workers or cpus is not None or gpus is not None:
@@ -114,9 +116,9 @@ def evaluate(
     else:
         from ..evaluation import evaluate as run
 
-        vlm = load(model, device=device or own_card(shard), dtype=dtype)
+        vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
     if "all" in chosen:
-        whole = outline(model) if engine is Engine.RAY else vlm.model
+        whole = outline(model, revision) if engine is Engine.RAY else vlm.model
         known = [(), *((cls(),) for cls in methods().values())]
         stacks += [stack for stack in known if stack not in stacks and serves(whole, stack)]
     try:

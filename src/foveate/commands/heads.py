@@ -10,7 +10,7 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, load, new_table, print_table
+from .common import DeviceOption, DtypeOption, RevisionOption, load, new_table, print_table
 
 
 @app.command()
@@ -54,6 +54,7 @@ def heads(
     rows: Annotated[
         int, typer.Option(min=1, help="Heads times tokens per forward: more need more memory.")
     ] = 256,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -78,9 +79,9 @@ def heads(
     path = out or Path(f"heads-{Path(model).resolve().name}.json")
     given = {"images": images, "objects": objects, "synonyms": synonyms, "limit": limit,
              "top-k": top_k, "prompt": prompt, "max-new-tokens": max_new_tokens,
-             "dtype": dtype}  # fmt: skip
+             "dtype": dtype, "revision": revision}  # fmt: skip
     found = find_heads(
-        load(model, device=device, dtype=dtype),
+        load(model, revision=revision, device=device, dtype=dtype),
         samples,
         vocabulary,
         path,

@@ -8,7 +8,7 @@ import typer
 
 from ..method import FoveateError, methods
 from . import app
-from .common import brief, load, new_table, note, print_table
+from .common import RevisionOption, brief, load, new_table, note, print_table
 
 
 @app.command("methods")
@@ -16,12 +16,15 @@ def list_methods(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Fill in what the method uses on it.")
     ] = None,
+    revision: RevisionOption = None,
 ) -> None:
     """List the methods with their parameters; with --model, as resolved for that model."""
     table = new_table("method", "parameters", "paper", "what it does")
+    if revision and not model:
+        raise FoveateError("A revision is of a model: add --model.")
     chosen: dict[str, Any] = {name: cls() for name, cls in methods().items()}
     if model:
-        chosen = _resolved(model, chosen)
+        chosen = _resolved(model, revision, chosen)
     for name, cls in methods().items():
         lines = [chosen[name]]
         if not isinstance(lines[0], str):
@@ -34,7 +37,7 @@ def list_methods(
     print_table(table)
 
 
-def _resolved(name: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """Method or refusal by name, as on the model `name`.
 
     An outline of the model is enough for most; where a value depends on the weights (None is
@@ -51,7 +54,7 @@ def _resolved(name: str, chosen: dict[str, Any]) -> dict[str, Any]:
                 found[key] = str(error)
         return found
 
-    found = on(outline(name))
+    found = on(outline(name, revision))
     open_ends = [
         f"{key}.{k}"
         for key, method in found.items()
@@ -61,5 +64,5 @@ def _resolved(name: str, chosen: dict[str, Any]) -> dict[str, Any]:
     ]
     if open_ends:
         note(f"loading the weights of {name} for {', '.join(open_ends)}")
-        found = on(load(name).model)
+        found = on(load(name, revision=revision).model)
     return found

@@ -10,7 +10,7 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, ModelOption, load, note
+from .common import DeviceOption, DtypeOption, ModelOption, RevisionOption, load, note
 
 
 class Engine(StrEnum):
@@ -63,6 +63,7 @@ def serve(
         Engine, typer.Option(help="plain: this process; ray: replicas in Ray Serve.")
     ] = Engine.PLAIN,
     replicas: Annotated[int, typer.Option(min=1, help="With --engine ray: models to load.")] = 1,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -96,10 +97,11 @@ def serve(
     if engine is Engine.RAY:
         from ..serve.replicas import run_replicas
 
-        opened = functools.partial(load, model, device=device, dtype=dtype)
+        opened = functools.partial(load, model, revision=revision, device=device, dtype=dtype)
         run_replicas(opened, settings, host, port, replicas)
         return
     if replicas > 1:
         raise FoveateError("--replicas goes with --engine ray.")
     sock = bind(host, port)
-    Server(load(model, device=device, dtype=dtype), settings).run(sockets=[sock])
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    Server(vlm, settings).run(sockets=[sock])

@@ -20,6 +20,7 @@ from .common import (
     ModelOption,
     Progress,
     ResumeOption,
+    RevisionOption,
     ShardOption,
     brief,
     load,
@@ -56,6 +57,7 @@ def sweep(
     shard: ShardOption = None,
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -74,7 +76,7 @@ def sweep(
         raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")
     part, size = read_shard(shard), read_batch_size(batch_size)
     check_path(figure or make_folder(out) / "sweep.png")
-    vlm = load(model, device=device or own_card(shard), dtype=dtype)
+    vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
     try:
         with Progress() as watch:
             found = run(

@@ -15,6 +15,7 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    RevisionOption,
     load,
     make_folder,
     new_table,
@@ -66,6 +67,7 @@ def trace(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -88,7 +90,7 @@ def trace(
 
         folder = make_folder(out or Path("trace"))
         check_path(folder / "strip.png")
-    vlm = load(model, device=device, dtype=dtype)
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
     if layers:
         _print_layers(vlm, picture, question, system)
     if folder is None:

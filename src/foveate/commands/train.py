@@ -13,7 +13,7 @@ import typer
 
 from ..method import FoveateError
 from . import app
-from .common import ModelOption, make_folder, quiet
+from .common import ModelOption, RevisionOption, make_folder, quiet
 
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
@@ -70,6 +70,7 @@ def train_cli(
     ],
     out: Annotated[Path, typer.Option(help="Folder for what is learnt, checkpoints and the log.")],
     model: ModelOption = "pocket",
+    revision: RevisionOption = None,
     method: Annotated[
         str,
         typer.Option(
@@ -136,14 +137,14 @@ def train_cli(
     )  # fmt: skip
     try:
         tuned = tune(
-            model, data, make_folder(out), recipe, images=images, resume=resume,
+            model, data, make_folder(out), recipe, images=images, revision=revision, resume=resume,
             progress=_looking(), say=_say,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nfoveate: stopped: go on with the same command.", file=sys.stderr)
         raise typer.Exit(130) from None
     if tuned.main:
-        asked = tuned.model or model
+        asked = tuned.model or (f"{model} --revision {revision}" if revision else model)
         print(f'foveate ask IMAGE "QUESTION" --model {asked} --method "{tuned.method}"')
 
 

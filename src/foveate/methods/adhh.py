@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..form import file
 from ..method import FoveateError, Method, shape
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class ADHH(Method):
     """
 
     threshold: float = 0.5
-    heads: str | tuple[tuple[int, int], ...] = "auto"
+    heads: str | tuple[tuple[int, int], ...] = file("auto")
 
     name: ClassVar[str] = "adhh"
     neutral: ClassVar[dict[str, Any]] = {"threshold": 2.0}

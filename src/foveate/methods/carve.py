@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..form import costly
 from ..method import Method
 from ..regions import regions
 
@@ -98,9 +99,9 @@ class CARVE(Method):
     smallest: float | None = None
     ratio_floor: float = 1e-8
     ratio_clip: float = 0.0
-    steps: int = 32
-    instruction: str | None = None
-    suffix: str | None = None
+    steps: int = costly(32, limit=64)
+    instruction: str | None = costly(None, limit=300)
+    suffix: str | None = costly(None, limit=300)
 
     name: ClassVar[str] = "carve"
     paper: ClassVar[str] = "2509.06461"

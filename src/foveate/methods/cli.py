@@ -8,6 +8,7 @@ decides how much of each it takes. `foveate train cli` learns it; `foveate.injec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import weakref
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ..compat import cache_of, image_features, projector
+from ..form import costly, file
 from ..injection import (
     KIND,
     CrossLayerInjection,
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 SERVES = ("llava", "llava_next", "llava_onevision")
 ITSELF = ("path", "seed", "strength")  # fields that are no settings of the module
 
-_loaded: weakref.WeakKeyDictionary[Any, tuple[Any, CrossLayerInjection]] = (
+KEPT = 4  # injections that stay loaded for a model
+
+_loaded: weakref.WeakKeyDictionary[Any, dict[Any, CrossLayerInjection]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -83,16 +87,16 @@ class CLI(Method):
         strength: factor of what is added; 0 is the plain model. Not in the paper.
     """
 
-    path: str = ""
-    seed: int | None = None
-    vision_layers: tuple[int, ...] | None = None  # type: ignore[misc]
-    rank: int = 64
+    path: str = file()
+    seed: int | None = costly(None, limit=None)  # a module is made, and has learnt nothing
+    vision_layers: tuple[int, ...] | None = costly(None, limit=8)  # type: ignore[misc]
+    rank: int = costly(64, limit=256)
     alpha: float = 128.0
     gate: Gates = "scalar"
     summary: Summaries = "prompt"
     routes: Routes = "many-to-many"
-    heads: int = 8
-    width: int = 256
+    heads: int = costly(8, limit=64)
+    width: int = costly(256, limit=1024)
     norm: Literal["none", "rms"] = "none"
     gate_norm: Literal["none", "rms"] = "none"
     reduce: Literal["sum", "mean"] = "sum"
@@ -173,7 +177,7 @@ class CLI(Method):
         """config.json of the trained injection."""
         file = _file(self.path, "config.json")
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = _read(file, _stamp(file))
         except (OSError, ValueError) as error:
             raise FoveateError(
                 f"cli: {self.path} has no readable config.json: give the folder that "
@@ -214,7 +218,8 @@ class CLI(Method):
         """
         if self.path:
             try:
-                injection = CrossLayerInjection.from_pretrained(self.path)
+                folder = _file(self.path, "model.safetensors").parent
+                injection = CrossLayerInjection.from_pretrained(folder)
             except Exception as error:  # damaged files raise nearly anything
                 reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
                 raise FoveateError(f"cli: {self.path} could not be loaded: {reason}.") from error
@@ -235,15 +240,25 @@ class CLI(Method):
 
     def setup(self, model: Any) -> CrossLayerInjection:
         """The module in the model's dtype, each part beside the layer that it serves."""
-        stamp = _file(self.path, "model.safetensors").stat().st_mtime if self.path else None
+        stamp = None
+        if self.path:
+            try:
+                stamp = _stamp(_file(self.path, "model.safetensors"))
+            except OSError as error:
+                raise FoveateError(
+                    f"cli: {self.path} has no model.safetensors: give the folder that "
+                    "`foveate train cli` made, or its hub name."
+                ) from error
         key = (dataclasses.replace(self, strength=1.0), stamp, model.dtype, str(model.device))
-        found = _loaded.get(model)
-        if found is None or found[0] != key:
+        loaded = _loaded.setdefault(model, {})
+        if key not in loaded:
             injection = self.build(model).to(model.dtype).eval().requires_grad_(False)
             for name, gate in injection.gates.items():
                 gate.to(_place(model.get_decoder().layers[int(name.split("-")[0])]))
-            _loaded[model] = found = key, injection
-        return found[1]
+            while len(loaded) >= KEPT:
+                del loaded[next(iter(loaded))]
+            loaded[key] = injection
+        return loaded[key]
 
     def see(self, ctx: Context) -> None:
         """Bring the vision states to the language model, packed as its own."""
@@ -335,13 +350,31 @@ def _file(path: str, name: str) -> Path:
         return Path(path).expanduser() / name
     if path.count("/") != 1 or path[0] in "./~":
         raise FoveateError(f"cli: there is no folder {path!r}: `foveate train cli` makes one.")
+    return _fetched(path) / name
+
+
+@functools.cache  # the hub is asked once per process
+def _fetched(path: str) -> Path:
+    """The folder with both files of a hub repository, as one commit has them."""
     try:
-        return Path(hf_hub_download(path, name))
+        return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # no network, no such repository, ...: kinds vary
         raise FoveateError(
             f"cli: {path!r} is neither a folder nor to be had from the hub: check the name or the "
             "network."
         ) from error
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file is written again."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(32)
+def _read(file: Path, stamp: tuple[int, int]) -> Any:
+    """A JSON file as it was at `stamp`."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _place(module: nn.Module) -> torch.device:

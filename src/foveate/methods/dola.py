@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..form import costly
 from ..method import Method
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class DoLa(Method):
     bucket: Literal["low", "high"] = "low"
     plausibility: float = 0.1
     strength: float = 1.0
+    layers: tuple[int, ...] | None = costly(None, limit=20)  # each is unembedded for every token
 
     name: ClassVar[str] = "dola"
     paper: ClassVar[str] = "2309.03883"

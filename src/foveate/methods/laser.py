@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..form import costly
 from ..method import Method
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class LASER(Method):
     patches: float = 32 / 576
     fill: Literal["mean", "grey", "black"] = "mean"
     plausibility: float = 0.0
-    suffix: str | None = None
+    suffix: str | None = costly(None, limit=300)
     first_layer: int = 0
     renorm: bool = False
     per_layer_norm: bool = False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..compat import cache_of, hidden_in
+from ..form import costly
 from ..method import FoveateError, Method, shape
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class VAR(Method):
     max_sink_fraction: float = 0.5
     min_visual_mass: float = 0.2
     keep: float = 0.6
-    sink_dims: tuple[int, ...] | None = None
+    sink_dims: tuple[int, ...] | None = costly(None, limit=16)
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "2503.03321"

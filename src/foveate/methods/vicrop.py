@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import numpy as np
 from PIL import Image
 
+from ..form import costly
 from ..method import Method
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class ViCrop(Method):
     """
 
     window: int | None = None
-    ratios: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    ratios: tuple[float, ...] = costly((1.0, 1.2, 1.4, 1.6, 1.8, 2.0), limit=16)
     final_input: Literal["both", "crop"] = "both"
-    instruction: str | None = None
-    suffix: str | None = None
+    instruction: str | None = costly(None, limit=300)
+    suffix: str | None = costly(None, limit=300)
 
     name: ClassVar[str] = "vicrop"
     paper: ClassVar[str] = "2502.17422"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..context import Stack
-from ..form import parameters
+from ..form import permit
 from ..method import FoveateError, Method, as_stack, methods
 from ..vlm import VLM
 from .errors import UnknownModel
@@ -48,7 +47,7 @@ class Catalogue:
 
         Raises:
             UnknownModel: another model. FoveateError: methods that there are not, that the model
-                cannot be served with, or that would read a file.
+                cannot be served with, that would read a file, or that would cost too much.
         """
         name, suffix = model[: len(self.name)], model[len(self.name) :]
         if name != self.name or (suffix and suffix[0] != ":"):
@@ -63,22 +62,25 @@ class Catalogue:
         asked = as_stack(text)
         stack = tuple(self.own.get(m.name, m) if m == type(m)() else m for m in asked)
         for method in stack:
-            if method is self.own.get(method.name):
-                continue
-            if hasattr(method, "build") and not getattr(method, "path", None):
-                raise FoveateError(
-                    f"{method.name} is trained, and a fresh one, of whatever size a request asks, "
-                    "has learnt nothing: ask for another method."
-                )
-            for field, hint in parameters(type(method)):
-                value, free = getattr(method, field.name), (hint, *typing.get_args(hint))
-                if isinstance(value, str) and str in free and value != field.default:
-                    raise FoveateError(
-                        f"{method.name}: {field.name}={value!r} may name a file, and requests name "
-                        "no files of the server: give values."
-                    )
+            if method is not self.own.get(method.name):
+                permit(method)
+                self._check_texts(method)
         Stack(self.vlm.model, stack)  # refuses what does not work on this model
         return stack
+
+    def _check_texts(self, method: Method) -> None:
+        """Refuse texts that are no question's either."""
+        mark = getattr(self.vlm.processor, "image_token", None)
+        for name, value in method.parameters().items():
+            if not isinstance(value, str):
+                continue
+            if mark and mark in value:
+                raise FoveateError(
+                    f"{method.name}: {name} contains {mark}, which stands for an image: leave it "
+                    "out."
+                )
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise FoveateError(f"{method.name}: {name} has half a character: write it out.")
 
     def _serves(self, name: str) -> bool:
         try:
