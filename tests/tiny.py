@@ -49,7 +49,7 @@ def tokenizer(**special: str) -> tf.PreTrainedTokenizerFast:
 
 
 def image_processor(name: str) -> Any:
-    """The class that needs no torchvision. Early transformers 5 has it without `Pil`."""
+    """The class that needs no torchvision; early transformers 5 names it without `Pil`."""
     plain = f"{name}ImageProcessor"
     return getattr(tf, f"{plain}Pil", None) or getattr(tf, plain)
 

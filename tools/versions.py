@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TESTED = ("plot", "train")  # extras that `make test` installs
 HEADER = """\
-# What `make demo` and `make test` install, apart from torch. Made by `make lock`: the newest
-# releases of all that pyproject.toml names, and of what they need. Do not edit it by hand.
+# The versions that `make demo` and `make test` install, without torch and what only torch needs.
+# Made by `make lock` from the newest releases of all that pyproject.toml names; not by hand.
 """
 
 
