@@ -14,6 +14,7 @@ NEWEST_TORCH ?= torch
 
 ifeq ($(TRANSFORMERS),locked)
 ENV := $(VENV)
+UPGRADE :=
 else ifeq ($(TRANSFORMERS),newest)
 ENV := $(VENV)/transformers
 UPGRADE = $(BIN)/python -m pip install --quiet --upgrade transformers
@@ -26,7 +27,7 @@ SERVE := $(VENV)/serve
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
 LOCK := $(VENV)/lock
-LOCKED := --quiet --constraint constraints.txt
+LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
 METHODS := $(wildcard $(patsubst src/foveate/methods/%,tests/test_%,$(wildcard src/foveate/methods/*.py)))
 ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
@@ -91,7 +92,7 @@ testing: $(ENV)/.testing
 
 $(ENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ENV)
-	$(BIN)/python -m pip install $(LOCKED) --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install $(LOCKED) --editable ".[plot]"
 	touch $@
@@ -119,7 +120,7 @@ $(LMMS)/.installed: pyproject.toml tests/lmms/requirements.txt
 
 $(SERVE)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python -m pip install $(LOCKED) --upgrade pip
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
 	$(SERVE)/bin/python -m pip install $(LOCKED) --editable ".[serve,ray]" --group dev --group page
 	touch $@

@@ -64,7 +64,7 @@ def main(what: str, *names: str) -> None:
     if python != f"{sys.version_info.major}.{sys.version_info.minor}":
         sys.exit(
             f"This needs Python {python}, the oldest that pyproject.toml declares: other versions "
-            f"of Python get other packages. Run make with PYTHON=python{python} and a new VENV."
+            f"of Python get other packages. Run make with PYTHON=python{python}."
         )
     found = {"lock": lock, "oldest": oldest}[what](declared)
     if what == "lock":
