@@ -5,21 +5,57 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+JOBS ?= 2
+# locked: the version in constraints.txt. newest: the newest release, in an environment of its own.
+TRANSFORMERS ?= locked
+# The torch of test-oldest and of test-newest; both take an index as TORCH does.
+OLDEST_TORCH ?= $$($(OLDEST)/bin/python tools/versions.py oldest torch)
+NEWEST_TORCH ?= torch
+
+ifeq ($(TRANSFORMERS),locked)
+ENV := $(VENV)
+UPGRADE :=
+else ifeq ($(TRANSFORMERS),newest)
+ENV := $(VENV)/transformers
+UPGRADE = $(BIN)/python -m pip install --quiet --upgrade transformers
+else
+$(error TRANSFORMERS is locked or newest, not $(TRANSFORMERS))
+endif
+BIN := $(ENV)/bin
 LMMS := $(VENV)/lmms
 SERVE := $(VENV)/serve
-JOBS ?= 2
+OLDEST := $(VENV)/oldest
+NEWEST := $(VENV)/newest
+LOCK := $(VENV)/lock
+LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
+# What test-oldest and test-newest run: engine, invariants, every method, VLM.
+METHODS := $(wildcard $(patsubst src/foveate/methods/%,tests/test_%,$(wildcard src/foveate/methods/*.py)))
+ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
+	image_attention)) $(METHODS) tests/references --families llava,qwen -n $(JOBS)
 
-.PHONY: demo test test-slow test-lmms test-serve lint speed clean
+.PHONY: demo test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
+	installed testing
 
-demo: $(VENV)/.installed
+demo: installed
 	$(BIN)/foveate demo --out demo
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
-test-slow: $(VENV)/.testing
+test-slow: testing
 	$(BIN)/python -m pytest -m slow -n $(JOBS)
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(ACROSS)
+
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade $(NEWEST_TORCH)
+	$(NEWEST)/bin/python -m pip freeze | grep ^torch== > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint $(NEWEST)/torch.txt --editable ".[plot,train]" --group test
+	$(NEWEST)/bin/python tools/newest.py "$(TORCH)" $(ACROSS)
 
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
@@ -27,26 +63,51 @@ test-lmms: $(LMMS)/.installed
 test-serve: $(SERVE)/.installed
 	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serve -m "slow or not slow"
 
-lint: $(VENV)/.testing
+lint: testing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-speed: $(VENV)/.testing
+speed: testing
 	$(BIN)/python benchmarks/speed.py
+
+lock:
+	$(PYTHON) -m venv --clear $(LOCK)
+	$(LOCK)/bin/python -m pip install --quiet --upgrade pip hatchling
+	$(LOCK)/bin/python -m pip install --quiet $(TORCH)
+	$(LOCK)/bin/python -m pip install --quiet --editable ".[eval,plot,train,serve,ray]" \
+		--group dev --group page
+	$(LOCK)/bin/python tools/versions.py lock > $(LOCK)/constraints.txt
+	mv $(LOCK)/constraints.txt constraints.txt
+	rm -r $(LOCK)
 
 clean:
 	rm -rf $(VENV) demo
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+installed: $(ENV)/.installed
+	$(UPGRADE)
+
+testing: $(ENV)/.testing
+	$(UPGRADE)
+
+$(ENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[plot]"
+	$(BIN)/python -m pip install $(LOCKED) --editable ".[plot]"
 	touch $@
 
-$(VENV)/.testing: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[plot,train]" --group dev
+$(ENV)/.testing: $(ENV)/.installed
+	$(BIN)/python -m pip install $(LOCKED) --editable ".[plot,train]" --group dev
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_TORCH)
+	$(OLDEST)/bin/python tools/versions.py oldest > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/oldest.txt \
+		--editable ".[plot,train]" --group test
 	touch $@
 
 $(LMMS)/.installed: pyproject.toml tests/lmms/requirements.txt
@@ -57,9 +118,9 @@ $(LMMS)/.installed: pyproject.toml tests/lmms/requirements.txt
 	$(LMMS)/bin/python -m pip install --quiet --requirement tests/lmms/requirements.txt --editable .
 	touch $@
 
-$(SERVE)/.installed: pyproject.toml
+$(SERVE)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python -m pip install --quiet --upgrade pip
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
-	$(SERVE)/bin/python -m pip install --quiet --editable ".[serve,ray]" playwright --group dev
+	$(SERVE)/bin/python -m pip install $(LOCKED) --editable ".[serve,ray]" --group dev --group page
 	touch $@

@@ -19,6 +19,30 @@ logging.getLogger("transformers").addHandler(_Deprecated())
 torch.set_num_threads(1)  # tiny models: threads cost more than they give, and sums stay in order
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--families",
+        help="run what is tested per model family for these alone: beginnings of names, a,b,c",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (chosen := config.getoption("--families")):
+        return
+    left_out = {name for name in models.FAMILIES if not name.startswith(tuple(chosen.split(",")))}
+    if len(left_out) == len(models.FAMILIES):
+        raise pytest.UsageError(f"--families {chosen}: no family in tests/models.py begins so")
+    drop = [item for item in items if left_out & _words(item)]
+    config.hook.pytest_deselected(items=drop)
+    items[:] = [item for item in items if item not in drop]
+
+
+def _words(item: pytest.Item) -> set[str]:
+    """The words among a test's parameters."""
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {value for value in given if isinstance(value, str)}
+
+
 @pytest.fixture(params=list(models.FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Every family's name in turn, for tests that hold for all of them."""

@@ -230,28 +230,41 @@ def test_streams_of_one_batch_leave_the_edits_of_other_methods_to_the_first() ->
 
 @pytest.mark.parametrize("method", [Contrast(), Guidance()], ids=["one-batch", "own-cache"])
 def test_second_streams_follow_beams(family: str, model: Any, method: Method) -> None:
-    check_beams(model, models.inputs(family, "images", row=1), method)
     inputs = models.inputs(family, "image", batch=2)
     if isinstance(method, Contrast) and len(inputs["pixel_values"]) != 2:
         with pytest.raises(FoveateError, match="one prompt at a time"):
             generate(model, inputs, method, num_beams=3)
     else:
-        check_beams(model, inputs, method)
+        assert beam_error(model, inputs, method) < 5e-5
 
 
-def check_beams(model: Any, inputs: dict[str, Tensor], method: Method) -> None:
-    out = generate(model, inputs, method, num_beams=3, output_scores=True)
+@pytest.mark.parametrize("method", [Contrast(), Guidance()], ids=["one-batch", "own-cache"])
+def test_second_streams_follow_beams_with_two_pictures(
+    family: str, model: Any, method: Method
+) -> None:
+    inputs = models.inputs(family, "images", row=1)
+    if isinstance(method, Guidance) and beam_error(model, inputs, None) > 5e-5:
+        pytest.skip("this transformers mixes the pictures of a prompt among its beams, without us")
+    assert beam_error(model, inputs, method) < 5e-5
+
+
+def beam_error(model: Any, inputs: dict[str, Tensor], method: Method | None) -> float:
+    """How far the scores of beam search are from those of plain forwards of what it wrote."""
+    stack = [method] if method else []
+    out = generate(model, inputs, *stack, num_beams=3, output_scores=True)
     length = inputs["input_ids"].shape[1]
     other = without_image(inputs)
     if isinstance(method, Contrast):
         other = {k: 0.1 * v if "pixel_values" in k else v for k, v in inputs.items()}
-    score = torch.zeros(len(other["input_ids"]))
+    score = torch.zeros(len(inputs["input_ids"]))
     for step in range(5):
         written = out.sequences[:, length : length + step]
-        a, b = (plain_logits(model, x, written) for x in (inputs, other))
-        chosen = (2 * a - b).log_softmax(-1).gather(1, out.sequences[:, length + step, None])
+        logits = plain_logits(model, inputs, written)
+        if method:
+            logits = 2 * logits - plain_logits(model, other, written)
+        chosen = logits.log_softmax(-1).gather(1, out.sequences[:, length + step, None])
         score += chosen[:, 0]
-    assert torch.allclose(out.sequences_scores, score / 5, atol=5e-5)
+    return (out.sequences_scores - score / 5).abs().max().item()
 
 
 def test_a_cache_of_two_streams_is_refused_outside() -> None:

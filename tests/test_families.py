@@ -89,7 +89,7 @@ class Eye:
                 "language" in name or "text" in name
             ):
                 parameter.data.zero_()
-        made = getattr(tf, f"{case.processor}ImageProcessorPil")(**case.options)
+        made = tiny.image_processor(case.processor)(**case.options)
         self.processor = SimpleNamespace(image_processor=made)
 
     def __call__(self, pictures: list[Image.Image]) -> tuple[dict[str, Tensor], Tensor]:
@@ -366,7 +366,7 @@ def test_tiles_of_odd_pixels_are_arranged_as_the_processor_arranges_them():
     """Where transformers' rounding of the shorter edge to even pixels matters."""
     config = tf.Idefics3Config(vision_config={"image_size": 15, "patch_size": 5}, scale_factor=1)
     cut = {"size": {"longest_edge": 60}, "max_image_size": {"longest_edge": 15}}
-    processor = tf.Idefics3ImageProcessorPil(**cut)
+    processor = tiny.image_processor("Idefics3")(**cut)
     for size in [(60, 45), (45, 60), (60, 44), (60, 60), (300, 20), (20, 300), (400, 7)]:
         out = processor([[blank(size)]], return_row_col_info=True)
         (rows,), (cols,) = out["rows"][0], out["cols"][0]

@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
 from foveate import FoveateError, Method, commands, trace
 from foveate.methods.clvs import CLVS
@@ -283,7 +282,8 @@ def test_tokens_of_tiles_count_by_their_own_cells(family: str) -> None:
 
 def test_an_object_that_the_processor_cuts_away_is_told(llava: VLM) -> None:
     cutting = tiny.llava()
-    cutting.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=tiny.SIDE)
+    clip = tiny.image_processor("CLIP")
+    cutting.image_processor = clip(size={"shortest_edge": 16}, crop_size=tiny.SIDE)
     vlm = VLM(llava.model, cutting)
     with pytest.warns(UserWarning, match="does not look with vanilla: it was cut away"):
         found = trace(vlm, photo(), QUESTION, ["vanilla"], object=(0, 0, 9, 60), max_new_tokens=1)

@@ -11,11 +11,6 @@ from typing import Any
 
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
 
 from foveate.vlm import VLM
 from tests import models as families
@@ -53,9 +48,15 @@ def tokenizer(**special: str) -> tf.PreTrainedTokenizerFast:
     )
 
 
+def image_processor(name: str) -> Any:
+    """The class that needs no torchvision; early transformers 5 names it without `Pil`."""
+    plain = f"{name}ImageProcessor"
+    return getattr(tf, f"{plain}Pil", None) or getattr(tf, plain)
+
+
 def llava() -> tf.ProcessorMixin:
     return tf.LlavaProcessor(
-        tf.CLIPImageProcessorPil(size=SIDE, crop_size=SIDE),
+        image_processor("CLIP")(size=SIDE, crop_size=SIDE),
         tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
@@ -67,7 +68,7 @@ def llava() -> tf.ProcessorMixin:
 def llava_next() -> tf.ProcessorMixin:
     pinpoints = families.PINPOINTS
     return tf.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(size=SIDE, crop_size=SIDE, image_grid_pinpoints=pinpoints),
+        image_processor("LlavaNext")(size=SIDE, crop_size=SIDE, image_grid_pinpoints=pinpoints),
         tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
@@ -78,7 +79,7 @@ def llava_next() -> tf.ProcessorMixin:
 
 def gemma3() -> tf.ProcessorMixin:
     return tf.Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": 24, "width": 24}),
+        image_processor("Gemma3")(size={"height": 24, "width": 24}),
         tokenizer(boi_token="w20", eoi_token="w21"),
         chat_template=template("w20"),
         image_seq_length=9,
@@ -87,7 +88,7 @@ def gemma3() -> tf.ProcessorMixin:
 
 def idefics3() -> tf.ProcessorMixin:
     return tf.Idefics3Processor(
-        Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+        image_processor("Idefics3")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
         tokenizer(),
         image_seq_len=4,
         chat_template=template(),
