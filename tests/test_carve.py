@@ -232,7 +232,7 @@ def test_settings_are_those_of_variant_and_version_unless_given(pocket: VLM) -> 
 
 def test_a_model_whose_published_layers_slide_is_told_to_choose() -> None:
     vlm = tiny.vlm("gemma3")
-    with pytest.raises(FoveateError, match=r"carve: the layers .* sliding-window .* layers=\(N,"):
+    with pytest.raises(FoveateError, match=r"carve has nothing .* sliding_attention.* layers=\(N,"):
         resolved(vlm, "carve")
     assert resolved(vlm, "carve(layers=(2,))").layers == (2,)
 

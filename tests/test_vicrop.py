@@ -328,7 +328,9 @@ def test_a_model_whose_published_layer_slides_wants_to_be_told_another(
     config = vlm.model.get_decoder().config
     kinds = ["full_attention" if layer == 5 else "sliding_attention" for layer in range(6)]
     monkeypatch.setattr(config, "layer_types", kinds)
-    with pytest.raises(FoveateError, match=r"sliding-window .* with layers="):
+    with pytest.raises(
+        FoveateError, match=r"vicrop has nothing .* sliding_attention.* with layers="
+    ):
         rewritten(vlm, about(picture(0), ["red"]), "vicrop(window=14)")
 
 

@@ -113,6 +113,11 @@ class ADHH(Method):
         if self.layers is not None:
             wanted = super().resolve(model).layers or ()
             pairs = tuple(pair for pair in pairs if pair[0] in wanted)
+            if not pairs:
+                raise FoveateError(
+                    f"adhh: no listed head lies in layers={self.layers}, so there is nothing to "
+                    "cut: name other layers, or none."
+                )
         layers = tuple(sorted({layer for layer, _ in pairs}))
         return Method.resolve(dataclasses.replace(self, heads=pairs, layers=layers), model)
 
