@@ -494,9 +494,9 @@ class _Standing(nn.Module):
 
 def clip_image_processor(**options: Any) -> Any:
     """CLIP's image processor on PIL and numpy, which needs no torchvision."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil(**options)
+    name = "CLIPImageProcessor"  # early transformers 5 calls it so, without `Pil`
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return kind(**options)
 
 
 def best_resolution(size: tuple[int, int], choices: Any) -> tuple[int, int]:
@@ -520,16 +520,39 @@ def is_vision_language(config: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def processor_class(model_type: str) -> Any:
-    """The processor class of a vision-language family; None where transformers lacks the family."""
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return None
-    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+def has_family(model_type: str) -> bool:
+    """Whether transformers has this vision-language family."""
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def backends(processor: Any) -> tuple[str, ...]:
-    """Packages that a class of transformers cannot be imported without."""
-    return tuple(getattr(processor, "_backends", ()))
+def needs_torchvision(model_type: str) -> bool:
+    """Whether a family's processor cannot be built without torchvision."""
+    try:
+        processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    except (AttributeError, ImportError):  # early transformers 5 imports what it needs at once
+        return True
+    video = "video_processor" in inspect.signature(processor.__init__).parameters
+    return video or "torchvision" in getattr(processor, "_backends", ())
+
+
+@functools.cache
+def pocket_weights() -> dict[str, Any]:
+    """What `from_pretrained` is told, so that it finds the pocket model's weights by their names.
+
+    Before 5.6 a CLIP tower keeps its parts in `vision_model`.
+    """
+    small = transformers.CLIPVisionConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        nested = hasattr(transformers.CLIPVisionModel(small), "vision_model")
+    if not nested:
+        return {}
+    names = {
+        "^language_model.model": "model.language_model",
+        "^language_model.lm_head": "lm_head",
+        "^multi_modal_projector": "model.multi_modal_projector",
+        "^vision_tower": "model.vision_tower.vision_model",
+    }
+    return {"key_mapping": names}
 
 
 def shard_by_layer(module: Any, decoder: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
@@ -79,11 +78,9 @@ def _devices() -> Iterator[Line]:
 
 def _family(name: str) -> Line:
     """Whether the installed transformers has the model, and its processor can be built."""
-    processor = compat.processor_class(name)
-    if processor is None:
+    if not compat.has_family(name):
         return Line(f"family {name}", "needs a newer transformers")
-    video = "video_processor" in inspect.signature(processor.__init__).parameters
-    if (video or "torchvision" in compat.backends(processor)) and not _version("torchvision"):
+    if compat.needs_torchvision(name) and not _version("torchvision"):
         return Line(f"family {name}", "model yes, processor needs torchvision")
     return Line(f"family {name}", "usable", True)
 

@@ -58,6 +58,7 @@ def load(
             device_map=device_map,
             attn_implementation=attn,
             output_loading_info=True,
+            **(compat.pocket_weights() if name == "pocket" else {}),
             **common,
         )
         if device_map is None:

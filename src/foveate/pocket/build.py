@@ -39,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from foveate.compat import clip_image_processor, is_tower_weight
+from foveate.compat import clip_image_processor, is_tower_weight, pocket_weights
 from foveate.pocket import questions
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -275,7 +275,9 @@ def save_pocket(model: LlavaForConditionalGeneration, processor: Any, folder: Pa
 
 def load_pocket(folder: Path | str = WEIGHTS) -> tuple[LlavaForConditionalGeneration, Any]:
     """The saved model (fp32, eval mode) and its processor, through plain transformers."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, **pocket_weights()
+    )
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
