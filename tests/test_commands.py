@@ -374,6 +374,13 @@ def test_doctor_prints_json(run):
     assert "name one with --model" in err
 
 
+def test_doctor_needs_no_weights(run, folder, tmp_path):
+    (tmp_path / "config.json").write_text((Path(folder) / "config.json").read_text())
+    code, out, _ = run("doctor", "--model", str(tmp_path))
+    assert code == 0
+    assert "layers of full_attention: 6 (0 to 5)" in out
+
+
 def test_doctor_says_why_a_model_is_refused(run, monkeypatch):
     monkeypatch.setattr(loading, "outline", lambda *_: models.soft_capped())
     code, out, _ = run("doctor", "--model", "some/model")

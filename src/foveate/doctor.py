@@ -104,15 +104,16 @@ def _pocket() -> Line:
 # -- one model -------------------------------------------------------------------------------------
 
 
-def examine(name: str) -> dict[str, Any]:
+def examine(name: str, revision: str | None = None) -> dict[str, Any]:
     """What foveate finds in a model, from its configuration alone; nothing is computed.
 
     Returns:
-        JSON-ready: "model", "class", "model_type", "versions"; "refusal", a sentence or None. Of a
-        model that is not refused also "cache_argument", "attention", "layers" (kind -> 0-based
-        layers), "image_tokens" (ids), "layout", "padded_batches", "static_cache",
-        "compiled_decoding" (each whether it is there), and "methods" (name -> "layers" where it
-        acts, None where it acts on none, "note" and "refusal", sentences or None).
+        JSON-ready: "model", "revision", "commit", "class", "model_type", "versions"; "refusal", a
+        sentence or None. Of a model that is not refused also "cache_argument", "attention",
+        "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout", "padded_batches",
+        "static_cache", "compiled_decoding" (each whether it is there), and "methods" (name ->
+        "layers" where it acts, None where it acts on none, "note" and "refusal", sentences or
+        None).
 
     Raises:
         FoveateError: the model cannot be found, or sees nothing.
@@ -120,13 +121,15 @@ def examine(name: str) -> dict[str, Any]:
     import torch
 
     from .handshake import handshake
-    from .loading import outline
+    from .loading import commit, outline
     from .method import FoveateError
     from .vision import layout_of, visual_token_ids
 
-    model = outline(name)
+    model = outline(name, revision)
     found: dict[str, Any] = {
         "model": name,
+        "revision": revision,
+        "commit": commit(name, revision),
         "class": type(model).__name__,
         "model_type": model.config.model_type,
         "versions": {
@@ -182,6 +185,8 @@ def _methods(model: Any) -> dict[str, dict[str, Any]]:
 def told(found: dict[str, Any]) -> Iterator[Line]:
     """The findings of `examine` as lines."""
     yield Line("model", f"{found['model']} ({found['class']}, {found['model_type']})")
+    if found["commit"]:
+        yield Line("commit", found["commit"])
     for package, version in found["versions"].items():
         yield Line(package, version)
     if found["refusal"]:

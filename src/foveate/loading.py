@@ -74,7 +74,7 @@ def load(
 
 def outline(name: str, revision: str | None = None) -> Any:
     """The model's modules without any weights (on the meta device), to see how it is built."""
-    source, offline = _locate(name, revision)
+    source, offline = _locate(name, revision, weights=False)
     with _one_sentence(name), torch.device("meta"):
         return MODELS.from_config(_config(name, source, _options(offline, revision)))
 
@@ -101,8 +101,12 @@ def _config(name: str, source: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _locate(name: str, revision: str | None = None) -> tuple[str, bool]:
-    """What to give to `from_pretrained`, and whether the network must be left alone."""
+def _locate(name: str, revision: str | None = None, weights: bool = True) -> tuple[str, bool]:
+    """What to give to `from_pretrained`, and whether the network must be left alone.
+
+    Args:
+        weights: whether a folder must hold them.
+    """
     if revision is not None and _is_local(name):
         raise FoveateError(
             f"{name} does not come from the hub, so it has no revision {revision!r}: leave out the "
@@ -122,7 +126,7 @@ def _locate(name: str, revision: str | None = None) -> tuple[str, bool]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FoveateError(f"The folder {name} has no config.json: it is not a saved model.")
-        if not _has_weights(folder):
+        if weights and not _has_weights(folder):
             raise FoveateError(f"The folder {name} has no weights (*.safetensors or *.bin).")
         return str(folder), True
     if folder.exists():

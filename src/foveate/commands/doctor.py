@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import app
-from .common import quiet
+from .common import RevisionOption, quiet
 
 
 @app.command()
@@ -19,6 +19,7 @@ def doctor(
             "--model", "-m", help="Say what works on this model instead. Needs no weights."
         ),
     ] = None,
+    revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --model.")] = False,
 ) -> None:
     """Say what is installed and what works here, or with --model what works on a model.
@@ -29,11 +30,12 @@ def doctor(
     from ..method import FoveateError
 
     quiet()
-    if as_json and not model:
-        raise FoveateError("--json prints what works on a model: name one with --model.")
+    if (as_json or revision) and not model:
+        option = "--json" if as_json else "--revision"
+        raise FoveateError(f"{option} is about a model: name one with --model.")
     lines = check()
     if model:
-        found = examine(model)
+        found = examine(model, revision)
         if as_json:
             print(json.dumps(found, indent=1))
             raise typer.Exit(1 if found["refusal"] else 0)
