@@ -704,7 +704,7 @@ NAMES = ("generate", "_supports_mm_encoder_outputs", "_expand_inputs_for_generat
 @pytest.mark.parametrize("method", [CLVS(**FREE), VCD()], ids=str)
 def test_attributes_of_the_users_own_come_back(method: Method, fails: bool) -> None:
     model = models.build("llava", fresh=True)
-    own = {name: functools.partial(getattr(model, name)) for name in NAMES}
+    own = {name: functools.partial(getattr(model, name, bool)) for name in NAMES}
     for name, value in own.items():
         setattr(model, name, value)
     with contextlib.suppress(ZeroDivisionError), enhance(model, method):

@@ -86,7 +86,7 @@ def _renaming_caller(model: Any, drop: tuple[str, ...] = ()) -> Any:
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = kind.prepare_inputs_for_generation(self, *args, **kwargs)
-        prepared["kv_store"] = prepared.pop(known)
+        prepared["kv_store"] = prepared.pop(known, None)
         return {name: value for name, value in prepared.items() if name not in drop}
 
     def forward(self: Any, *args: Any, kv_store: Any = None, **kwargs: Any) -> Any:

@@ -19,9 +19,12 @@ def outline(model_type: str) -> Any:
     """The model of a default configuration, on the meta device."""
     if model_type not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    config = transformers.CONFIG_MAPPING[model_type]()
     with torch.device("meta"):
-        config = transformers.CONFIG_MAPPING[model_type]()
-        return transformers.AutoModelForImageTextToText.from_config(config)
+        try:
+            return transformers.AutoModelForImageTextToText.from_config(config)
+        except AttributeError as error:
+            pytest.skip(f"transformers {transformers.__version__} cannot build it: {error}")
 
 
 @pytest.mark.parametrize(
