@@ -31,7 +31,8 @@ LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.tx
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
 METHODS := $(wildcard $(patsubst src/foveate/methods/%,tests/test_%,$(wildcard src/foveate/methods/*.py)))
 ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
-	image_attention)) $(METHODS) tests/references --families llava,qwen -n $(JOBS)
+	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
+	--families llava,qwen -n $(JOBS)
 
 .PHONY: demo test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
 	installed testing
