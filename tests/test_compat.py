@@ -33,6 +33,7 @@ RENAMED = (  # names that some release from 5.0 on has changed, deprecated or ma
     "rotary_emb",
     "multi_modal_projector",
     "vision_tower",
+    "num_items_in_batch",
     "transformers.__version__",
 )
 

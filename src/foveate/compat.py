@@ -421,6 +421,11 @@ def image_tower(model: Any) -> Any:
     return getattr(getattr(model, "model", None), "vision_tower", None)
 
 
+def feature_layer(config: Any) -> Any:
+    """Which vision layer a model of LLaVA's shape uses, or several: -1 is the tower's last."""
+    return config.vision_feature_layer
+
+
 def is_tower_weight(name: str) -> bool:
     """Whether a weight of this name belongs to the vision tower, in a model of LLaVA's shape."""
     return "vision_tower" in name
@@ -533,6 +538,15 @@ def needs_torchvision(model_type: str) -> bool:
         return True
     video = "video_processor" in inspect.signature(processor.__init__).parameters
     return video or "torchvision" in getattr(processor, "_backends", ())
+
+
+def summed_loss(labels: Tensor) -> dict[str, Tensor]:
+    """What a forward is told, so that its loss is the sum over `labels`.
+
+    Args:
+        labels: (B, Q) int64, each the token after its position; -100 where none counts.
+    """
+    return {"shift_labels": labels, "num_items_in_batch": labels.new_ones(())}
 
 
 @functools.cache

@@ -135,8 +135,7 @@ class Lesson(nn.Module):
         labels = labels[:, kept]
         out = self.model(
             **inputs,
-            shift_labels=labels,
-            num_items_in_batch=labels.new_ones(()),
+            **compat.summed_loss(labels),
             logits_to_keep=kept,
             use_cache=False,
         )

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ..compat import cache_of, image_features, projector
+from ..compat import cache_of, feature_layer, image_features, projector
 from ..form import costly, file
 from ..injection import (
     KIND,
@@ -325,7 +325,7 @@ class CLI(Method):
 
 def _used(model: Any) -> int:
     """The vision layer that the model itself uses, counted from the tower's entry."""
-    used, blocks = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
+    used, blocks = feature_layer(model.config), model.config.vision_config.num_hidden_layers
     if not isinstance(used, int):
         raise FoveateError(
             "cli: this model concatenates several vision layers already, which the shared "
