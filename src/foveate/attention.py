@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .context import Context
-from .heartbeat import astray, lost, note_graph
+from .heartbeat import astray, lost, note_beside_graphs, note_graph
 from .method import FoveateError
 
 Attention = Callable[..., tuple[Tensor, None]]
@@ -176,8 +176,10 @@ def _attention(name: str, implementation: str) -> Attention:
         layer = cast(int, module.layer_idx)
         if torch.compiler.is_compiling():
             ctx.compiled = note_graph(name, layer)
+        elif heartbeat := ctx.watched:
+            heartbeat.attention(layer)
         else:
-            ctx.heartbeat.attention(layer)
+            note_beside_graphs(name, layer)
         if not ctx.replays:
             return edited(ctx, layer, module, *given, **kwargs)
         with ctx.visit(("attention", layer)):

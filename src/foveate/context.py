@@ -88,7 +88,7 @@ class Context:
             prompt: k -> (images or tiles, patches, D_v), k = 1 being the first block's output.
         inputs: during the stage `see`, what the model was given, without caches and positions;
             ``attention_mask`` (B, new) int64 is always there, ``labels`` where they were given.
-        heartbeat: what the present forward has passed; see `foveate.heartbeat`.
+        heartbeat: what the present forward has passed before any graph; see `foveate.heartbeat`.
         compiled: whether a part of the present forward is a compiled graph.
         replays: whether a backward pass may run this forward's layers again; see `visit`.
         padded: whether this forward's prompt has padding, as far as its mask says.
@@ -162,8 +162,12 @@ class Context:
         self.resting: frozenset[int] = frozenset()
         self.visits: dict[Any, Any] = {}
         self.compiled = torch.compiler.is_compiling()
-        if not self.compiled:  # nothing of the kind in a graph
-            self.heartbeat = Heartbeat(self.stack)
+        self.heartbeat = None if self.compiled else Heartbeat(self.stack)
+
+    @property
+    def watched(self) -> Heartbeat | None:
+        """The heartbeat, as long as no part of the forward is a graph; then None."""
+        return None if torch.compiler.is_compiling() or self.compiled else self.heartbeat
 
     def follow(self) -> Context:
         """The context for what comes after this forward, on the same cache."""

@@ -29,7 +29,7 @@ from .cache import Stream, adopt
 from .compat import NOT_INPUTS, length
 from .context import Context, Stack
 from .handshake import check_layers, handshake
-from .heartbeat import astray, check_graphs, lost
+from .heartbeat import astray, check_graphs, lost, note_beside_graphs
 from .method import FoveateError, Method, as_stack
 from .thin import Switch, thin_products
 from .vision import vision_blocks, visual_mask, visual_token_ids
@@ -43,12 +43,13 @@ class _Engine:
 
     def __init__(
         self,
+        name: str,
         stack: Stack,
         image_ids: tuple[int, ...],
         notes: list[dict[str, Any]],
         contrast: dict[str, Tensor] | None,
     ) -> None:
-        self.stack, self.image_ids = stack, image_ids
+        self.name, self.stack, self.image_ids = name, stack, image_ids
         self.notes, self.views = notes, contrast
         self.befores = stack.at("before")
         self.thin = Switch()  # on while both streams are rows of the batch
@@ -227,8 +228,8 @@ class _Engine:
         ctx = self.context(kwargs, "the decoder")
         if ctx is None:
             return
-        if not torch.compiler.is_compiling():
-            ctx.heartbeat.decoder()
+        if heartbeat := ctx.watched:
+            heartbeat.decoder()
         if ctx.phase == "decode":
             return
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
@@ -288,8 +289,8 @@ class _Engine:
 
     def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
         """The residual stream entering a layer, or the final norm, after the methods saw it."""
-        if not torch.compiler.is_compiling():
-            ctx.heartbeat.input(layer)
+        if heartbeat := ctx.watched:
+            heartbeat.input(layer)
         if not ctx.replays:
             return self.shown(hidden, ctx, layer)
         with ctx.visit(("before", layer)):
@@ -312,8 +313,10 @@ class _Engine:
                 model,
                 "its forward returned a tuple; if you asked for one, leave out return_dict=False",
             )
-        if not ctx.compiled:
-            ctx.heartbeat.close()
+        if heartbeat := ctx.watched:
+            heartbeat.close()
+        elif ctx.heartbeat is not None and not torch.compiler.is_compiling():
+            note_beside_graphs(self.name, *self.stack.edited[: ctx.heartbeat.edited])
         cache = compat.cache_of(out)
         if cache is None:
             self.check_cacheless(kwargs)
@@ -620,11 +623,12 @@ def attach(
                 "methods at once, as in enhance(model, 'clvs', 'vcd')."
             )
         _enhanced.add(decoder)
-    engine, usual = _Engine(stack, image_ids, notes or [], contrast), compat.attention_name(decoder)
     with ExitStack() as leaving:  # whatever fails, every step is undone
         leaving.callback(_enhanced.discard, decoder)
+        usual = compat.attention_name(decoder)
         leaving.callback(compat.set_attention_name, decoder, usual)
         name = register(stack.identity, usual)
+        engine = _Engine(name, stack, image_ids, notes or [], contrast)
         compat.set_attention_name(decoder, name)
         if compat.attention_name(decoder) != name or not compat.is_registered(name):
             raise lost(model, "it does not take an attention function and its masks by name")

@@ -21,7 +21,7 @@ from .form import FoveateError
 if TYPE_CHECKING:
     from .context import Stack
 
-_traced: dict[str, set[int]] = {}  # implementation name -> layers that some graph has reached
+_traced: dict[str, set[int]] = {}  # implementation name -> layers that forwards with graphs reach
 
 
 def lost(model: Any, what: str) -> FoveateError:
@@ -102,6 +102,11 @@ def note_graph(name: str, layer: int) -> bool:
     """
     _traced.setdefault(name, set()).add(layer)
     return True
+
+
+def note_beside_graphs(name: str, *layers: int) -> None:
+    """The attention of layers ran as it is, in a forward of which other parts are graphs."""
+    _traced.setdefault(name, set()).update(layers)
 
 
 def check_graphs(name: str, stack: Stack) -> None:

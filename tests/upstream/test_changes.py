@@ -365,3 +365,18 @@ def test_graphs_are_checked_once_they_are_made() -> None:
     model.family = "llava"
     generate(model, **generate_options)
     assert list(heartbeat._traced.values()) == [set(range(6))]
+
+
+def test_a_forward_that_is_compiled_in_part_is_no_miss() -> None:
+    """Some layers run as graphs, which note nothing, and others as they are."""
+    model = models.build("llava", fresh=True)
+    model.family = "llava"
+    method = CLVS(smoothing=0.789, stop_threshold=0.0)  # a name of its own
+    with torch.no_grad(), enhance(model, method):
+        want = model(**inputs(model)).logits
+    torch._dynamo.reset()
+    for layer in model.get_decoder().layers[1:3]:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    with torch.no_grad(), enhance(model, method):
+        got = model(**inputs(model)).logits
+    assert torch.allclose(got, want, atol=1e-5)
