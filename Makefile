@@ -29,7 +29,8 @@ NEWEST := $(VENV)/newest
 LOCK := $(VENV)/lock
 LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
-METHODS := $(wildcard $(patsubst src/foveate/methods/%,tests/test_%,$(wildcard src/foveate/methods/*.py)))
+METHODS := $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir \
+	$(wildcard src/foveate/methods/*)))))
 ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families llava,qwen -n $(JOBS)
@@ -62,7 +63,7 @@ test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
 
 test-serve: $(SERVE)/.installed
-	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serve -m "slow or not slow"
+	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serving -m "slow or not slow"
 
 lint: testing
 	$(BIN)/ruff check .

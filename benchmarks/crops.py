@@ -53,18 +53,18 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from foveate import VLM, FoveateError, Method
-from foveate.benchmark import Record, Sample
+from foveate.base.form import Registry
+from foveate.base.journal import Journal, write_json
+from foveate.base.significance import holm, interval, mcnemar
 from foveate.benchmarks.pocket import HABITS, SIZE, PocketBench
-from foveate.data import Data
-from foveate.evaluation import evaluate
-from foveate.form import Registry
-from foveate.journal import Journal, write_json
-from foveate.look import GENERAL, SHORT, read
-from foveate.method import parse, text
+from foveate.core.method import parse, text
+from foveate.evaluation.ask import evaluate
+from foveate.evaluation.benchmark import Record, Sample
+from foveate.evaluation.data import Data
+from foveate.evaluation.run import RECORDS, key
 from foveate.methods.vicrop import ViCrop, square, window_search
-from foveate.run import RECORDS, key
-from foveate.significance import holm, interval, mcnemar
-from foveate.vlm import Chat
+from foveate.vlm.look import GENERAL, SHORT, read
+from foveate.vlm.vlm import Chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "vanilla"
@@ -422,7 +422,7 @@ def draw(
     vlm: VLM, bench: FinePrint, name: str, records: list[Record], plain: list[Record], path: Path
 ) -> Path:
     """Wins on the left, failures on the right: the scene with its frames, what the model saw."""
-    from foveate.plots.style import BLUE, GAP, PAD, PAPER, QUIET, RED, Page, bare, wrapped
+    from foveate.insight.plots.style import BLUE, GAP, PAD, PAPER, QUIET, RED, Page, bare, wrapped
 
     side, words, between = 2.0, 0.66, 0.6
     half = 2 * side + GAP

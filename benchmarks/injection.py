@@ -54,19 +54,20 @@ if __name__ in ("__main__", "__mp_main__"):
 
 from benchmarks.crops import opened, write  # noqa: E402
 from foveate import VLM, FoveateError  # noqa: E402
-from foveate.analysis import parse  # noqa: E402
-from foveate.analysis import run as analyse  # noqa: E402
-from foveate.benchmark import Benchmark, Record, Sample  # noqa: E402
+from foveate.base.journal import Journal, difference, write_json  # noqa: E402
+from foveate.base.significance import interval  # noqa: E402
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
-from foveate.data import Data  # noqa: E402
-from foveate.evaluation import evaluate  # noqa: E402
-from foveate.journal import Journal, difference, write_json  # noqa: E402
-from foveate.masks import pocket_pictures  # noqa: E402
-from foveate.plots.analysis import SERIES, Sheet  # noqa: E402
-from foveate.plots.style import BLUE, INK, QUIET, RED  # noqa: E402
-from foveate.pocket import build, lessons, questions  # noqa: E402
-from foveate.run import RECORDS, RESULTS, key  # noqa: E402
-from foveate.significance import interval  # noqa: E402
+from foveate.evaluation.ask import evaluate  # noqa: E402
+from foveate.evaluation.benchmark import Benchmark, Record, Sample  # noqa: E402
+from foveate.evaluation.data import Data  # noqa: E402
+from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
+from foveate.insight.analysis import parse  # noqa: E402
+from foveate.insight.analysis import run as analyse  # noqa: E402
+from foveate.insight.plots.analysis import SERIES, Sheet  # noqa: E402
+from foveate.insight.plots.style import BLUE, INK, QUIET, RED  # noqa: E402
+from foveate.insight.truth import pocket_pictures  # noqa: E402
+from foveate.pocket import build  # noqa: E402
+from foveate.scenes import lessons, questions  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
 START, BASE, FULL = "start", "base", "AMP+AGF"

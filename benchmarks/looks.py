@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from foveate import VLM
-from foveate.look import GENERAL, SHORT
-from foveate.method import Method, parse
-from foveate.pocket import world
-from foveate.vlm import Chat
+from foveate.core.method import Method, parse
+from foveate.scenes import world
+from foveate.vlm.look import GENERAL, SHORT
+from foveate.vlm.vlm import Chat
 
 LOOKING = """\
 Seconds for one question about a new picture, 16 answer tokens, by methods that look before they

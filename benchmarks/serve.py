@@ -29,9 +29,9 @@ import torch
 import uvicorn
 
 from foveate import VLM
-from foveate.pocket import world
-from foveate.serve.app import create_app
-from foveate.serve.settings import Settings
+from foveate.scenes import world
+from foveate.serving.app import create_app
+from foveate.serving.settings import Settings
 
 ASKED = "Please describe this image in detail."
 ABOUT = """\

@@ -58,10 +58,10 @@ from transformers.initialization import no_init_weights
 
 import foveate
 from foveate import VLM, FoveateError
-from foveate.compat import cache_of, passing
-from foveate.method import methods, parse, text
-from foveate.run import hardware
-from foveate.shared import ask_together, prepare
+from foveate.backends.transformers.compat import cache_of, passing
+from foveate.core.method import methods, parse, text
+from foveate.evaluation.run import hardware
+from foveate.vlm.prefix import ask_together, prepare
 
 METHODS = ("clvs(stop_threshold=0)", "clvs")
 STAND_INS = {  # of `all`, where defaults need something that random weights do not have
@@ -168,8 +168,8 @@ def llava_next(
 
 def pocket(device: torch.device, dtype: torch.dtype) -> Subject:
     """The shipped model, on a drawn scene and a question."""
-    from foveate.pocket import world
     from foveate.pocket.build import WEIGHTS, load_pocket
+    from foveate.scenes import world
 
     if not list(WEIGHTS.glob("*.safetensors")):
         raise FileNotFoundError("the pocket model's weights are not there (foveate train pocket)")
@@ -389,7 +389,7 @@ Questions per second of an evaluation: 14 questions of 20 tokens per image, one 
 
 * loop: what published code does, question by question: processor, `generate`, decoding.
 * shared: the image's processor, vision tower and prefix once, the questions as one batch on forks
-  of its KV cache (`foveate.shared`), as `foveate eval` asks.
+  of its KV cache (`foveate.vlm.prefix`), as `foveate eval` asks.
 
 Both are measured in turn on the same new picture, with the method active in both; the ratio is the
 median over these pairs, with its quartiles. "same" counts equal answers. Nothing is prepared in the
@@ -434,7 +434,7 @@ SUBJECTS: dict[str, Callable[[torch.device, torch.dtype], VLM]] = {
 
 def measure_questions(vlm: VLM, names: list[str], repetitions: int) -> dict[str, Any]:
     """Seconds per image of the loop and of the shared prefix, per method and repetition."""
-    from foveate.pocket import world
+    from foveate.scenes import world
 
     rows: dict[str, Any] = {name: {"pairs": [], "same": 0} for name in names}
     words = WORDS.split()[: LENGTH - 2]  # the mark and the answer's opening are tokens, too

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from foveate.benchmark import Record, Sample
+from foveate.evaluation.benchmark import Record, Sample
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN, BENCHDATA = SHARED / "golden", SHARED / "benchdata"

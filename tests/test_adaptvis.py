@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
-from foveate.compat import passing
+from foveate.backends.transformers.compat import passing
 from foveate.methods.adaptvis import AdaptVis
 from foveate.methods.scalingvis import ScalingVis
 from tests import models

@@ -14,10 +14,10 @@ import transformers as tf
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
-from foveate.loading import outline
-from foveate.method import shape
+from foveate.core.method import shape
 from foveate.methods import adhh
 from foveate.methods.adhh import ADHH
+from foveate.vlm.loading import outline
 from tests import models
 from tests.references import adhh as reference
 from tests.references.full import disagreement

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems
 from foveate.benchmarks import amber
 from foveate.benchmarks.amber import AMBER, AMBERCaptions
+from foveate.evaluation.benchmark import Problems
 from tests import goldens
 from tests.goldens import records
 

@@ -16,18 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import VLM, FoveateError, commands
-from foveate.analyses.complexity import Complexity, binned, color, entropy, texture
-from foveate.analyses.convergence import Convergence, Lens, logistic
-from foveate.analyses.decay import Decay
-from foveate.analyses.heads import Heads
-from foveate.analyses.layers import Layers, association
-from foveate.analysis import analyses, chance, parse, run
-from foveate.intervals import mean, proportion
-from foveate.look import GENERAL, SHORT
-from foveate.masks import Asked, Picture, coco_pictures, pocket_pictures, union
-from foveate.method import parse as parse_methods
-from foveate.plots.analysis import Sheet
-from foveate.vlm import Chat
+from foveate.base.intervals import mean, proportion
+from foveate.core.method import parse as parse_methods
+from foveate.insight.analyses.complexity import Complexity, binned, color, entropy, texture
+from foveate.insight.analyses.convergence import Convergence, Lens, logistic
+from foveate.insight.analyses.decay import Decay
+from foveate.insight.analyses.heads import Heads
+from foveate.insight.analyses.layers import Layers, association
+from foveate.insight.analysis import analyses, chance, parse, run
+from foveate.insight.plots.analysis import Sheet
+from foveate.insight.truth import Asked, Picture, coco_pictures, pocket_pictures, union
+from foveate.vlm.look import GENERAL, SHORT
+from foveate.vlm.vlm import Chat
 from tests import tiny
 from tests.references import clvs as slow_clvs
 

@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import VLM, FoveateError, Method, answering
-from foveate.analysis import parse
-from foveate.answering import Decoding, Unwanted, answer_all, complete
-from foveate.look import read
-from foveate.masks import pocket_pictures
-from foveate.memory import Size, out_of_memory, release
-from foveate.method import as_stack
-from foveate.pocket import world
-from foveate.shared import prepare
-from foveate.vlm import Chat
+from foveate import VLM, FoveateError, Method
+from foveate.base.memory import Size, out_of_memory, release
+from foveate.core.method import as_stack
+from foveate.insight.analysis import parse
+from foveate.insight.truth import pocket_pictures
+from foveate.scenes import world
+from foveate.vlm import answering
+from foveate.vlm.answering import Decoding, Unwanted, answer_all, complete
+from foveate.vlm.look import read
+from foveate.vlm.prefix import prepare
+from foveate.vlm.vlm import Chat
 
 TEXTS = ("Is there a car?", "Is there a tree in the image?", "What color is the cup?", "Why?")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Record
 from foveate.benchmarks.aokvqa import AOKVQA
-from foveate.data import Data
+from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.data import Data
 from tests import goldens
 
 

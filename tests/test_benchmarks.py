@@ -16,11 +16,19 @@ import pytest
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.benchmark import Benchmark, Problems, Record, Sample, Table, benchmarks, parse
 from foveate.benchmarks.mme import MME
 from foveate.benchmarks.pope import POPE
 from foveate.benchmarks.rbench import RBench
-from foveate.data import Data
+from foveate.evaluation.benchmark import (
+    Benchmark,
+    Problems,
+    Record,
+    Sample,
+    Table,
+    benchmarks,
+    parse,
+)
+from foveate.evaluation.data import Data
 from tests.goldens import records
 
 

@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from foveate import VLM, FoveateError, look
-from foveate.evaluation import Asker
-from foveate.look import read
-from foveate.method import as_stack, parse
+from foveate import VLM, FoveateError
+from foveate.core.method import as_stack, parse
+from foveate.evaluation.ask import Asker
 from foveate.methods.carve import CARVE, LARGEST, cut, resized
-from foveate.pocket import questions, world
-from foveate.regions import regions
-from foveate.vlm import Chat
+from foveate.scenes import questions, world
+from foveate.vlm import look
+from foveate.vlm.look import read
+from foveate.vlm.regions import regions
+from foveate.vlm.vlm import Chat
 from tests import tiny
 from tests.references import carve as reference
 from tests.references.carve import GENERAL, SUFFIX

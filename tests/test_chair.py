@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Record
 from foveate.benchmarks.chair import CHAIR, PAIRS, PROMPT, Objects, singular
-from foveate.lemmas import lemmas
+from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.words import lemmas
 from tests import goldens
 
 CASE = "opera_llava15_greedy"

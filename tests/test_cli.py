@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate import VLM, FoveateError, enhance, prefill
+from foveate.backends.transformers.compat import passing, start_checkpointing
+from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
-from foveate.compat import passing, start_checkpointing
-from foveate.engine import attach
-from foveate.evaluation import evaluate
-from foveate.injection import CrossLayerInjection, Summary
-from foveate.methods import cli
-from foveate.methods.cli import CLI, SERVES
-from foveate.shared import next_position, suffix_batch
+from foveate.evaluation.ask import evaluate
+from foveate.methods.cli import method as cli
+from foveate.methods.cli.method import CLI, SERVES
+from foveate.methods.cli.module import CrossLayerInjection, Summary
+from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 from tests.references.cli import CLI as Reference
 
@@ -335,8 +335,8 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> li
         raise AssertionError("asked again")
 
     cli._fetched.cache_clear()
-    monkeypatch.setattr("foveate.methods.cli.snapshot_download", download)
-    for module in ("foveate.injection", "huggingface_hub.hub_mixin"):
+    monkeypatch.setattr("foveate.methods.cli.method.snapshot_download", download)
+    for module in ("foveate.methods.cli.module", "huggingface_hub.hub_mixin"):
         monkeypatch.setattr(f"{module}.hf_hub_download", elsewhere)
     return asked
 
@@ -364,7 +364,7 @@ def test_an_evaluation_reads_the_files_once(
         return load_file(file, **rest)
 
     monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr("foveate.injection.load_file", load)
+    monkeypatch.setattr("foveate.methods.cli.module.load_file", load)
     methods = [f"cli(path={paths[0]!r})", f"cli(path={paths[1]!r})"]
     methods.append(f"cli(path={paths[0]!r},strength=0.5)")
     benchmark = PocketBench(word_tokens=2, categories=("existence-random",), questions=8)

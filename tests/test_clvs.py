@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
-from foveate.compat import cache_of
+from foveate.backends.transformers.compat import cache_of
 from foveate.methods.clvs import CLVS
 from tests import models
 from tests.references import clvs as reference

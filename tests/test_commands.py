@@ -13,12 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import __version__, commands, compat, doctor, loading
-from foveate.method import methods
-from foveate.plots.attention import Look, show_attention
-from foveate.plots.style import evenly, greys, lit
-from foveate.pocket import build, questions
-from foveate.vision import Grid
+from foveate import __version__, commands
+from foveate.backends.transformers import compat
+from foveate.core.method import methods
+from foveate.families.layout import Grid
+from foveate.insight.plots.attention import Look, show_attention
+from foveate.insight.plots.style import evenly, greys, lit
+from foveate.pocket import build
+from foveate.scenes import questions
+from foveate.vlm import doctor, loading
 from tests import models, tiny
 from tests.test_images import png_header
 

@@ -1,4 +1,4 @@
-"""One file knows what transformers keeps private or has renamed: `foveate.compat`."""
+"""One file knows what transformers keeps private or has renamed: `compat.py` of the backend."""
 
 from __future__ import annotations
 

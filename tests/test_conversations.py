@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError
-from foveate.conversations import IGNORE, Broken, Row, Writer, check, read
+from foveate.training.conversations import IGNORE, Broken, Row, Writer, check, read
 from tests import tiny
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import crops
 from foveate import VLM
-from foveate.benchmark import Record
-from foveate.method import as_stack
-from foveate.pocket import world
+from foveate.core.method import as_stack
+from foveate.evaluation.benchmark import Record
+from foveate.scenes import world
 
 WHOLE = [0, 0, 768, 768]
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from foveate import VLM, FoveateError, Method
-from foveate.form import costly, file, parameters, permit
-from foveate.method import methods
-from foveate.pocket import world
+from foveate.base.form import costly, file, parameters, permit
+from foveate.core.method import methods
+from foveate.scenes import world
 
 # Fields that take any whole number, tuple or text, and a value that costs nothing more
 HARMLESS: dict[tuple[str, str], Any] = {

@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from foveate import FoveateError, Method, Recorder, compat, enhance, prefill
-from foveate import method as registry
-from foveate.compat import cache_of, passing
-from foveate.context import attention_layers
+from foveate import FoveateError, Method, Recorder, enhance, prefill
+from foveate.backends.transformers import compat
+from foveate.backends.transformers.compat import cache_of, passing
+from foveate.core import method as registry
+from foveate.core.context import attention_layers
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from foveate.methods.vcd import VCD
-from foveate.shared import next_position, suffix_batch
+from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 from tests.references import clvs as reference
 
@@ -106,7 +107,9 @@ def test_chunked_rows_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     model, inputs = models.build("llava"), models.inputs("llava", "images", batch=3)
     want = forward(model, inputs, Everywhere(), CLVS(**FREE)).logits
-    monkeypatch.setattr("foveate.attention._CHUNK", 3 * 4 * inputs["input_ids"].shape[1] * 7)
+    monkeypatch.setattr(
+        "foveate.backends.transformers.attention._CHUNK", 3 * 4 * inputs["input_ids"].shape[1] * 7
+    )
     got = forward(model, inputs, Everywhere(), CLVS(**FREE)).logits
     assert torch.allclose(got, want, atol=1e-5)
 
@@ -865,7 +868,7 @@ def test_unserved_caches_and_padding_are_refused() -> None:
 def test_paged_attention_is_refused() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from foveate.context import Context, Stack
+    from foveate.core.context import Context, Stack
 
     model = models.build("llava")
     with enhance(model, "clvs"):

@@ -20,17 +20,20 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import VLM, FoveateError, Method, answering, commands, evaluation, look, run
-from foveate.benchmark import Benchmark, Record, Sample, by_split, parse
+from foveate import VLM, FoveateError, Method, commands
+from foveate.base.memory import Size
 from foveate.benchmarks.pocket import PocketBench
-from foveate.data import Data
-from foveate.evaluation import Asker, Question, evaluate
-from foveate.memory import Size
-from foveate.merge import merge, read_runs
-from foveate.method import as_stack
-from foveate.pocket import world
-from foveate.run import RECORDS, RESULTS, RUN, SESSIONS, Run, read_run
-from foveate.vlm import Chat
+from foveate.core.method import as_stack
+from foveate.evaluation import ask as evaluation
+from foveate.evaluation import run
+from foveate.evaluation.ask import Asker, Question, evaluate
+from foveate.evaluation.benchmark import Benchmark, Record, Sample, by_split, parse
+from foveate.evaluation.data import Data
+from foveate.evaluation.merge import merge, read_runs
+from foveate.evaluation.run import RECORDS, RESULTS, RUN, SESSIONS, Run, read_run
+from foveate.scenes import world
+from foveate.vlm import answering, look
+from foveate.vlm.vlm import Chat
 
 ROOT = Path(__file__).parent.parent
 THINGS = ("car", "tree", "house", "cat")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from foveate import VLM, FoveateError, enhance
-from foveate.analyses.gates import Gates, short
-from foveate.analysis import parse, run
-from foveate.masks import Picture, pocket_pictures
-from foveate.method import parse as parse_methods
-from foveate.methods.cli import CLI
-from foveate.plots.gates import pairs, told
+from foveate.core.method import parse as parse_methods
+from foveate.insight.analyses.gates import Gates, short
+from foveate.insight.analysis import parse, run
+from foveate.insight.plots.gates import pairs, told
+from foveate.insight.truth import Picture, pocket_pictures
+from foveate.methods.cli.method import CLI
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Sample
 from foveate.benchmarks.hallusionbench import HallusionBench, aggregate, contains
-from foveate.data import Data
+from foveate.evaluation.benchmark import Problems, Sample
+from foveate.evaluation.data import Data
 from tests import goldens
 
 IMAGE = "hallusion_bench/VD/illusion/0_0.png"

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate import VLM, FoveateError, commands, heads
-from foveate.heads import Ablation, Caption, Mention, Sample, Vocabulary
-from foveate.method import shape
+from foveate import VLM, FoveateError, commands
+from foveate.core.method import shape
+from foveate.insight import heads
+from foveate.insight.heads import Ablation, Caption, Mention, Sample, Vocabulary
 from foveate.methods import adhh
 from tests import models, tiny
 

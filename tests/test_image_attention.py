@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Method, enhance
-from foveate.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods.devils import Devils
 from foveate.methods.scalingvis import ScalingVis, scaled
 from foveate.methods.tarac import TARAC

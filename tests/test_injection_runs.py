@@ -15,9 +15,9 @@ from PIL import Image
 from benchmarks import injection
 from benchmarks.injection import Settings, Training
 from foveate import VLM, FoveateError
-from foveate.benchmark import Record
-from foveate.method import parse
-from foveate.methods.cli import CLI
+from foveate.core.method import parse
+from foveate.evaluation.benchmark import Record
+from foveate.methods.cli.method import CLI
 from foveate.pocket import build
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli"

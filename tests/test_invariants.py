@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
-from foveate.compat import passing
-from foveate.context import attention_layers
-from foveate.method import from_json, methods, parse, text, to_json
-from foveate.methods.cli import CLI, SERVES
-from foveate.shared import next_position, suffix_batch
+from foveate.backends.transformers.compat import passing
+from foveate.core.context import attention_layers
+from foveate.core.method import from_json, methods, parse, text, to_json
+from foveate.methods.cli.method import CLI, SERVES
+from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 
 TOKENS = 6

@@ -16,15 +16,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from foveate import VLM, FoveateError, Method, enhance, look
+from foveate import VLM, FoveateError, Method, enhance
 from foveate.benchmarks import pocket as pocket_bench
-from foveate.evaluation import evaluate
-from foveate.method import as_stack, from_json, parse, to_json
+from foveate.core.method import as_stack, from_json, parse, to_json
+from foveate.evaluation.ask import evaluate
+from foveate.evaluation.run import RECORDS
+from foveate.families.layout import together
 from foveate.methods.laser import LASER, _Heat
-from foveate.pocket import questions, world
-from foveate.run import RECORDS
-from foveate.vision import together
-from foveate.vlm import Answer, Chat
+from foveate.scenes import questions, world
+from foveate.vlm import look
+from foveate.vlm.vlm import Answer, Chat
 from tests import tiny
 from tests.references import laser as reference
 from tests.references.full import difference

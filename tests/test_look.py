@@ -16,10 +16,10 @@ from PIL import Image
 
 from foveate import VLM, FoveateError, Method
 from foveate.commands import main
-from foveate.look import GENERAL, SHORT, Chain, Panel, kept, read, read_beside, the_image
-from foveate.method import as_stack, registry
-from foveate.pocket import world
-from foveate.vlm import Chat
+from foveate.core.method import as_stack, registry
+from foveate.scenes import world
+from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_beside, the_image
+from foveate.vlm.vlm import Chat
 
 QUESTIONS = ["Is there a car?", GENERAL + SHORT, "Please describe this image in detail."]
 
@@ -64,7 +64,7 @@ def test_rows_are_those_of_running_everything_again(
 ) -> None:
     chats = [vlm.chat(images, question, None) for question in QUESTIONS]
     if how == "padded":
-        monkeypatch.setattr("foveate.shared.shareable", lambda *_: False)
+        monkeypatch.setattr("foveate.vlm.prefix.shareable", lambda *_: False)
     if how == "alone":
         chats = chats[:1]
     layers = (0, 5, 11)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Record
 from foveate.benchmarks.mme import COGNITION, MME, PERCEPTION
+from foveate.evaluation.benchmark import Problems, Record
 from tests import goldens
 from tests.goldens import records
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance, prefill
-from foveate.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from foveate.methods.vcd import VCD

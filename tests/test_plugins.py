@@ -12,9 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from foveate import Method, analysis, benchmark, method, vision
+from foveate import Method
+from foveate.base.form import FoveateError
 from foveate.commands import main
-from foveate.form import FoveateError
+from foveate.core import method
+from foveate.evaluation import benchmark
+from foveate.families import layout as vision
+from foveate.insight import analysis
 
 REGISTRIES = (method.registry, benchmark.registry, analysis.registry)
 
@@ -138,7 +142,9 @@ def test_plugins_are_looked_for_once(install: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plugin_may_look_for_methods_while_it_is_imported(install: Any) -> None:
-    source = GOOD + "\nfrom foveate.method import methods, parse\nassert parse('clvs'), methods()\n"
+    source = (
+        GOOD + "\nfrom foveate.core.method import methods, parse\nassert parse('clvs'), methods()\n"
+    )
     install("foveate.methods", "goodplug", source, "goodplug:Good")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.pocket import build, lessons, questions, world
-from foveate.pocket.world import COLORS, KINDS, PATTERNS, SIZES
+from foveate.pocket import build
+from foveate.scenes import lessons, questions, world
+from foveate.scenes.world import COLORS, KINDS, PATTERNS, SIZES
 
 SCENES = [world.sample(seed, habit) for seed in range(60) for habit in ("with", "against")]
 
@@ -436,7 +437,7 @@ print(model.dtype, processor.decode(out[0, inputs["input_ids"].shape[1]:],
 @shipped
 def test_weights_see() -> None:
     """Far above chance on a few fresh scenes; the card has the real figures."""
-    from foveate.pocket.training import evaluate_pocket
+    from foveate.pocket.train import evaluate_pocket
 
     report = evaluate_pocket(n=5, seed=99)["with"]
     assert report["existence"]["accuracy"] > 0.75

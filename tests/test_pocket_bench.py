@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Record, Sample, parse
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, TASKS, YES_NO, PocketBench
-from foveate.heads import FIRST_SCENE as FIRST_OF_HEADS
-from foveate.pocket import lessons, questions, world
-from foveate.pocket.training import EXAM_SEED
-from foveate.pocket.world import COLORS, KINDS, PATTERNS, SIZES, Scene, Thing
+from foveate.evaluation.benchmark import Problems, Record, Sample, parse
+from foveate.insight.heads import FIRST_SCENE as FIRST_OF_HEADS
+from foveate.pocket.train import EXAM_SEED
+from foveate.scenes import lessons, questions, world
+from foveate.scenes.world import COLORS, KINDS, PATTERNS, SIZES, Scene, Thing
 from tests.goldens import records
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, Record, parse
 from foveate.benchmarks.pope import POPE
+from foveate.evaluation.benchmark import Problems, Record, parse
 from tests import goldens
 from tests.goldens import records
 

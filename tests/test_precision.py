@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import Method, enhance
-from foveate import attention as kernels
+from foveate.backends.transformers import attention as kernels
 from tests import models
 
 HALF = [torch.bfloat16, torch.float16]

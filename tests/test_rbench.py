@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from foveate.benchmark import Problems, Record
 from foveate.benchmarks.rbench import RBench
+from foveate.evaluation.benchmark import Problems, Record
 from tests import goldens
 from tests.goldens import records
 

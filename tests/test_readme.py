@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from foveate.method import methods
+from foveate.core.method import methods
 
 
 def test_the_tables_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

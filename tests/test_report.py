@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from foveate import FoveateError
-from foveate import published as papers
-from foveate.benchmark import parse
+from foveate.base.significance import holm, interval, mcnemar, significant
 from foveate.commands import main
-from foveate.method import methods
-from foveate.report import (
+from foveate.core.method import methods
+from foveate.evaluation import published as papers
+from foveate.evaluation.benchmark import parse
+from foveate.evaluation.results import (
     Section,
     Verdict,
     longest_repeat,
@@ -30,7 +31,6 @@ from foveate.report import (
     report,
     words,
 )
-from foveate.significance import holm, interval, mcnemar, significant
 
 # -- significance ----------------------------------------------------------------------------------
 

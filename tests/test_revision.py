@@ -14,14 +14,16 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RevisionNotFoundError
 
-from foveate import VLM, FoveateError, heads, loading
+from foveate import VLM, FoveateError
+from foveate.base.journal import Journal
 from foveate.commands import main
-from foveate.evaluation import evaluate
-from foveate.journal import Journal
-from foveate.pocket import questions, world
-from foveate.run import RESULTS, RUN
-from foveate.tracing import trace
-from foveate.tuning import Recipe, tune
+from foveate.evaluation.ask import evaluate
+from foveate.evaluation.run import RESULTS, RUN
+from foveate.insight import heads
+from foveate.insight.trace import trace
+from foveate.scenes import questions, world
+from foveate.training.injection import Recipe, tune
+from foveate.vlm import loading
 from tests.test_evaluation import Scenes, drawn
 
 NAME = "somebody/small"

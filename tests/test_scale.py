@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from foveate import VLM, FoveateError, commands, evaluation, scale
-from foveate.benchmark import Benchmark, Record, Sample, answered, parse
-from foveate.data import Data
-from foveate.pocket import world
-from foveate.run import RECORDS, RESULTS
+from foveate import VLM, FoveateError, commands
+from foveate.bridges import ray as scale
+from foveate.evaluation import ask as evaluation
+from foveate.evaluation.benchmark import Benchmark, Record, Sample, answered, parse
+from foveate.evaluation.data import Data
+from foveate.evaluation.run import RECORDS, RESULTS
+from foveate.scenes import world
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from foveate import VLM
-from foveate.method import as_stack, methods
-from foveate.pocket import questions, world
-from foveate.shared import ask_together, prepare, shareable
-from foveate.vlm import Chat
+from foveate.core.method import as_stack, methods
+from foveate.scenes import questions, world
+from foveate.vlm.prefix import ask_together, prepare, shareable
+from foveate.vlm.vlm import Chat
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import speed
 from foveate import enhance
-from foveate.compat import cache_of, passing
-from foveate.look import read
-from foveate.pocket import world
+from foveate.backends.transformers.compat import cache_of, passing
+from foveate.scenes import world
+from foveate.vlm.look import read
 from tests import models
 
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}

@@ -14,13 +14,14 @@ import matplotlib as mpl
 import pytest
 from PIL import Image
 
-from foveate import VLM, FoveateError, commands, significance
-from foveate import sweep as sweep_module
-from foveate.benchmark import Benchmark, Record, Sample, parse
-from foveate.data import Data
-from foveate.method import text
-from foveate.sweep import Axis, Grid, Point, Sweep, sweep
-from foveate.yesno import Counts
+from foveate import VLM, FoveateError, commands
+from foveate.base import significance
+from foveate.core.method import text
+from foveate.evaluation import sweep as sweep_module
+from foveate.evaluation.benchmark import Benchmark, Record, Sample, parse
+from foveate.evaluation.data import Data
+from foveate.evaluation.sweep import Axis, Grid, Point, Sweep, sweep
+from foveate.evaluation.yesno import Counts
 
 
 def values(*over: str, method: str = "clvs") -> list[tuple[Any, ...]]:

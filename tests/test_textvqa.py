@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems
 from foveate.benchmarks.textvqa import TextVQA
-from foveate.data import Data
-from foveate.vqa import CONTRACTIONS, leave_one_out, normalise, three_tenths
+from foveate.evaluation.benchmark import Problems
+from foveate.evaluation.data import Data
+from foveate.evaluation.vqa import CONTRACTIONS, leave_one_out, normalise, three_tenths
 from tests import goldens
 
 

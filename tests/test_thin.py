@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from foveate.thin import thin_products
+from foveate.backends.transformers.thin import thin_products
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import FoveateError, Method, commands, trace
+from foveate.families.layout import Grid
+from foveate.insight.pages.trace import page
+from foveate.insight.target import Target, known, read
+from foveate.insight.trace import END, Trace
 from foveate.methods.clvs import CLVS
-from foveate.pocket import questions, world
-from foveate.target import Target, known, read
-from foveate.trace_page import page
-from foveate.tracing import END, Trace
-from foveate.vision import Grid
-from foveate.vlm import VLM, Chat
+from foveate.scenes import questions, world
+from foveate.vlm.vlm import VLM, Chat
 from tests import tiny
 from tests.references import clvs as reference
 

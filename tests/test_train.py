@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate import train
-from foveate.method import FoveateError
-from foveate.pocket import build, lessons, questions, training
+from foveate.core.method import FoveateError
+from foveate.pocket import build
+from foveate.pocket import train as training
+from foveate.scenes import lessons, questions
+from foveate.training import loop as train
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
 
@@ -102,7 +104,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> No
     whole = training.train_pocket(tmp_path / "whole", "caption", **RUN)
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from foveate.pocket.training import train_pocket\n"
+        "from foveate.pocket.train import train_pocket\n"
         f"train_pocket(sys.argv[1], 'caption', checkpoint_every=0, **{RUN!r})"
     )
     cut = tmp_path / "cut"

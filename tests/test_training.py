@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import Method, enhance
-from foveate.compat import start_checkpointing
+from foveate.backends.transformers.compat import start_checkpointing
 from foveate.methods.clvs import CLVS
 from foveate.methods.dola import DoLa
 from foveate.methods.tarac import TARAC

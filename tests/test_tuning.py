@@ -17,13 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import VLM, FoveateError, train
-from foveate.conversations import IGNORE, Writer, read
-from foveate.engine import attach
-from foveate.injection import CrossLayerInjection
-from foveate.methods.cli import CLI
-from foveate.pocket import build, questions
-from foveate.tuning import NAME, Lesson, Recipe, prepare, tower, tune
+from foveate import VLM, FoveateError
+from foveate.backends.transformers.enhance import attach
+from foveate.methods.cli.method import CLI
+from foveate.methods.cli.module import CrossLayerInjection
+from foveate.pocket import build
+from foveate.scenes import questions
+from foveate.training import loop as train
+from foveate.training.conversations import IGNORE, Writer, read
+from foveate.training.injection import NAME, Lesson, Recipe, prepare, tower, tune
 from tests import models, tiny
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")

@@ -15,7 +15,7 @@ import transformers as tf
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
-from foveate.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods import var
 from foveate.methods.var import VAR, find_sink_dims, known_sink_dims
 from tests import models

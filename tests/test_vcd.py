@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, enhance
-from foveate.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods.vcd import VCD
 from tests import models
 from tests.references import vcd as reference

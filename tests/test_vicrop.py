@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import VLM, FoveateError, look
+from foveate import VLM, FoveateError
+from foveate.base.journal import Journal
 from foveate.benchmarks.pocket import PocketBench
-from foveate.evaluation import evaluate
-from foveate.journal import Journal
-from foveate.method import as_stack
+from foveate.core.method import as_stack
+from foveate.evaluation.ask import evaluate
+from foveate.evaluation.run import key
+from foveate.families.layout import together
 from foveate.methods.vicrop import ViCrop, window_search
-from foveate.pocket import questions, world
-from foveate.run import key
-from foveate.vision import together
-from foveate.vlm import Chat
+from foveate.scenes import questions, world
+from foveate.vlm import look
+from foveate.vlm.vlm import Chat
 from tests import tiny
 from tests.references import vicrop as reference
 

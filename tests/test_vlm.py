@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foveate import loading
-from foveate.method import FoveateError, Method, as_stack
-from foveate.record import Recorder
-from foveate.shared import ask_together, prepare, shareable
-from foveate.vlm import VLM, Answer, Chat, Turn
+from foveate.backends.transformers.record import Recorder
+from foveate.core.method import FoveateError, Method, as_stack
+from foveate.vlm import loading
+from foveate.vlm.prefix import ask_together, prepare, shareable
+from foveate.vlm.vlm import VLM, Answer, Chat, Turn
 from tests import models as families
 from tests import tiny
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.pocket import world
+from foveate.scenes import world
 
 QUESTION = ["Describe", "this image."]
 

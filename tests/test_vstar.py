@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from foveate import FoveateError
-from foveate.benchmark import Problems, parse
 from foveate.benchmarks.vstar import ASK, VStar, prompt
-from foveate.data import Data
-from foveate.vqa import LETTERS, letter, nearest
+from foveate.evaluation.benchmark import Problems, parse
+from foveate.evaluation.data import Data
+from foveate.evaluation.vqa import LETTERS, letter, nearest
 from tests import goldens
 
 TEXT = "What color is the dog?\n(A) black\n(B) white\n(C) red\n(D) brown" + ASK

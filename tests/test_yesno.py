@@ -7,9 +7,9 @@ from math import isnan
 
 import pytest
 
-from foveate import yesno
 from foveate.benchmarks.mme import MME
-from foveate.yesno import Counts
+from foveate.evaluation import yesno
+from foveate.evaluation.yesno import Counts
 from tests import goldens
 
 COLUMNS: dict[str, Callable[[str], str | None]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from foveate.vlm import VLM
+from foveate.vlm.vlm import VLM
 from tests import models as families
 
 WORDS = "<pad> <s> </s> <image> <unk> user assistant system : ? yes no Yes NO is there a cat red"

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import enhance, prefill
-    from .method import FoveateError, Method
-    from .method import methods as list_methods
-    from .record import Recorder
-    from .tracing import trace
-    from .vlm import VLM
+    from .backends.transformers.enhance import enhance, prefill
+    from .backends.transformers.record import Recorder
+    from .core.method import FoveateError, Method
+    from .core.method import methods as list_methods
+    from .insight.trace import trace
+    from .vlm.vlm import VLM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 _home = {  # imported when first asked for
-    "enhance": ("engine", "enhance"),
-    "prefill": ("engine", "prefill"),
-    "Method": ("method", "Method"),
-    "list_methods": ("method", "methods"),
-    "FoveateError": ("method", "FoveateError"),
-    "Recorder": ("record", "Recorder"),
-    "VLM": ("vlm", "VLM"),
-    "trace": ("tracing", "trace"),
+    "enhance": ("backends.transformers.enhance", "enhance"),
+    "prefill": ("backends.transformers.enhance", "prefill"),
+    "Method": ("core.method", "Method"),
+    "list_methods": ("core.method", "methods"),
+    "FoveateError": ("core.method", "FoveateError"),
+    "Recorder": ("backends.transformers.record", "Recorder"),
+    "VLM": ("vlm.vlm", "VLM"),
+    "trace": ("insight.trace", "trace"),
 }
 
 

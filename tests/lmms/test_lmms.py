@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError
-from foveate.pocket import questions, world
+from foveate.scenes import questions, world
 
 pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own: make test-lmms")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -147,7 +147,7 @@ def test_listing_models_loads_neither_foveate_nor_transformers() -> None:
         "import sys, importlib.metadata as m\n"
         "(point,) = [p for p in m.entry_points(group='lmms_eval.models') if p.name == 'foveate']\n"
         "point.load()\n"
-        "print(sorted({'torch', 'transformers', 'foveate.vlm'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'foveate.vlm.vlm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

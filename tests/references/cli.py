@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from foveate.injection import CrossLayerInjection
+from foveate.methods.cli.module import CrossLayerInjection
 
 GELU = torch.nn.functional.gelu
 

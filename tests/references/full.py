@@ -57,7 +57,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate import Method, enhance
-from foveate.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, passing
 
 NAME = "full_map_reference"
 STEPS = 9  # the prompt's row and eight decode steps

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.vlm import VLM, Chat
+from foveate.vlm.vlm import VLM, Chat
 
 
 def attention(vlm: VLM, images: list[Image.Image], text: str, system: str | None) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.vlm import VLM, Chat
+from foveate.vlm.vlm import VLM, Chat
 from tests.references.full import FullMap
 
 

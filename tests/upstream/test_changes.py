@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from foveate import FoveateError, Recorder, compat, enhance, heartbeat, prefill
-from foveate.compat import cache_argument, cache_of, passing
+from foveate import FoveateError, Recorder, enhance, prefill
+from foveate.backends.transformers import compat, heartbeat
+from foveate.backends.transformers.compat import cache_argument, cache_of, passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.dola import DoLa
-from foveate.shared import next_position, suffix_batch
+from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 
 FREE = CLVS(smoothing=0.4, stop_threshold=0.0)

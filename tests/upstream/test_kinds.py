@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from foveate import FoveateError, enhance
-from foveate.handshake import handshake
+from foveate.backends.transformers.handshake import handshake
 from foveate.methods.clvs import CLVS
 from foveate.methods.vaf import VAF
 

@@ -1,1 +1,1 @@
-"""One file here is one benchmark; `foveate.benchmark` finds them by walking this folder."""
+"""One file here is one benchmark; `foveate.evaluation.benchmark` walks this folder."""

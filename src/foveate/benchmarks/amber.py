@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate import yesno
-from foveate.benchmark import Benchmark, Record, Sample, Table, answered
-from foveate.data import Data
-from foveate.form import FoveateError
-from foveate.lemmas import lemmas
-from foveate.yesno import YesNo
+from ..base.form import FoveateError
+from ..evaluation import yesno
+from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.words import lemmas
+from ..evaluation.yesno import YesNo
 
 Split = Literal["existence", "attribute", "relation"]
 SPLITS: tuple[Split, ...] = ("existence", "attribute", "relation")

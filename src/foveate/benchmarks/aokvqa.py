@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate.benchmark import Benchmark, Record, Sample, Source, Table, answered
-from foveate.data import Data
-from foveate.vqa import leave_one_out, letter, lettered, normalise, thirds, three_tenths
+from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.vqa import leave_one_out, letter, lettered, normalise, thirds, three_tenths
 
 FILE = "aokvqa/aokvqa_v1p0_val.json"
 NEEDED = ("image_id", "question_id", "question", "choices", "correct_choice_idx", "direct_answers")

@@ -11,10 +11,10 @@ from math import nan
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate.benchmark import Benchmark, Record, Sample, Table, answered
-from foveate.data import Data
-from foveate.form import FoveateError
-from foveate.lemmas import lemmas
+from ..base.form import FoveateError
+from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.words import lemmas
 
 PROMPT = "Please describe this image in detail."
 LISTS = ("chair/image_ids.json", "chair/opera_500_image_ids.json")

@@ -8,10 +8,10 @@ from math import nan
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from foveate import yesno
-from foveate.benchmark import Record, Sample, Source, Table, answered
-from foveate.data import Data
-from foveate.yesno import YesNo
+from ..evaluation import yesno
+from ..evaluation.benchmark import Record, Sample, Source, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.yesno import YesNo
 
 FILE = "hallusion_bench/HallusionBench.json"
 NEEDED = (

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from foveate import yesno
-from foveate.benchmark import Record, Sample, Table, by_split
-from foveate.data import Data
-from foveate.yesno import YesNo
+from ..evaluation import yesno
+from ..evaluation.benchmark import Record, Sample, Table, by_split
+from ..evaluation.data import Data
+from ..evaluation.yesno import YesNo
 
 PERCEPTION = (
     "existence",

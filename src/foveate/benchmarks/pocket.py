@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
-from foveate import yesno
-from foveate.benchmark import Benchmark, Record, Sample, Table, answered, by_split
-from foveate.data import Data
-from foveate.pocket import questions, world
-from foveate.pocket.questions import Look
+from ..evaluation import yesno
+from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered, by_split
+from ..evaluation.data import Data
+from ..scenes import questions, world
+from ..scenes.questions import Look
 
 if TYPE_CHECKING:
-    from foveate.heads import Vocabulary
+    from ..insight.heads import Vocabulary
 
 Category = Literal[
     "existence-random",
@@ -56,7 +56,7 @@ class PocketBench(Benchmark):
     """Existence, attributes, relations, pairs, numbers, fine print and captions of drawn scenes.
 
     Needs no data. Every category has a split of scenes with the habits of the pocket model's
-    training scenes and one of scenes against all of them (``foveate.pocket.world``), none of which
+    training scenes and one of scenes against all of them (``foveate.scenes.world``), none of which
     was seen in training or in its exams. A scene is asked up to 17 questions.
 
     * existence, as in POPE: negatives drawn from all kinds that are absent, from the six that
@@ -267,6 +267,6 @@ def named(caption: str) -> list[str]:
 
 @functools.cache
 def _vocabulary() -> Vocabulary:
-    from foveate.heads import pocket_samples  # imports transformers
+    from ..insight.heads import pocket_samples  # imports transformers
 
     return pocket_samples(0)[1]

@@ -8,10 +8,10 @@ from math import isnan
 from statistics import fmean
 from typing import ClassVar, Literal
 
-from foveate import yesno
-from foveate.benchmark import Record, Sample, Table, by_split
-from foveate.data import Data
-from foveate.yesno import Counts, YesNo
+from ..evaluation import yesno
+from ..evaluation.benchmark import Record, Sample, Table, by_split
+from ..evaluation.data import Data
+from ..evaluation.yesno import Counts, YesNo
 
 Split = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[Split, ...] = ("random", "popular", "adversarial")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate import yesno
-from foveate.benchmark import Record, Sample, Table, answered
-from foveate.data import Data
-from foveate.yesno import Counts, YesNo
+from ..evaluation import yesno
+from ..evaluation.benchmark import Record, Sample, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.yesno import Counts, YesNo
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 SUBSETS = ("1", "2", "3", "4", "5")

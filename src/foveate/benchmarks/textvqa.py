@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate.benchmark import Benchmark, Record, Sample, Source, Table, answered
-from foveate.data import Data
-from foveate.vqa import leave_one_out, normalise, three_tenths
+from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered
+from ..evaluation.data import Data
+from ..evaluation.vqa import leave_one_out, normalise, three_tenths
 
 FILE = "textvqa/TextVQA_0.5.1_val.json"
 NEEDED = ("image_id", "question", "answers")

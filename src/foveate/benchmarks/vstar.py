@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from foveate.benchmark import Benchmark, Record, Sample, Source, Table, answered, by_split
-from foveate.data import Data
-from foveate.vqa import LETTERS, letter, lettered, nearest
+from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered, by_split
+from ..evaluation.data import Data
+from ..evaluation.vqa import LETTERS, letter, lettered, nearest
 
 SPLITS = ("direct_attributes", "relative_position")
 LIST = "vstar_bench/test_questions.jsonl"

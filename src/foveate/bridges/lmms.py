@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
-from ..form import FoveateError
-from ..images import decode_all
-from ..method import as_stack
-from ..vlm import VLM, Answer, Chat
+from ..base.form import FoveateError
+from ..base.images import decode_all
+from ..core.method import as_stack
+from ..vlm.vlm import VLM, Answer, Chat
 
 DEFAULT_NEW_TOKENS = 1024
 """The limit where a task sets none, as in lmms-eval's own LLaVA model."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
-from ..form import FoveateError
-from ..vlm import VLM, Methods
+from ..base.form import FoveateError
+from ..vlm.vlm import VLM, Methods
 
 
 class Foveate(BaseModel):

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..method import FoveateError
+from ..core.method import FoveateError
 from .common import note
 
 # of the help; commands that are not named here follow by name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import (
     DeviceOption,
@@ -23,7 +23,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..masks import Picture
+    from ..insight.truth import Picture
 
 
 @app.command()
@@ -62,8 +62,8 @@ def analyze(
 
     Stop it whenever you like: the same command goes on, and a larger --limit adds pictures.
     """
-    from ..analysis import parse, run, stacks
-    from ..masks import coco_pictures, pocket_pictures
+    from ..insight.analysis import parse, run, stacks
+    from ..insight.truth import coco_pictures, pocket_pictures
 
     if name.partition("(")[0].strip() == "sweep":
         raise FoveateError(

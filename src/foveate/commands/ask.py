@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..method import FoveateError, as_stack, methods, text
+from ..core.method import FoveateError, as_stack, methods, text
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -26,7 +26,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..vlm import Answer
+    from ..vlm.vlm import Answer
 
 
 @app.command()
@@ -62,7 +62,7 @@ def ask(
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:
-        from ..plots.style import check_path
+        from ..insight.plots.style import check_path
 
         check_path(show)
     picture = read_picture(image)

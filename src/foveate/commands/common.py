@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..record import Record
-    from ..vlm import VLM, Answer
+    from ..backends.transformers.record import Record
+    from ..vlm.vlm import VLM, Answer
 
 
 ModelOption = Annotated[
@@ -58,7 +58,7 @@ def quiet() -> None:
 
 
 def load(name: str, **options: Any) -> VLM:
-    from ..vlm import VLM
+    from ..vlm.vlm import VLM
 
     quiet()
     return VLM.load(name, **options)
@@ -76,10 +76,10 @@ def serves(model: Any, stack: tuple[Any, ...]) -> bool:
 
 
 def read_picture(name: str) -> Any:
-    from ..images import decode
+    from ..base.images import decode
 
     if name == "demo" and not Path(name).is_file():
-        from ..pocket import questions, world
+        from ..scenes import questions, world
 
         return world.draw(world.sample(questions.FIRST_HELD_OUT))
     return decode(name)
@@ -169,7 +169,7 @@ def draw(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> Non
     if not chains:
         draw_attention(vlm, question, answers, path)
         return
-    from ..plots.chain import Link, show_chain
+    from ..insight.plots.chain import Link, show_chain
 
     links = [Link(name, said(answers[name]), chain) for name, chain in chains.items()]
     others = {name: said(answer) for name, answer in answers.items() if name not in chains}
@@ -180,8 +180,8 @@ def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Pa
     """Attention to the first image, mean over the answer's tokens."""
     import torch
 
-    from ..plots.attention import Look, show_attention
-    from ..vision import Grid, together
+    from ..families.layout import Grid, together
+    from ..insight.plots.attention import Look, show_attention
 
     chat = next(iter(answers.values())).chat
     grids = vlm.grids(chat)

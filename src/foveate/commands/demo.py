@@ -38,7 +38,7 @@ def demo(
     revision: RevisionOption = None,
 ) -> None:
     """Draw a scene, ask six questions about it with vanilla and CLVS, and show the attention."""
-    from ..pocket import world
+    from ..scenes import world
 
     scene, asked = _six_questions(seed)
     folder = make_folder(out)
@@ -63,7 +63,7 @@ def _six_questions(seed: int) -> tuple[Any, list[Any]]:
     """A held-out scene, and one question of each of six kinds about it."""
     import random
 
-    from ..pocket import questions, world
+    from ..scenes import questions, world
 
     scene = world.sample(questions.FIRST_HELD_OUT + seed)
     asked = questions.exam(scene, random.Random(seed))

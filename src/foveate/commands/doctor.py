@@ -26,8 +26,8 @@ def doctor(
 
     The exit code is 1 if foveate itself does not work here, or refuses the model.
     """
-    from ..doctor import check, examine, told
-    from ..method import FoveateError
+    from ..core.method import FoveateError
+    from ..vlm.doctor import check, examine, told
 
     quiet()
     if (as_json or revision) and not model:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..method import FoveateError, as_stack, methods
+from ..core.method import FoveateError, as_stack, methods
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -86,7 +86,7 @@ def evaluate(
 
     Stop it whenever you like, also by force: the same command goes on.
     """
-    from ..benchmark import parse
+    from ..evaluation.benchmark import parse
 
     benchmarks = [b for given in bench for b in parse(given)]
     part, size = read_shard(shard), read_batch_size(batch_size)
@@ -104,9 +104,9 @@ def evaluate(
     vlm: Any
     run: Callable[..., dict[str, Any]]
     if engine is Engine.RAY:
-        from ..loading import outline
-        from ..scale import evaluate as run
-        from ..vlm import VLM
+        from ..bridges.ray import evaluate as run
+        from ..vlm.loading import outline
+        from ..vlm.vlm import VLM
 
         vlm = functools.partial(VLM.load, model, revision=revision, device=device, dtype=dtype)
         gpus = 0.0 if device == "cpu" and gpus is None else gpus
@@ -114,7 +114,7 @@ def evaluate(
     elif workers or cpus is not None or gpus is not None:
         raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
     else:
-        from ..evaluation import evaluate as run
+        from ..evaluation.ask import evaluate as run
 
         vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
     if "all" in chosen:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import DeviceOption, DtypeOption, RevisionOption, load, new_table, print_table
 
@@ -63,7 +63,7 @@ def heads(
     The model describes every image; at each word for an object every head is removed in turn.
     Stop it whenever you like: the same command goes on, from the .jsonl file beside --out.
     """
-    from ..heads import PROMPT, find_heads, folder_samples, pocket_samples
+    from ..insight.heads import PROMPT, find_heads, folder_samples, pocket_samples
 
     if images and objects:
         samples, vocabulary = folder_samples(images, objects, synonyms)

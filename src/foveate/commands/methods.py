@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..method import FoveateError, methods
+from ..core.method import FoveateError, methods
 from . import app
 from .common import RevisionOption, brief, load, new_table, note, print_table
 
@@ -43,7 +43,7 @@ def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[s
     An outline of the model is enough for most; where a value depends on the weights (None is
     left), they are loaded.
     """
-    from ..loading import outline
+    from ..vlm.loading import outline
 
     def on(model: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}

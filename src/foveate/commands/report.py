@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 
 
@@ -27,8 +27,8 @@ def report(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Merge runs and say what every method gains and loses, and whether that is significant."""
-    from ..report import report as write
-    from ..report_page import sentence
+    from ..evaluation.results import report as write
+    from ..insight.pages.report import sentence
 
     if out is None and len(runs) > 1:
         raise FoveateError("These are several runs: say where to write their report with --out.")

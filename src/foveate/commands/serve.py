@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import DeviceOption, DtypeOption, ModelOption, RevisionOption, load, note
 
@@ -73,8 +73,8 @@ def serve(
     one ends at once.
     """
     try:
-        from ..serve.run import Server, bind
-        from ..serve.settings import Settings
+        from ..serving.run import Server, bind
+        from ..serving.settings import Settings
     except ModuleNotFoundError as error:
         raise FoveateError(
             f"The server needs {error.name}: pip install 'foveate[serve]'."
@@ -95,7 +95,7 @@ def serve(
         api_key=api_key,
     )
     if engine is Engine.RAY:
-        from ..serve.replicas import run_replicas
+        from ..bridges.replicas import run_replicas
 
         opened = functools.partial(load, model, revision=revision, device=device, dtype=dtype)
         run_replicas(opened, settings, host, port, replicas)

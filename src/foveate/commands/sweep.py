@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import (
     BatchSizeOption,
@@ -66,10 +66,10 @@ def sweep(
     One parameter gives a line with its interval, two give a map. Stop it whenever you like: the
     same command goes on.
     """
-    from ..benchmark import parse
-    from ..plots.style import check_path
-    from ..sweep import Grid
-    from ..sweep import sweep as run
+    from ..evaluation.benchmark import parse
+    from ..evaluation.sweep import Grid
+    from ..evaluation.sweep import sweep as run
+    from ..insight.plots.style import check_path
 
     grid, benchmarks = Grid.read(method, over), parse(bench)
     if len(benchmarks) > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -27,8 +27,8 @@ from .common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tracing import Heads, Trace
-    from ..vlm import VLM
+    from ..insight.trace import Heads, Trace
+    from ..vlm.vlm import VLM
 
 BAR = 40  # characters
 
@@ -76,7 +76,7 @@ def trace(
     Writes a strip of heat maps, curves over the layers, all numbers, and one page to explore them.
     With --layers and without --out nothing is written.
     """
-    from ..target import known, read
+    from ..insight.target import known, read
 
     if "all" in (method or ()):
         raise FoveateError("There is no room to trace all methods: name those to compare.")
@@ -86,7 +86,7 @@ def trace(
     found = None if target is None else read(target, picture.size, known(image))
     folder, chosen = None, _heads(heads)
     if out is not None or not layers:
-        from ..plots.style import check_path
+        from ..insight.plots.style import check_path
 
         folder = make_folder(out or Path("trace"))
         check_path(folder / "strip.png")
@@ -95,7 +95,7 @@ def trace(
         _print_layers(vlm, picture, question, system)
     if folder is None:
         return
-    from ..tracing import trace as run
+    from ..insight.trace import trace as run
 
     traced = run(
         vlm,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..method import FoveateError
+from ..core.method import FoveateError
 from . import app
 from .common import ModelOption, RevisionOption, make_folder, quiet
 
@@ -50,7 +50,7 @@ def train_pocket(
     ] = False,
 ) -> None:
     """Train the pocket model from nothing: the tower, captions, open questions, yes/no."""
-    from ..pocket import training
+    from ..pocket import train as training
     from ..pocket.build import WEIGHTS
 
     if out is None and not evaluate:
@@ -126,7 +126,7 @@ def train_cli(
     For several processes: torchrun --nproc-per-node 2 -m foveate.commands train cli ..., or
     accelerate launch, which also does FSDP.
     """
-    from ..tuning import Recipe, tune
+    from ..training.injection import Recipe, tune
 
     quiet()
     recipe = Recipe(

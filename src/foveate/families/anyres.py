@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 
-from ..compat import best_resolution
-from ..vision import Box, Grid, Picture
+from ..backends.transformers.compat import best_resolution
+from .layout import Box, Grid, Picture
 from .square import letterbox
 
 serves = ("llava_next", "llava_next_video", "llava_onevision")

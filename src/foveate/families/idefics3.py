@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from ..vision import Grid, Picture
 from .internvl import mosaic
+from .layout import Grid, Picture
 
 serves = ("idefics3", "smolvlm")
 

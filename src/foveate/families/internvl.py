@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from ..compat import tiling
-from ..vision import Grid, Picture
+from ..backends.transformers.compat import tiling
+from .layout import Grid, Picture
 
 serves = ("internvl",)
 

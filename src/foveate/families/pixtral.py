@@ -5,7 +5,7 @@ The image is rescaled to whole cells. The break tokens at the lines' ends are te
 
 from __future__ import annotations
 
-from ..vision import Grid, Picture
+from .layout import Grid, Picture
 
 serves = ("pixtral",)
 

@@ -5,7 +5,7 @@ GLM-4V's models prepare images in the same way.
 
 from __future__ import annotations
 
-from ..vision import Grid, Picture
+from .layout import Grid, Picture
 
 serves = (
     "qwen2_vl",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..vision import WHOLE, Box, Grid, Picture
+from .layout import WHOLE, Box, Grid, Picture
 
 serves = ("llava", "vipllava", "paligemma", "gemma3")
 

@@ -1,1 +1,1 @@
-"""One file here is one method; `foveate.method` finds them by walking this folder."""
+"""One file here is one method; `foveate.core.method` finds them by walking this folder."""

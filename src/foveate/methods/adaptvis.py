@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..method import Method
+from ..core.method import Method
 from .scalingvis import scaled
 
 if TYPE_CHECKING:
-    from ..attention import Rows
-    from ..context import Context
+    from ..backends.transformers.attention import Rows
+    from ..core.context import Context
 
 
 @dataclass(frozen=True)

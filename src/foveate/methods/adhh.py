@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..form import file
-from ..method import FoveateError, Method, shape
+from ..base.form import file
+from ..core.method import FoveateError, Method, shape
 
 if TYPE_CHECKING:
-    from ..attention import Rows
+    from ..backends.transformers.attention import Rows
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..form import costly
-from ..method import Method
-from ..regions import regions
+from ..base.form import costly
+from ..core.method import Method
+from ..vlm.regions import regions
 
 if TYPE_CHECKING:
-    from ..look import Pixels
-    from ..vision import Box
-    from ..vlm import VLM, Chat
+    from ..families.layout import Box
+    from ..vlm.look import Pixels
+    from ..vlm.vlm import VLM, Chat
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"final_input": "refined", "regions": 2, "keep": 0.4},
@@ -129,7 +129,7 @@ class CARVE(Method):
         )
 
     def resolve(self, model: Any) -> Method:
-        from ..look import GENERAL, SHORT  # imports transformers
+        from ..vlm.look import GENERAL, SHORT  # imports transformers
 
         values = VARIANTS[self.variant] | VERSIONS[self.version]
         values |= {"instruction": GENERAL, "suffix": SHORT}
@@ -137,7 +137,7 @@ class CARVE(Method):
         return replace(super().resolve(model), **missing)
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..look import Chain, Panel, followed, fractions, read_beside, the_image
+        from ..vlm.look import Chain, Panel, followed, fractions, read_beside, the_image
 
         image = the_image(self, chats)
         if image is None:

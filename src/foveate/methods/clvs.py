@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..compat import final_norm
-from ..method import Method
-from ..vision import runs
+from ..backends.transformers.compat import final_norm
+from ..core.method import Method
+from ..families.layout import runs
 
 if TYPE_CHECKING:
-    from ..attention import Rows
-    from ..context import Context
+    from ..backends.transformers.attention import Rows
+    from ..core.context import Context
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..form import costly
-from ..method import Method
+from ..base.form import costly
+from ..core.method import Method
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..core.context import Context
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..form import costly
-from ..method import Method
+from ..base.form import costly
+from ..core.method import Method
 
 if TYPE_CHECKING:
-    from ..context import Context
-    from ..look import Chain, Pixels, Reading
-    from ..vision import Box
-    from ..vlm import VLM, Chat
+    from ..core.context import Context
+    from ..families.layout import Box
+    from ..vlm.look import Chain, Pixels, Reading
+    from ..vlm.vlm import VLM, Chat
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class LASER(Method):
         Call it on a method that was resolved for the model. The image is read once, where the
         model allows it; equal prompts are read once, so their readings are equal to the bit.
         """
-        from ..look import SHORT, followed, read  # imports transformers
+        from ..vlm.look import SHORT, followed, read  # imports transformers
 
         suffix = SHORT if self.suffix is None else self.suffix
         unasked = suffix.strip() if self.noq == "instruction_only" else ""
@@ -196,7 +196,7 @@ class LASER(Method):
     # -- the crop and the masked view --------------------------------------------------------------
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..look import the_image
+        from ..vlm.look import the_image
 
         image = the_image(self, chats)
         if image is None:
@@ -351,7 +351,7 @@ def _chain(
     part: Image.Image,
 ) -> Chain:
     """From both readings to what the model is shown."""
-    from ..look import Chain, Panel, fractions
+    from ..vlm.look import Chain, Panel, fractions
 
     frame, at, panels = fractions(crop, image.size), f"layer {found.layer}", []
     if found.layer is not None:

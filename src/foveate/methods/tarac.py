@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..method import Method
+from ..core.method import Method
 
 if TYPE_CHECKING:
-    from ..attention import Rows
+    from ..backends.transformers.attention import Rows
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..method import Method
+from ..core.method import Method
 
 if TYPE_CHECKING:
-    from ..attention import Rows
+    from ..backends.transformers.attention import Rows
 
 
 @dataclass(frozen=True)

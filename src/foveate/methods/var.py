@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..compat import cache_of, hidden_in
-from ..form import costly
-from ..method import FoveateError, Method, shape
+from ..backends.transformers.compat import cache_of, hidden_in
+from ..base.form import costly
+from ..core.method import FoveateError, Method, shape
 
 if TYPE_CHECKING:
-    from ..attention import Rows
-    from ..context import Context
+    from ..backends.transformers.attention import Rows
+    from ..core.context import Context
 
 # text_model_type, hidden_size, layers, attention_heads, key_value_heads (, vocab_size)
 KNOWN: dict[tuple[Any, ...], tuple[int, ...]] = {

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..method import FoveateError, Method
-from ..vision import runs
+from ..core.method import FoveateError, Method
+from ..families.layout import runs
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..core.context import Context
 
 _STEPS = 1000  # of the noise schedule
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import numpy as np
 from PIL import Image
 
-from ..form import costly
-from ..method import Method
+from ..base.form import costly
+from ..core.method import Method
 
 if TYPE_CHECKING:
-    from ..look import Pixels
-    from ..vision import Box
-    from ..vlm import VLM, Chat
+    from ..families.layout import Box
+    from ..vlm.look import Pixels
+    from ..vlm.vlm import VLM, Chat
 
 _FLAT = 1e-4  # a map whose values differ by less than this share of the largest says nothing
 _FINE = 2**40  # the largest value, as an integer: sums are then exact, and ties are ties
@@ -86,14 +86,14 @@ class ViCrop(Method):
         )
 
     def resolve(self, model: Any) -> Method:
-        from ..look import GENERAL, SHORT  # imports transformers
+        from ..vlm.look import GENERAL, SHORT  # imports transformers
 
         values: dict[str, Any] = {"instruction": GENERAL, "suffix": SHORT}
         missing = {k: v for k, v in values.items() if getattr(self, k) is None}
         return replace(super().resolve(model), **missing)
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..look import Chain, Panel, Reading, fractions, read_beside, the_image
+        from ..vlm.look import Chain, Panel, Reading, fractions, read_beside, the_image
 
         image = the_image(self, chats)
         if image is None:

@@ -39,8 +39,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from foveate.compat import clip_image_processor, is_tower_weight, pocket_weights
-from foveate.pocket import questions
+from ..backends.transformers.compat import clip_image_processor, is_tower_weight, pocket_weights
+from ..scenes import questions
 
 WEIGHTS = Path(__file__).parent / "weights"
 SIZE, PATCH = 96, 8

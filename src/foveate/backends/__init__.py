@@ -1,0 +1,1 @@
+"""One folder per engine: the callers of `foveate.core`."""

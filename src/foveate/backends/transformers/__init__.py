@@ -1,0 +1,1 @@
+"""Methods inside Hugging Face transformers: hooks, an attention function and the KV cache."""

@@ -1,0 +1,127 @@
+"""The KV cache that carries a sequence's context, and the second stream's own cache."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...base.form import FoveateError
+from ...core.context import Context
+from .compat import batch_of, length
+
+
+class Carrier:
+    """Mixed into the class of a cache that carries a context: the cache's own calls reach it."""
+
+    foveate: Context | None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for method in self.foveate.stack.methods if self.foveate else ():
+            if not method.reorders:
+                raise FoveateError(
+                    f"{method.name} remembers earlier tokens and cannot follow beam search: "
+                    "use num_beams=1."
+                )
+        super().reorder_cache(self._rows(beam_idx))  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.foveate is not None:
+            index = torch.arange(self.foveate.visual.shape[0]).repeat_interleave(repeats)
+            self._select(index)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(self._rows(indices))  # type: ignore[misc]
+        self._select(indices)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        if self.foveate is not None and self.foveate.phase != "prefix":
+            raise FoveateError(
+                "A cache that holds edited tokens cannot be cropped (assisted decoding does that): "
+                "generate without an assistant, or crop a copy made right after prefill()."
+            )
+        if self.foveate is not None and self.foveate.other is not None:
+            raise FoveateError(
+                f"The second stream of {self.foveate.stack} has a length of its own and cannot be "
+                "cropped with this cache: fill a shorter prefix instead."
+            )
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.foveate is not None:
+            self.foveate.crop(length(self))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.foveate = None
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """The cache's own rows behind the samples `index`."""
+        if self.foveate is None or not self.foveate.paired:
+            return index
+        return torch.cat([index, index + len(self.foveate.visual)])
+
+    def _select(self, index: Tensor) -> None:
+        if self.foveate is not None:
+            self.foveate = self.foveate.select(index)
+
+    def pair(self) -> None:
+        """Two rows per sample from now on: the second half of the batch is a second stream's."""
+        assert self.foveate is not None
+        # a cache that the model made inside its forward holds both streams already
+        if length(self) > 0 and batch_of(self) == len(self.foveate.visual):
+            rows = torch.arange(len(self.foveate.visual)).repeat(2)
+            super().batch_select_indices(rows)  # type: ignore[misc]
+        self.__class__ = _carrying(PairCarrier, type(self).__mro__[2])
+
+
+class PairCarrier(Carrier):
+    """A cache with two rows per sample, which only `enhance` knows how to fill."""
+
+    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.foveate is not None and len(key_states) != 2 * len(self.foveate.visual):
+            raise FoveateError(
+                f"This cache holds two streams of {self.foveate.stack}: go on with it inside "
+                "enhance() with the same methods, or start from a fresh cache."
+            )
+        return super().update(key_states, *args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _carrying(carrier: type, kind: type) -> type:
+    return type(kind.__name__, (carrier, kind), {})
+
+
+def adopt(cache: Any, ctx: Context) -> None:
+    """Hang `ctx` on `cache`."""
+    if not isinstance(cache, Carrier):
+        cache.__class__ = _carrying(Carrier, cast(Any, type(cache)))
+    cache.foveate = ctx
+    if ctx.paired and not isinstance(cache, PairCarrier):
+        cache.pair()
+
+
+class Stream:
+    """A second stream on its own: cache, mask (B, K) int64 and next position (B,) int64.
+
+    `aligned`: so far it was fed the same tokens as the first, so positions are the same.
+    """
+
+    aligned = True
+
+    def __init__(self, cache: Any, mask: Tensor, position: Tensor) -> None:
+        self.cache, self.mask, self.position = cache, mask, position
+
+    def copy(self, index: Tensor | None) -> Stream:
+        cache, mask, position = copy.deepcopy(self.cache), self.mask, self.position
+        if index is not None:
+            if length(cache) > 0:
+                cache.batch_select_indices(index)
+            index = index.to(mask.device)
+            mask, position = mask.index_select(0, index), position.index_select(0, index)
+        fork = Stream(cache, mask, position)
+        fork.aligned = self.aligned
+        return fork

@@ -1,0 +1,574 @@
+"""What transformers keeps private or has renamed: every such name stands in this file.
+
+The rest of foveate asks here and names no version. When a release changes something, this file
+changes with it, and nothing else. Supported: transformers 5.0 and later.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from ...base.form import FoveateError
+
+VERSION = transformers.__version__
+
+# -- arguments and outputs of a model's forward ----------------------------------------------------
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward and its output call the KV cache: the first since 5.24, the second before."""
+
+NOT_INPUTS = frozenset(
+    {
+        "foveate",
+        *CACHE_NAMES,
+        "cache_position",
+        "logits_to_keep",
+        "use_cache",
+        "return_dict",
+        "labels",
+        "output_attentions",
+        "output_hidden_states",
+    }
+)
+"""Arguments of a forward that say nothing about the prompt."""
+
+
+def cache_argument(model: Any) -> str:
+    """The argument that takes the KV cache in this model's forward.
+
+    Raises:
+        FoveateError: unless the forward names exactly one that is known here.
+    """
+    kind: Any = type(unwrapped(model))
+    return _cache_argument(kind)
+
+
+@functools.cache
+def _cache_argument(kind: Any) -> str:
+    named = inspect.signature(kind.forward).parameters
+    known = [name for name in CACHE_NAMES if name in named]
+    if len(known) != 1:
+        found = f"names {' and '.join(known)}" if known else "names none"
+        raise FoveateError(
+            f"The forward of {kind.__name__} takes its KV cache under a name that foveate does not "
+            f"know: of {' and '.join(CACHE_NAMES)} it {found} (transformers {VERSION}). "
+            "Upgrade foveate, or install the transformers release that its lock names."
+        )
+    return known[0]
+
+
+def passing(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument that gives `cache` to this model's forward."""
+    return {cache_argument(model): cache}
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The KV cache among the keyword arguments of a call, under any of its names; None without."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def cache_of(out: Any) -> Any:
+    """The KV cache that a forward or `generate` returned, or `out` itself where it is one."""
+    if isinstance(out, Cache):
+        return out
+    fields = getattr(out, "__dict__", {})
+    return next((fields[name] for name in CACHE_NAMES if fields.get(name) is not None), None)
+
+
+def keep_rows(out: Any, batch: int) -> None:
+    """Cut a forward's output to the first `batch` rows; the cache stays as it is."""
+    for name in ("logits", "hidden_states", "attentions", "rope_deltas"):
+        value = getattr(out, name, None)
+        if isinstance(value, tuple):
+            setattr(out, name, tuple(v[:batch] for v in value))
+        elif isinstance(value, Tensor):
+            setattr(out, name, value[:batch])
+
+
+# -- caches ----------------------------------------------------------------------------------------
+
+
+def length(cache: Any) -> int:
+    """Tokens that a cache holds; 0 without a cache."""
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def capacity(cache: Any) -> int | None:
+    """Tokens that a static cache can hold at most; None for caches that grow."""
+    if cache is None or not cache.is_compileable:
+        return None
+    ask = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
+    return int(ask())
+
+
+def allocated(cache: Any) -> bool:
+    """Whether an empty cache has its rows already, as static ones of early transformers 5 do."""
+    return length(cache) == 0 and _keys(cache) is not None
+
+
+def batch_of(cache: Any) -> int:
+    """Rows of a filled cache."""
+    return len(cast(Tensor, _keys(cache)))
+
+
+def _keys(cache: Any) -> Tensor | None:
+    """The keys of the first layer that has any; linear-attention layers have none."""
+    layers = getattr(cache, "layers", None) or ()
+    found = (getattr(layer, "keys", None) for layer in layers)
+    return next((keys for keys in found if keys is not None), None)
+
+
+def empty_cache(decoder: Any) -> Cache:
+    """A dynamic cache for this decoder."""
+    return DynamicCache(config=decoder.config)
+
+
+def whole_cache() -> Cache:
+    """A dynamic cache that keeps all tokens of sliding-window layers, too."""
+    return DynamicCache()
+
+
+def is_quantized(cache: Any) -> bool:
+    """Whether a cache returns other keys than it was given."""
+    return isinstance(cache, QuantizedCache)
+
+
+# -- the language model ----------------------------------------------------------------------------
+
+
+def is_model(model: Any) -> bool:
+    """Whether this is a model of transformers, and not a wrapper around one."""
+    return isinstance(model, transformers.PreTrainedModel)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what `torch.compile` returns."""
+    return getattr(model, "_orig_mod", model)
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """What each decoder layer attends to, by transformers' names such as "full_attention".
+
+    Where the configuration does not list them they follow from its window, as in transformers:
+    `use_sliding_window` switches it off, and layers below `max_window_layers` do without it.
+    """
+    depth = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return tuple(kinds)
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        first = getattr(config, "max_window_layers", 0) if _has_switch(config) else 0
+        return tuple("full_attention" if i < first else "sliding_attention" for i in range(depth))
+    if getattr(config, "attention_chunk_size", None):
+        return ("chunked_attention",) * depth
+    return ("full_attention",) * depth
+
+
+def _has_switch(config: Any) -> bool:
+    return getattr(config, "use_sliding_window", None) is not None
+
+
+def dispatches(decoder: Any) -> bool:
+    """Whether a decoder's attention can be chosen by name."""
+    return bool(decoder._can_set_attn_implementation())
+
+
+def attention_name(module: Any) -> str:
+    """The name of the attention implementation in use."""
+    return module.config._attn_implementation
+
+
+def set_attention_name(decoder: Any, name: str) -> None:
+    """Use another attention implementation in the decoder and nowhere else."""
+    decoder.set_attn_implementation(name)
+
+
+@contextmanager
+def attending(config: Any, name: str) -> Iterator[None]:
+    """Another attention implementation for the models of this configuration, for a while."""
+    usual, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def takes_masks(model: Any) -> bool:
+    """Whether a model's forward takes a mask, so that prompts can be padded to one length."""
+    return "attention_mask" in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def static_cache(model: Any) -> bool:
+    """Whether a static cache can be made for the model's layers."""
+    try:
+        transformers.StaticCache(config=model.get_decoder().config, max_cache_len=1)
+    except Exception:  # kinds of layers that it does not know raise nearly anything
+        return False
+    return True
+
+
+def static_decoding(model: Any) -> bool:
+    """Whether transformers declares that the model decodes as one graph on a static cache."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
+def replays(decoder: Any) -> bool:
+    """Whether the backward pass will run the layers of this forward again (checkpointing)."""
+    if not (decoder.training and torch.is_grad_enabled()):
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+
+
+def start_checkpointing(model: Any) -> None:
+    """Keep the inputs of layers in training, and run layers again in the backward pass."""
+    start = getattr(model, "activation_checkpointing_enable", None)  # since 5.23
+    (start or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def final_norm(decoder: Any) -> nn.Module:
+    """What stands between the last decoder layer and the unembedding."""
+    return decoder.norm
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream (B, Q, D) among the arguments of a decoder layer."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another residual stream."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
+
+
+def head_projection(layer: Any) -> nn.Module | None:
+    """The projection of a decoder layer where its heads meet; None where it has none."""
+    found = getattr(getattr(layer, "self_attn", None), "o_proj", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+# -- attention functions ---------------------------------------------------------------------------
+
+
+def register_attention(name: str, function: Any, like: str | None = None) -> None:
+    """Make an attention function known, with the masks of the implementation `like`."""
+    AttentionInterface.register(name, function)
+    if like is not None:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+
+
+def forget_attention(name: str) -> None:
+    """Undo `register_attention`."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def is_registered(name: str) -> bool:
+    """Whether models find an attention function of this name, and masks for it."""
+    return name in ALL_ATTENTION_FUNCTIONS and name in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def kernel(name: str) -> Callable[..., tuple[Tensor, None]]:
+    """The attention function of this name, to be called while the configuration names another."""
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    if not name.startswith("flash"):
+        return function
+
+    def run(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Flash attention asks the module's configuration which of its kernels to use."""
+        told = types.SimpleNamespace(
+            config=types.SimpleNamespace(_attn_implementation=name),
+            is_causal=module.is_causal,
+            layer_idx=module.layer_idx,
+            modules=module.modules,
+        )
+        return function(told, *args, **kwargs)
+
+    return run
+
+
+def paged(kwargs: dict[str, Any]) -> bool:
+    """Whether an attention function was called for continuous batching."""
+    return kwargs.get("cache") is not None
+
+
+# -- rotary positions ------------------------------------------------------------------------------
+
+
+def rotary(decoder: Any) -> Any:
+    """The decoder's one rotary embedding, or None."""
+    return getattr(decoder, "rotary_emb", None)
+
+
+def rotation(decoder: Any, module: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) float32 of the decoder's rotary embedding, without its attention scaling.
+
+    Args:
+        module: the attention module that will use them; some models embed by layer type.
+        like: any tensor on the right device. positions: (1, B, N) or, under M-RoPE, (3, B, N).
+    """
+    embed, kind = rotary(decoder), getattr(module, "layer_type", None)
+    typed = kind is not None and hasattr(embed, f"{kind}_inv_freq")
+    args = (kind,) if typed else ()
+    cos, sin = embed(like, positions if positions.shape[0] == 3 else positions[0], *args)
+    scale = getattr(embed, f"{kind}_attention_scaling" if typed else "attention_scaling", 1.0)
+    if cos.dim() == 4:  # early transformers 5 leaves the mixing of M-RoPE to the attention
+        section = 2 * decoder.config.rope_parameters["mrope_section"]
+        cos, sin = (
+            torch.cat([m[i % 3] for i, m in enumerate(t.split(section, -1))], -1)
+            for t in (cos, sin)
+        )
+    return cos / scale, sin / scale
+
+
+def rotate(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, *, N, D) rotary states, turned as the attention module itself turns them; float32."""
+    source = sys.modules[type(module).__module__]
+    apply = getattr(source, "apply_rotary_pos_emb", None)
+    if apply is None:
+        return x * cos[:, None] + source.rotate_half(x.float()) * sin[:, None]
+    return apply(x.float(), x[:, :0].float(), cos, sin)[0]
+
+
+def kept_positions(model: Any) -> Tensor | None:
+    """What Qwen's models remember of their last prompt's positions, (B, 1); None on others."""
+    return getattr(getattr(model, "model", None), "rope_deltas", None)
+
+
+def remembers_positions(model: Any) -> bool:
+    """Whether a model keeps `rope_deltas` between calls."""
+    return hasattr(getattr(model, "model", None), "rope_deltas")
+
+
+def keep_positions(model: Any, deltas: Tensor | None) -> None:
+    """Put back what the model remembers; does nothing on models that remember nothing."""
+    if remembers_positions(model):
+        model.model.rope_deltas = deltas
+
+
+@contextmanager
+def keeping_positions(model: Any) -> Iterator[None]:
+    """Restore `rope_deltas` on exit."""
+    deltas = kept_positions(model)
+    try:
+        yield
+    finally:
+        keep_positions(model, deltas)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an instance, for a while; then whatever was there before."""
+    mine = vars(owner)
+    had, old = name in mine, mine.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def pixels_to_the_forward(
+    model: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """`generate` hands pixels to the forward, instead of encoding them first.
+
+    Args:
+        around: makes a replacement of the function that repeats inputs for beams.
+    """
+    expand = model._expand_inputs_for_generation
+    with (
+        replaced(model, "_supports_mm_encoder_outputs", lambda: False),
+        replaced(model, "_expand_inputs_for_generation", around(expand)),
+    ):
+        yield
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def image_tower(model: Any) -> Any:
+    """The vision tower of a model of LLaVA's shape, or None."""
+    return getattr(getattr(model, "model", None), "vision_tower", None)
+
+
+def feature_layer(config: Any) -> Any:
+    """Which vision layer a model of LLaVA's shape uses, or several: -1 is the tower's last."""
+    return config.vision_feature_layer
+
+
+def is_tower_weight(name: str) -> bool:
+    """Whether a weight of this name belongs to the vision tower, in a model of LLaVA's shape."""
+    return "vision_tower" in name
+
+
+def projector(model: Any) -> Any:
+    """What brings vision features to the language model, in a model of LLaVA's shape."""
+    return model.model.multi_modal_projector
+
+
+def image_encoder(model: Any) -> nn.Module:
+    """The part of a model that encodes images."""
+    return model.get_encoder(modality="image")
+
+
+def image_features(
+    model: Any,
+    states: Tensor,
+    k: int,
+    project: Callable[[nn.Module, Tensor], Tensor],
+    inputs: dict[str, Any],
+) -> Tensor:
+    """Vision layer k as the model would pack it were it the one it uses, (visual tokens, D).
+
+    The model's own `get_image_features` runs with a tower that gives `states` and a projector that
+    calls `project(the model's projector, chosen states)`. So classification tokens, tiles, padding
+    and newlines are as in the ordinary features.
+
+    Args:
+        states: (images or tiles, patches, D_v), the output of vision block k - 1.
+        inputs: the model's inputs.
+    """
+    core = model.model
+    seen = _Seen(k, states)
+    own = core.multi_modal_projector
+    wanted = {n: v for n, v in inputs.items() if n in _FOR_FEATURES and v is not None}
+    standing = {
+        "vision_tower": _Standing(lambda *args, **kwargs: seen),
+        "multi_modal_projector": _Standing(lambda chosen: project(own, chosen)),
+    }
+    kept = {name: core._modules[name] for name in standing}
+    core._modules.update(standing)
+    try:
+        out = core.get_image_features(**wanted, vision_feature_layer=k, return_dict=True)
+    finally:
+        core._modules.update(kept)
+    features = out.pooler_output
+    return torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, 1)
+
+
+_FOR_FEATURES = ("pixel_values", "image_sizes", "batch_num_images")
+
+
+class _Seen:
+    """The tower's output, of which only one layer is asked for."""
+
+    def __init__(self, k: int, states: Tensor) -> None:
+        self.hidden_states = {k: states}
+
+
+class _Standing(nn.Module):
+    """A function in a module's place."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def clip_image_processor(**options: Any) -> Any:
+    """CLIP's image processor on PIL and numpy, which needs no torchvision."""
+    name = "CLIPImageProcessor"  # early transformers 5 calls it so, without `Pil`
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return kind(**options)
+
+
+def best_resolution(size: tuple[int, int], choices: Any) -> tuple[int, int]:
+    """The one of LLaVA-NeXT's resolutions (height, width) that an image is fitted into."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    return select_best_resolution(size, choices)
+
+
+def tiling(image_processor: Any) -> Callable[..., tuple[int, int]] | None:
+    """InternVL's function that chooses columns and rows of tiles; None where it is not found."""
+    module = inspect.getmodule(type(image_processor))
+    return getattr(module, "get_optimal_tiled_canvas", None)
+
+
+# -- loading and training --------------------------------------------------------------------------
+
+
+def is_vision_language(config: Any) -> bool:
+    """Whether transformers has an image-text-to-text model for this configuration."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def has_family(model_type: str) -> bool:
+    """Whether transformers has this vision-language family."""
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def needs_torchvision(model_type: str) -> bool:
+    """Whether a family's processor cannot be built without torchvision."""
+    try:
+        processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    except (AttributeError, ImportError):  # early transformers 5 imports what it needs at once
+        return True
+    video = "video_processor" in inspect.signature(processor.__init__).parameters
+    return video or "torchvision" in getattr(processor, "_backends", ())
+
+
+def summed_loss(labels: Tensor) -> dict[str, Tensor]:
+    """What a forward is told, so that its loss is the sum over `labels`.
+
+    Args:
+        labels: (B, Q) int64, each the token after its position; -100 where none counts.
+    """
+    return {"shift_labels": labels, "num_items_in_batch": labels.new_ones(())}
+
+
+@functools.cache
+def pocket_weights() -> dict[str, Any]:
+    """What `from_pretrained` is told, so that it finds the pocket model's weights by their names.
+
+    Before 5.6 a CLIP tower keeps its parts in `vision_model`.
+    """
+    small = transformers.CLIPVisionConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        nested = hasattr(transformers.CLIPVisionModel(small), "vision_model")
+    if not nested:
+        return {}
+    names = {
+        "^language_model.model": "model.language_model",
+        "^language_model.lm_head": "lm_head",
+        "^multi_modal_projector": "model.multi_modal_projector",
+        "^vision_tower": "model.vision_tower.vision_model",
+    }
+    return {"key_mapping": names}
+
+
+def shard_by_layer(module: Any, decoder: Any) -> None:
+    """Tell FSDP to shard `module` by the decoder's layers."""
+    module._no_split_modules = [type(decoder.layers[0]).__name__]

@@ -1,0 +1,123 @@
+"""The heartbeat: every forward inside `enhance` proves that it passed all its stations.
+
+A release that renames an argument, or calls a layer in another way, can make a method do nothing
+and raise no error. So the hook at the top, the one at the decoder and the attention of every edited
+layer note that they were reached, and the closing hook raises where one was missed or met twice.
+
+While a model is compiled there is nothing to note in every forward. There each layer is noted once,
+when its graph is made, and `check_graphs` looks at the notes outside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...base.form import FoveateError
+from .compat import VERSION
+
+if TYPE_CHECKING:
+    from ...core.context import Stack
+
+_traced: dict[str, set[int]] = {}  # implementation name -> layers that forwards with graphs reach
+
+
+def lost(model: Any, what: str) -> FoveateError:
+    """The error for a route that this release of transformers has changed."""
+    return FoveateError(
+        f"{type(model).__name__} on transformers {VERSION}: {what}. Its result would be wrong, so "
+        "foveate stops. Upgrade foveate, or install the transformers release that its lock names."
+    )
+
+
+def astray(model: Any, where: str) -> FoveateError:
+    """The error for a part of a model that was called without the context of its sequence."""
+    return FoveateError(
+        f"Inside enhance() {where} of {type(model).__name__} was called without the context of its "
+        "sequence: call the whole model, not its parts. If you did, transformers "
+        f"{VERSION} no longer hands the keyword on: upgrade foveate, or install the release that "
+        "its lock names."
+    )
+
+
+class Heartbeat:
+    """What one forward has passed so far."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.open = True  # afterwards a backward pass may run layers again
+        self.decoders = 0
+        self.edited = 0  # how many of the edited layers were reached, in order
+        self.inputs = 0  # and how many inputs of layers, the final norm's among them
+
+    def decoder(self) -> None:
+        """The decoder begins."""
+        self.decoders += 1
+        if self.decoders > 1:
+            raise lost(self.stack.model, "it calls its decoder twice in one forward")
+
+    def attention(self, layer: int) -> None:
+        """The attention of a layer runs."""
+        if self.open and self.stack.edits[layer]:
+            self._reach(self.edited, self.stack.edited, layer, "attention")
+            self.edited += 1
+
+    def input(self, layer: int) -> None:
+        """The residual stream enters a layer; the last one is the final norm."""
+        if self.open:
+            self._reach(self.inputs, range(self.stack.depth + 1), layer, "input")
+            self.inputs += 1
+
+    def close(self) -> None:
+        """The forward ends.
+
+        Raises:
+            FoveateError: a station was missed.
+        """
+        self.open = False
+        if not self.decoders:
+            raise lost(self.stack.model, "the forward ended and its decoder was never called")
+        self._reach(self.edited, self.stack.edited, None, "attention")
+        if self.stack.at("before"):
+            self._reach(self.inputs, range(self.stack.depth + 1), None, "input")
+
+    def _reach(self, done: int, layers: Sequence[int], layer: int | None, what: str) -> None:
+        """Layers come in order and once; `layer` is the one that has come, None is the end."""
+        expected = layers[done] if done < len(layers) else None
+        if layer == expected:
+            return
+        if layer is None or (expected is not None and layer > expected):
+            raise lost(self.stack.model, f"the {what} of layer {expected} was never reached")
+        raise lost(self.stack.model, f"the {what} of layer {layer} was reached twice")
+
+
+@torch.compiler.assume_constant_result
+def note_graph(name: str, layer: int) -> bool:
+    """The attention of a layer becomes part of a graph; runs when the graph is made, and only then.
+
+    Args:
+        name: the attention implementation, one per stack of methods.
+    """
+    _traced.setdefault(name, set()).add(layer)
+    return True
+
+
+def note_beside_graphs(name: str, *layers: int) -> None:
+    """The attention of layers ran as it is, in a forward of which other parts are graphs."""
+    _traced.setdefault(name, set()).update(layers)
+
+
+def check_graphs(name: str, stack: Stack) -> None:
+    """Whether the graphs made for this stack have the attention of every edited layer in them.
+
+    Raises:
+        FoveateError: some have and some have not.
+    """
+    traced = _traced.get(name, set())
+    for layer in stack.edited:
+        if traced and layer not in traced:
+            raise lost(
+                stack.model, f"its compiled graph never reaches the attention of layer {layer}"
+            )

@@ -1,0 +1,1 @@
+"""What every room uses and what knows no model: errors, text forms, journals, pictures, numbers."""

@@ -1,0 +1,329 @@
+"""What methods and benchmarks share: a frozen dataclass with a name, a text form and a registry.
+
+``clvs(smoothing=0.7)`` is a class found by its name and the fields that differ from their defaults.
+Fields are checked against their annotations, so that a typo is one sentence and not a traceback.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import pkgutil
+import threading
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+class FoveateError(ValueError):
+    """A mistake of the caller, told in one sentence that says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A frozen dataclass whose fields are its parameters."""
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f, hint in parameters(type(self)):
+            value = getattr(self, f.name)
+            if isinstance(value, list):  # JSON knows no tuples
+                value = _as_tuple(value)
+                object.__setattr__(self, f.name, value)
+            if isinstance(value, int) and not isinstance(value, bool) and _matches(1.5, hint):
+                value = float(value)
+                object.__setattr__(self, f.name, value)
+            if not _matches(value, hint):
+                raise FoveateError(
+                    f"{self.name}: {f.name} must be {_describe(hint)}, got {value!r}."
+                )
+        self.check()
+
+    def check(self) -> None:
+        """Raise `FoveateError` where parameter values make no sense (types are checked before)."""
+
+    def require(self, condition: bool, what: str) -> None:
+        """Raise ``<name>: <what>`` unless `condition` holds; for use in `check`."""
+        if not condition:
+            raise FoveateError(f"{self.name}: {what}.")
+
+    def parameters(self) -> dict[str, Any]:
+        """Field name -> value, in order."""
+        return {f.name: getattr(self, f.name) for f, _ in parameters(type(self))}
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f, _ in parameters(type(self))
+            if getattr(self, f.name) != f.default
+        ]
+        cls = type(self)
+        name = self.name or f"{cls.__module__}.{cls.__qualname__}"  # which no parser reads
+        return f"{name}({', '.join(changed)})" if changed else name
+
+
+class Registry:
+    """The classes of one kind by name, and their text form.
+
+    Args:
+        kind: the word for one of them in messages.
+        group: the entry-point group of plug-ins.
+        example: a text form to show where one cannot be read.
+        reserved: names that mean something else.
+        package: the package whose modules define them, where it is not called as the group is.
+    """
+
+    def __init__(
+        self, kind: str, group: str, example: str, reserved: tuple[str, ...], package: str = ""
+    ) -> None:
+        self.kind, self.group, self.example, self.reserved = kind, group, example, reserved
+        self.package = package or group
+        self.classes: dict[str, type[Any]] = {}
+        self.walked, self._walking = False, threading.RLock()
+
+    def add(self, cls: type[Form]) -> None:
+        """Register `cls` under its own name; one that inherits its name is not registered."""
+        name = cls.__dict__.get("name", "")
+        if not name:
+            return
+        if not name.isidentifier() or name in self.reserved:
+            raise FoveateError(
+                f"A {self.kind} cannot be called {name!r}: choose another identifier."
+            )
+        known = self.classes.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise FoveateError(
+                f"The {self.kind} name {name!r} is taken by "
+                f"{known.__module__}.{known.__qualname__}: choose another name."
+            )
+        self.classes[name] = cls
+
+    def all(self) -> dict[str, type[Any]]:
+        """Every class: this package's, installed plug-ins', and the user's own.
+
+        The first two are looked for once per process.
+        """
+        with self._walking:
+            if not self.walked:
+                self.walked = True  # before: a plug-in may look for others while it is imported
+                try:
+                    package = importlib.import_module(self.package)
+                    for module in pkgutil.iter_modules(package.__path__):
+                        importlib.import_module(f"{self.package}.{module.name}")
+                except BaseException:
+                    self.walked = False
+                    raise
+                load_plugins(self.group, self._admit)
+        return dict(sorted(self.classes.items()))
+
+    def _admit(self, plugin: Any) -> None:
+        """Refuse a plug-in, a class or a module with classes, that would fail at its first use."""
+        if isinstance(plugin, type) and plugin not in self.classes.values():
+            raise FoveateError(f"{plugin.__qualname__} is no {self.kind} with a name of its own")
+        for name, cls in list(self.classes.items()):
+            if cls is plugin or cls.__module__ == getattr(plugin, "__name__", None):
+                try:
+                    cls()
+                except Exception:
+                    del self.classes[name]
+                    raise
+
+    def get(self, name: str) -> type[Any]:
+        """The class called `name`; unknown names are refused with the nearest one."""
+        known = self.all()
+        if name in self.reserved:
+            raise FoveateError(f"{name!r} is no {self.kind} to be used here: name one.")
+        if name not in known:
+            raise FoveateError(
+                f"There is no {self.kind} {name!r}{_nearest(name, [*known, *self.reserved])}."
+            )
+        return known[name]
+
+    def build(self, name: str, values: dict[str, Any]) -> Any:
+        """An instance; unknown parameters are refused with the nearest one."""
+        cls = self.get(name)
+        known = [f.name for f, _ in parameters(cls)]
+        for key in values:
+            if key not in known:
+                raise FoveateError(f"{name} has no parameter {key!r}{_nearest(key, known)}.")
+        return cls(**values)
+
+    def parse(self, text: str) -> tuple[Any, ...]:
+        """Instances from ``"one(parameter=value)+another"``, in this order.
+
+        Values are Python literals; a bare word is a string, so ``mode=add`` works.
+
+        Raises:
+            FoveateError: on malformed text, an unknown name or an unknown parameter.
+        """
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except SyntaxError:
+            raise self._unreadable(text) from None
+        parts: list[ast.expr] = []
+        while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+            parts.insert(0, tree.right)
+            tree = tree.left
+        parts.insert(0, tree)
+        return tuple(self._parse_one(part, text) for part in parts)
+
+    def _parse_one(self, node: ast.expr, text: str) -> Any:
+        if isinstance(node, ast.Name):
+            name, keywords = node.id, []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            name, keywords = node.func.id, node.keywords
+        else:
+            raise self._unreadable(text)
+        values: dict[str, Any] = {}
+        for keyword in keywords:
+            value = keyword.value
+            if keyword.arg is None:
+                raise FoveateError(f"Cannot read the {self.kind} {text!r}: ** is not allowed here.")
+            if isinstance(value, ast.Name):
+                values[keyword.arg] = {"true": True, "false": False, "none": None}.get(
+                    value.id, value.id
+                )
+                continue
+            try:
+                values[keyword.arg] = ast.literal_eval(value)
+            except ValueError:
+                raise FoveateError(
+                    f"Cannot read {keyword.arg}={ast.unparse(value)} in {text!r}: "
+                    "give a number, a word, True, False, None, a tuple, or a path in quotes."
+                ) from None
+        return self.build(name, values)
+
+    def _unreadable(self, text: str) -> FoveateError:
+        quotes = ", with paths in quotes" if "/" in text or "\\" in text else ""
+        return FoveateError(
+            f"Cannot read the {self.kind} {text!r}: write it like {self.example}{quotes}."
+        )
+
+
+def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
+    """Load every plug-in of an entry-point group and hand it to `admit`.
+
+    One that cannot be imported, or that `admit` raises for, is a warning and is left out.
+    """
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            admit(point.load())
+        except Exception as error:  # it is somebody else's code
+            reason = " ".join(str(error).split()).rstrip(".")
+            package = point.dist.name if point.dist else point.value
+            warnings.warn(
+                f"The plug-in {point.name!r} of {package} ({group}: {point.value}) is left out, it "
+                f"raises {type(error).__name__}: {reason}. Upgrade {package}, or uninstall it.",
+                stacklevel=2,
+            )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; there are {', '.join(known)}"
+
+
+# -- what a field declares -------------------------------------------------------------------------
+
+
+def file(default: Any = "") -> Any:
+    """A field whose text, where it is not the default, names a file that the class opens."""
+    return dataclasses.field(default=default, metadata={"file": True})
+
+
+def costly(default: Any, limit: int | None) -> Any:
+    """A field that multiplies passes, tokens, memory or time.
+
+    Args:
+        limit: the most that a stranger may ask for: the number itself, the values of a tuple, the
+            characters of a text. None = nothing but the default.
+    """
+    return dataclasses.field(default=default, metadata={"limit": limit})
+
+
+def permit(form: Form) -> None:
+    """See that a stranger, such as a server's client, may ask for this.
+
+    Raises:
+        FoveateError: a field names a file, or asks for more than its limit.
+    """
+    for f, _ in parameters(type(form)):
+        value, limit = getattr(form, f.name), f.metadata.get("limit")
+        if value == f.default:
+            continue
+        if "file" in f.metadata and isinstance(value, str):
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} names a file, and requests name no files of the "
+                "server: give values."
+            )
+        if "limit" not in f.metadata or value is None:
+            continue
+        if limit is None:
+            raise FoveateError(f"{form.name}: a request may not set {f.name}: leave it out.")
+        unit = " characters" if isinstance(value, str) else " values" * isinstance(value, tuple)
+        if (len(value) if unit else value) > limit:
+            raise FoveateError(
+                f"{form.name}: {f.name}={value!r} is too much, a request may ask for {limit}{unit} "
+                "at most."
+            )
+
+
+# -- parameter types -------------------------------------------------------------------------------
+
+
+def parameters(cls: type[Form]) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of `cls` with their resolved annotations, in the order they are shown."""
+    hints = typing.get_type_hints(cls)
+    own = [f for f in dataclasses.fields(cls) if f.init]
+    own.sort(key=lambda f: f.name == "layers")  # a method's own parameters first
+    return [(f, hints[f.name]) for f in own]
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, a) for a in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is ...:
+            return all(_matches(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_matches, value, args))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, origin or hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, args))
+    if origin is tuple:
+        return f"a tuple of {_describe(args[0])}"
+    return {
+        float: "a number",
+        int: "a whole number",
+        str: "a text",
+        bool: "True or False",
+        type(None): "None",
+    }.get(hint, str(hint))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -1,0 +1,252 @@
+"""Evaluation on many workers: an actor pool of Ray Data around `foveate.evaluation.ask`.
+
+    load = functools.partial(VLM.load, "llava-hf/llava-1.5-7b-hf")
+    evaluate([POPE()], load, ["vanilla", "clvs"], Path("runs/x"), workers=8, root=data)
+
+Every worker is a process with a model of its own, and is given the questions about one image at a
+time. The calling process needs no GPU: it writes the records into the run's folder as they come in
+(`foveate.evaluation.run`), where either engine goes on with what the other has left. On a cluster,
+model and data must have the same paths on all machines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base.form import FoveateError
+from ..core.method import Method
+from ..evaluation.ask import Asker, Stack, as_record
+from ..evaluation.benchmark import Benchmark, Record
+from ..evaluation.run import Question, Run, Watch, environment, hardware
+from ..vlm.vlm import VLM
+
+TRIES = 2  # of a job whose workers die, before it is asked by itself, and then again
+LOSSES = 16  # jobs that workers may die of; more must have another cause
+
+Job = tuple[list[Question], list[str]]  # questions, and the methods that are missing
+
+
+def evaluate(
+    benchmarks: Sequence[Benchmark],
+    load: Callable[[], VLM],
+    methods: Sequence[str | Method | Stack],
+    out: Path,
+    *,
+    workers: int | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    patience: float = 3600.0,
+    root: Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    seed: int = 0,
+    share: bool = True,
+    resume: bool = True,
+    watch: Watch = lambda done, total, what: None,
+) -> dict[str, Any]:
+    """`foveate.evaluation.ask.evaluate` on workers: the same records, in the order they are found.
+
+    Uses the Ray that this process is connected to, or the cluster that RAY_ADDRESS names, else
+    starts Ray on this machine for as long as it runs. A worker that dies is started again, and
+    asked again what it had not answered; questions that go on killing workers are recorded errors.
+
+    Args:
+        load: gives the model; called once in every worker, and once before, to see who answers.
+        workers: how many; None = one per GPU, or one.
+        cpus, gpus: of each worker, also fractions. None = one GPU where there are any, with one
+            CPU; else an equal share of the CPUs.
+        patience: seconds without any answer after which the run ends.
+
+    All others are as in `foveate.evaluation.ask.evaluate`.
+
+    Raises:
+        FoveateError: also where Ray is missing, the workers do not fit, or Ray gives up; what has
+            been answered is kept.
+    """
+    with _ray() as ray:
+        workers, needs = _divide(ray.cluster_resources(), workers, cpus, gpus)
+        asker = (load, methods, batch_size, share, seed)
+        with _one_sentence(ray):
+            look = ray.remote(**needs, max_retries=0)(_look).remote(*asker)
+            source, dtype, names, size, place = ray.get(look, timeout=patience)
+        with Run(
+            benchmarks, dtype=dtype, methods=names, out=out, **source,
+            root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
+        ) as run:  # fmt: skip
+            for at_once in (2, 1):  # images are read while other questions are answered
+                jobs = [(job, run.missing(job)) for job in run.jobs(size, share)]
+                pool = ray.data.ActorPoolStrategy(
+                    size=workers,
+                    max_tasks_in_flight_per_actor=at_once,
+                    max_concurrent_calls_per_actor=at_once,
+                    enable_true_multi_threading=True,
+                )
+                with _one_sentence(ray):
+                    for records in _answers(ray, jobs, asker, pool, needs, patience):
+                        run.keep(records)
+            for job in run.jobs(size, share):
+                for method in run.missing(job):
+                    run.keep(as_record(q, method, "every worker asked has died", 0.0) for q in job)
+            found = environment(torch.device("cpu")) | place
+            return run.finish(found | {"ray": ray.__version__, "workers": workers})
+
+
+class Worker:
+    """A process of the pool and its model. Calls may come from several threads."""
+
+    def __init__(self, *asker: Any) -> None:
+        self.asker, self.turn = _asker(*asker), threading.Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Records of pickled jobs, as JSON."""
+        found = []
+        for item in batch["item"]:
+            questions, methods = pickle.loads(item)
+            loaded = self.asker.load(questions)
+            with self.turn:
+                found.append([r for m in methods for r in self.asker.answer(loaded, m)])
+        return {"records": [json.dumps(records) for records in found]}
+
+
+def _asker(
+    load: Callable[[], VLM],
+    methods: Sequence[str | Method | Stack],
+    batch_size: int | None,
+    share: bool,
+    seed: int,
+) -> Asker:
+    torch.manual_seed(seed)
+    return Asker(load(), methods, batch_size=batch_size, share=share)
+
+
+def _look(*asker: Any) -> tuple[dict[str, Any], str, list[str], int, dict[str, Any]]:
+    """What a worker says of itself: `VLM.source`, dtype, methods, batch size, and where it runs."""
+    found = _asker(*asker)
+    model = found.vlm.model
+    place = {
+        "device": str(model.device),
+        "hardware": hardware(model.device),
+        "threads": torch.get_num_threads(),
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return found.vlm.source, dtype, list(found.stacks), found.size.most, place
+
+
+def _answers(
+    ray: Any,
+    jobs: list[Job],
+    asker: tuple[Any, ...],
+    pool: Any,
+    needs: dict[str, float],
+    patience: float,
+) -> Iterator[list[Record]]:
+    """The records of jobs, as they are found; without those of jobs that workers died of."""
+    if not jobs:
+        return
+    items = [ray.cloudpickle.dumps(job) for job in jobs]
+    data = ray.data.from_items(items, override_num_blocks=len(items))
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    data.context.max_errored_blocks = LOSSES
+    data.context.execution_no_progress_timeout_s = patience
+    with warnings.catch_warnings():  # that 2.64 will not take max_task_retries
+        warnings.simplefilter("ignore")
+        found = data.map_batches(
+            Worker,
+            batch_size=1,
+            compute=pool,
+            fn_constructor_args=asker,
+            max_task_retries=TRIES - 1,
+            **needs,
+        )
+    for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
+        for records in batch["records"]:
+            yield json.loads(records)
+
+
+def _divide(
+    have: dict[str, float], workers: int | None, cpus: float | None, gpus: float | None
+) -> tuple[int, dict[str, float]]:
+    """How many workers, and what Ray must keep for each."""
+    if gpus is None:
+        gpus = 1.0 if have.get("GPU") else 0.0
+    if workers is None:
+        workers = max(1, int(have.get("GPU", 0) / gpus)) if gpus else 1
+    if workers < 1 or gpus < 0 or (cpus or 0) < 0:
+        raise FoveateError("Workers must be 1 or more, their CPUs and GPUs 0 or more.")
+    if cpus is None:
+        cpus = 1.0 if gpus else max(1.0, have.get("CPU", 0) // workers)
+    if workers * cpus > have.get("CPU", 0) or workers * gpus > have.get("GPU", 0):
+        raise FoveateError(
+            f"{workers} workers of {cpus:g} CPUs and {gpus:g} GPUs do not fit on the "
+            f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs that Ray has: take fewer "
+            "workers (--workers), or less for each (--cpus, --gpus)."
+        )
+    return workers, {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def set_environment() -> None:
+    """What Ray reads when it is imported and started, where nobody has set it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes its time
+
+
+@contextmanager
+def _ray() -> Iterator[Any]:
+    """Ray, running; stopped afterwards where it was not running before."""
+    set_environment()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise FoveateError("This needs the package ray: pip install 'foveate[ray]'.") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    quiet = logging.CRITICAL  # what matters is raised
+    logging.getLogger("ray.data").setLevel(quiet)
+    try:
+        try:
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=quiet)
+        except Exception as error:  # no such cluster, no room, a machine too busy to start it
+            raise FoveateError(
+                f"Ray cannot be had at {address!r} ({last_line(error)}): check RAY_ADDRESS, "
+                "'local' starts it on this machine."
+            ) from error
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _one_sentence(ray: Any) -> Iterator[None]:
+    """Turn what Ray raises into one sentence; the rest stays in the cause."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, FoveateError):
+            raise cause from error
+        raise FoveateError(
+            f"Ray gave up ({type(cause).__name__}: {last_line(cause)}): the same command goes on "
+            "with what is missing."
+        ) from error
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().rstrip(".")

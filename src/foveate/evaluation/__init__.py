@@ -1,0 +1,1 @@
+"""Benchmarks run, scored, compared and merged; `records.jsonl` is the only truth."""

@@ -1,0 +1,192 @@
+"""What a benchmark is: a frozen dataclass that reads questions and scores the answers.
+
+A benchmark has a name and options, like a method: ``pope(parser=lmms, suffix=" One word.")`` is
+its text form, and every option moves the scores, so the text form goes into the results. Questions
+come from the user's own copy of the data, or from the hub; scores come from records alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from ..base.form import Form, FoveateError, Registry
+from ..base.images import decode
+from .data import Data, Problems
+
+__all__ = ["Benchmark", "Problems", "Record", "Sample", "benchmarks", "get", "parse"]
+
+Source = Path | bytes | Callable[[], Image.Image | bytes]
+"""Where a picture comes from: a file, an encoded file, or a call that draws or fetches one."""
+
+Record = dict[str, Any]
+"""One answered question: at least split, line, id, image, prompt, label, meta of its `Sample`, and
+``answer``: the model's text, or None where it failed."""
+
+Table = tuple[list[str], list[list[str | float]]]
+"""Column heads, and rows that start with their own head."""
+
+registry = Registry(
+    "benchmark", "foveate.benchmarks", 'pope(source=gqa, suffix=" One word.")', ("all",)
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Benchmark, split and line name a question; its id need not: some benchmarks repeat ids.
+
+    Attributes:
+        split: the part of the benchmark, such as "popular".
+        line: position in the question list of the split, from 0, broken lines counted.
+        id: the id that the benchmark's file gives.
+        question: as in the file.
+        prompt: exactly what the model is asked.
+        label: the right answer, in the form the benchmark compares.
+        image: where the picture comes from, None for a question without one.
+        image_name: equal for questions about the same picture, and different otherwise.
+        meta: whatever else `Benchmark.score` needs, ready for JSON.
+    """
+
+    split: str
+    line: int
+    id: str
+    question: str
+    prompt: str
+    label: Any
+    image: Source | None = None
+    image_name: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Image.Image | None:
+        """The picture, upright RGB; None without one. Raises `FoveateError` for a bad one."""
+        if self.image is None:
+            return None
+        return decode(self.image() if callable(self.image) else self.image)
+
+
+@dataclass(frozen=True)
+class Benchmark(Form, ABC):
+    """Questions, how they are asked, and how the answers are scored.
+
+    A subclass with a `name` registers itself; its fields are its options.
+
+    Attributes:
+        suffix: follows every question, as written (with its own leading space or newline).
+        max_new_tokens: length limit of an answer.
+    """
+
+    suffix: str = ""
+    max_new_tokens: int = 16
+
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # arXiv id
+    hub: ClassVar[tuple[str, ...]] = ()  # dataset ids, tried in this order
+    folder: ClassVar[str] = ""  # under the data root; empty: the name
+    origin: ClassVar[str] = ""  # where its files come from, for messages
+    digits: ClassVar[int] = 2  # after the point, as papers print its table
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        registry.add(cls)
+
+    def check(self) -> None:
+        self.require(self.max_new_tokens >= 1, "max_new_tokens must be 1 or more")
+
+    # -- questions ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, data: Data) -> Iterator[Sample]:
+        """The questions found through `data`, which also collects what was wrong."""
+
+    def samples(
+        self, root: str | Path | None = None, problems: Problems | None = None
+    ) -> list[Sample]:
+        """Every question, in order, images not yet opened.
+
+        Args:
+            root: the folder with the user's data sets; None reads from the hub.
+            problems: gets whatever is wrong with the data but leaves other questions usable.
+
+        Raises:
+            FoveateError: a needed file is missing, or not one question or image is usable.
+        """
+        problems = Problems() if problems is None else problems
+        data = Data(self, None if root is None else Path(root).expanduser(), problems)
+        found = list(self.read(data))
+        if not found:
+            raise FoveateError(
+                f"{self.name}: there is no question in {data.place}{problems.first}."
+            )
+        pictured = [s.image for s in found if s.image is not None]
+        files = [image for image in pictured if isinstance(image, Path)]
+        if files and len(files) == len(pictured) and not any(map(Path.exists, files)):
+            raise FoveateError(
+                f"{self.name}: not one image is there, the first is expected at {files[0]}: "
+                f"{data.source}."
+            )
+        ids = Counter((s.split, s.id) for s in found)
+        for (split, name), count in ids.items():
+            if count > 1:
+                problems.add("repeated ids", f"{name} {count} times in {split}")
+        return found
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score(self, records: Iterable[Record]) -> dict[str, float]:
+        """The benchmark's numbers under flat names such as ``existence/accuracy``.
+
+        The order of `records` is free. Records without an answer are left out. A number that is
+        not defined (precision when no answer is positive) is NaN.
+        """
+
+    @abstractmethod
+    def table(self, scores: dict[str, float]) -> Table:
+        """The table that papers print, from `score`'s numbers."""
+
+    def parse(self, answer: str) -> str | None:
+        """What the answer says, in the form of the labels; None where it cannot be read."""
+        return answer
+
+    def correct(self, record: Record) -> float | None:
+        """The score of one answer in 0..1, for paired tests; None without an answer."""
+        if record.get("answer") is None:
+            return None
+        return float(self.parse(record["answer"]) == record["label"])
+
+    def notes(self, records: Iterable[Record]) -> list[str]:
+        """What a reader of the scores must know, in sentences."""
+        records = list(records)
+        lost = sum(r.get("answer") is None for r in records)
+        return [f"{lost} of {len(records)} questions have no answer and are left out."] * bool(lost)
+
+
+def answered(records: Iterable[Record]) -> list[Record]:
+    """The records that have an answer, in the order of the questions."""
+    found = [r for r in records if r.get("answer") is not None]
+    return sorted(found, key=lambda r: (r["split"], r["line"]))
+
+
+def by_split(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """`answered` records per split."""
+    groups: dict[str, list[Record]] = {}
+    for record in answered(records):
+        groups.setdefault(record["split"], []).append(record)
+    return groups
+
+
+benchmarks = registry.all
+get = registry.get
+
+
+def parse(text: str) -> tuple[Benchmark, ...]:
+    """Benchmarks from their text form: ``"pope(source=gqa)+amber"`` gives two."""
+    return registry.parse(text)

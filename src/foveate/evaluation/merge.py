@@ -1,0 +1,169 @@
+"""Runs put together: the shards of one, or several of one model; the union of their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.form import FoveateError
+from .benchmark import Record
+from .run import RECORDS, RESULTS, key, read_run, run_folders
+
+APART = ("benchmarks", "methods", "shard", "root", "limit")  # answers do not depend on these
+NEEDED = ("benchmark", "split", "line", "question", "label", "meta", "method", "answer")
+
+Key = tuple[str, int]  # split and line: a question of a benchmark
+
+
+@dataclass
+class RunFolder:
+    """What a run's folder holds.
+
+    Attributes:
+        environment: empty for a run that has not ended.
+        problems: benchmark -> what was wrong with its data -> how often.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    records: list[Record]
+    environment: dict[str, Any]
+    problems: dict[str, dict[str, int]]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings that answers depend on, those that are None left out."""
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in APART and value is not None
+        }
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
+    """The runs in and directly inside `folders`, each once.
+
+    Raises:
+        FoveateError: a folder is no run's, a file is damaged, or there is no record at all.
+    """
+    found: dict[Path, Path] = {}
+    for given in folders:
+        inside = run_folders(Path(given)) or [Path(given)]
+        found |= {folder.resolve(): folder for folder in inside}
+    if not found:
+        raise FoveateError("Name at least one folder of a run: `foveate eval` makes them.")
+    runs = [_read(folder) for folder in found.values()]
+    if not any(run.records for run in runs):
+        raise FoveateError(
+            f"There is no record in {', '.join(str(run.folder) for run in runs)}: wait until "
+            "`foveate eval` has answered something, or name another folder."
+        )
+    return runs
+
+
+def _read(folder: Path) -> RunFolder:
+    settings = read_run(folder)
+    if not isinstance(settings, dict) or "model" not in settings:
+        raise FoveateError(f"The configuration in {folder} names no model: it is no run's.")
+    environment, problems = {}, {}
+    try:
+        results = json.loads((folder / RESULTS).read_text("utf-8"))
+        problems = {name: b.get("problems", {}) for name, b in results["benchmarks"].items()}
+        environment = results["environment"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # derived, and written when a run ends
+    return RunFolder(folder, settings, read_records(folder / RECORDS), environment, problems)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a run; of several with one key the last one.
+
+    The file is only read, also while a run still writes to it: a last line without its end is left
+    out.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FoveateError(f"{path} cannot be read: {error.strerror}.") from error
+    found: dict[Any, Record] = {}
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            if missing := [name for name in NEEDED if name not in record]:
+                raise KeyError(missing[0])
+            found[key(record)] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise FoveateError(
+                f"Line {number + 1} of {path} is damaged: delete that line, and run `foveate eval` "
+                "again to ask its question anew."
+            ) from error
+    return list(found.values())
+
+
+def by_settings(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
+    """Runs grouped with those whose answers may stand beside theirs: same model, same settings."""
+    groups: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.shared, sort_keys=True), []).append(run)
+    return [group for group in groups.values() if any(run.records for run in group)]
+
+
+def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, Record]]]:
+    """Benchmark -> method -> question -> record. An answer stands before a failure.
+
+    Raises:
+        FoveateError: two runs have other data for a question, or another answer of one method.
+    """
+    merged: dict[str, dict[str, dict[Key, Record]]] = {}
+    asked: dict[tuple[str, Key], tuple[Record, RunFolder]] = {}
+    told: dict[tuple[str, str, Key], RunFolder] = {}
+    for run in runs:
+        for record in run.records:
+            name, question = record["benchmark"], (record["split"], record["line"])
+            first, owner = asked.setdefault((name, question), (record, run))
+            for what in ("question", "prompt", "label", "image"):
+                if first.get(what) != record.get(what):
+                    raise _contradiction(owner, run, record, what)
+            own = merged.setdefault(name, {}).setdefault(record["method"], {})
+            known = own.get(question)
+            if known is None or known["answer"] is None:
+                own[question] = record
+                told[name, record["method"], question] = run
+            elif record["answer"] not in (None, known["answer"]):
+                other = told[name, record["method"], question]
+                raise _contradiction(other, run, record, "answer")
+    return merged
+
+
+def _contradiction(one: RunFolder, other: RunFolder, record: Record, what: str) -> FoveateError:
+    return FoveateError(
+        f"{one.folder} and {other.folder} contradict each other, with another {what} for "
+        f"{record['benchmark']}, {record['split']}, line {record['line']} ({record['method']}): "
+        "report them one by one."
+    )
+
+
+def gaps(runs: Sequence[RunFolder]) -> list[str]:
+    """What a reader must know about what is not here, in sentences."""
+    found = [
+        f"The run in {run.folder} has not ended: questions may be missing."
+        for run in runs
+        if not run.environment
+    ]
+    here: dict[int, set[int]] = {}
+    for run in runs:
+        number, count = run.settings.get("shard") or (0, 1)
+        here.setdefault(count, set()).add(number)
+    found += [
+        f"Only {len(numbers)} of {count} shards are here: questions are missing."
+        for count, numbers in here.items()
+        if len(numbers) < count
+    ]
+    limits = {run.settings["limit"] for run in runs if run.settings.get("limit")}
+    found += [f"Only the first {limit} questions of every split were asked." for limit in limits]
+    return found

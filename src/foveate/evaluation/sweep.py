@@ -1,0 +1,464 @@
+"""Sweeps: a method over values of one or two of its parameters, as one run, held against vanilla.
+
+    grid = Grid.read("clvs", ["smoothing=0.5..1.0/0.1"])
+    sweep(grid, POPE(), VLM.load("pocket"), Path("runs/s"), root=data)
+
+Every combination of values is a method like any other, so a sweep is an ordinary run of
+`foveate.evaluation.ask`: it goes on where it was killed, and `foveate report` reads it, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..base import significance
+from ..base.form import FoveateError
+from ..base.journal import write_json
+from ..core.method import Method, as_stack, text
+from ..insight.plots.sweep import show_sweep
+from ..vlm.vlm import VLM
+from .ask import evaluate
+from .benchmark import Benchmark, Record
+from .merge import Key, gaps, merge, read_runs
+from .run import Watch
+
+ACCURACY = "accuracy"
+MOST = 1_000  # settings in a sweep
+GROUPS = 50  # of images, for the intervals of scores that are no mean over questions
+UNITS = {"length": "words", "score": "points", "perception": "points", "cognition": "points"}
+NUMBER = r"([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)"
+RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}/{NUMBER}")
+
+
+# -- what to try -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A parameter and the values to try, numbers in ascending order.
+
+    Attributes:
+        parameter: as the user wrote it: its name, or ``method.name``.
+        default: the value without the sweep, on the model; known once there is a model.
+    """
+
+    parameter: str
+    values: tuple[Any, ...]
+    default: Any = None
+
+    @property
+    def numeric(self) -> bool:
+        """Whether all values are numbers and have a place on a scale."""
+        return _numbers(self.values)
+
+    @property
+    def places(self) -> list[float]:
+        """Of the values on a line: numbers where they are, others one after the other."""
+        return list(self.values) if self.numeric else list(map(float, range(len(self.values))))
+
+    @property
+    def default_at(self) -> float | None:
+        """The default's place on that line; None where it is not on it."""
+        if self.default in self.values:
+            return self.places[self.values.index(self.default)]
+        within = self.numeric and _numbers([self.default])
+        return self.default if within and self.values[0] < self.default < self.values[-1] else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of values as methods.
+
+    Attributes:
+        stack: the methods that are varied.
+        axes: one or two.
+        places: per axis, which method of the stack has the parameter, and the field's name.
+        settings: a value of every axis -> the methods with these values.
+    """
+
+    stack: tuple[Method, ...]
+    axes: tuple[Axis, ...]
+    places: tuple[tuple[int, str], ...]
+    settings: dict[tuple[Any, ...], tuple[Method, ...]]
+
+    @classmethod
+    def read(cls, method: str, over: Sequence[str]) -> Grid:
+        """From ``"clvs"`` and one or two such as ``"smoothing=0.5,0.7..1.0/0.1"``.
+
+        Values are those of a method's text form, separated by commas; ``a..b/step`` stands for
+        numbers from a up to b, b included where the steps meet it. Where several methods of a
+        stack have the parameter, write ``clvs.layers=...``.
+
+        Raises:
+            FoveateError: what cannot be read, an unknown parameter, a value it cannot have, or
+                more than `MOST` combinations.
+        """
+        stack = as_stack(method)
+        if not stack:
+            raise FoveateError("vanilla has no parameters: name a method to sweep over.")
+        if not 1 <= len(over) <= 2:
+            raise FoveateError(
+                f"A sweep is over one or two parameters, got {len(over)} times --over: write "
+                "others into the method, such as 'clvs(memory=0.7)'."
+            )
+        named = [_over(stack, given) for given in over]
+        places = tuple((place, field) for _, place, field, _ in named)
+        if len(set(places)) < len(places):
+            raise FoveateError(f"{named[0][0]} is swept over twice: give all values in one --over.")
+        count = math.prod(len(pieces) for *_, pieces in named)
+        if count > MOST:
+            raise FoveateError(
+                f"The sweep has {count:,} settings, at most {MOST:,} are possible: give fewer "
+                "values."
+            )
+        found: dict[tuple[Any, ...], tuple[Method, ...]] = {}
+        for pieces in itertools.product(*(pieces for *_, pieces in named)):
+            chosen = dict(zip(places, pieces, strict=True))
+            varied = _varied(stack, chosen)
+            found[tuple(getattr(varied[place], field) for place, field in places)] = varied
+        axes = tuple(
+            Axis(name, _ordered(key[n] for key in found)) for n, (name, *_) in enumerate(named)
+        )
+        keys = itertools.product(*(axis.values for axis in axes))
+        return cls(stack, axes, places, {key: found[key] for key in keys})
+
+
+def _over(stack: tuple[Method, ...], given: str) -> tuple[str, int, str, list[str]]:
+    """The parameter as written, which method of the stack has it, its field, and the values."""
+    name, _, values = (part.strip() for part in given.partition("="))
+    pieces = [piece.strip() for piece in re.split(r",(?![^(\[]*[)\]])", values)]
+    if not name or not all(pieces):
+        raise FoveateError(
+            f"Cannot read --over {given!r}: write it like smoothing=0.5,0.7,0.9 or "
+            "smoothing=0.5..1.0/0.1."
+        )
+    owner, _, field = name.rpartition(".")
+    owners = [
+        place
+        for place, method in enumerate(stack)
+        if field in method.parameters() and owner in ("", method.name)
+    ]
+    if not owners:
+        known = ", ".join(dict.fromkeys(name for method in stack for name in method.parameters()))
+        raise FoveateError(f"{text(stack)} has no parameter {name!r}; there are {known}.")
+    if len(owners) > 1:
+        names = " or ".join(f"{stack[place].name}.{field}" for place in owners)
+        raise FoveateError(f"Several methods have the parameter {field!r}: write {names}.")
+    return name, owners[0], field, [value for piece in pieces for value in _values(piece)]
+
+
+def _values(piece: str) -> list[str]:
+    """A value as it is; a range as its values."""
+    if ".." not in piece or piece[0] in "'\"([":
+        return [piece]
+    found = RANGE.fullmatch(piece.replace(" ", ""))
+    first, last, step = map(Decimal, found.groups()) if found else (Decimal(0),) * 3
+    if not found or step <= 0 or last < first:
+        raise FoveateError(
+            f"Cannot read the range {piece!r}: write it like 0.5..1.0/0.1, from the smallest to "
+            "the largest in steps above 0."
+        )
+    count = int((last - first) / step) + 1
+    if count > MOST:
+        raise FoveateError(
+            f"The range {piece!r} has {count:,} values, at most {MOST:,} are possible: take larger "
+            "steps."
+        )
+    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in found.groups())
+    steps = [first + number * step for number in range(count)]
+    return [str(int(value)) if whole else repr(float(value)) for value in steps]
+
+
+def _varied(stack: tuple[Method, ...], chosen: dict[tuple[int, str], str]) -> tuple[Method, ...]:
+    """The stack with the chosen texts as values, read and checked as every text form is."""
+    forms = []
+    for number, method in enumerate(stack):
+        defaults = {f.name: f.default for f in dataclasses.fields(method)}
+        values = {k: repr(v) for k, v in method.parameters().items() if v != defaults[k]}
+        values |= {field: value for (place, field), value in chosen.items() if place == number}
+        forms.append(f"{method.name}({', '.join(f'{k}={v}' for k, v in values.items())})")
+    varied = as_stack("+".join(forms))
+    if len(varied) != len(stack):
+        raise FoveateError(
+            f"Cannot read the value {', '.join(chosen.values())!r}: give a number, a word, True, "
+            "False, None or a tuple."
+        )
+    return varied
+
+
+def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Each value once, numbers in ascending order."""
+    found = tuple(dict.fromkeys(values))
+    return tuple(sorted(found)) if _numbers(found) else found
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+# -- what came out ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Point:
+    """One setting against vanilla, on the questions that everyone answered.
+
+    Attributes:
+        method: its text form.
+        values: of the parameters, in the order of the axes.
+        value: the metric, None where nothing can be said.
+        difference: from vanilla.
+        low, high: ends of the difference's 95 % bootstrap interval; None for fewer than two images.
+        gained, lost: answers that score higher, and lower, than vanilla's; None for metrics that
+            are no mean over questions.
+        p: McNemar's exact two-sided p.
+        corrected: p after Holm's correction for all settings.
+    """
+
+    method: str
+    values: tuple[Any, ...]
+    value: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    gained: int | None = None
+    lost: int | None = None
+    p: float | None = None
+    corrected: float | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the interval leaves out vanilla."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+@dataclass
+class Sweep:
+    """All numbers of a sweep; the content of ``sweep.json``.
+
+    Attributes:
+        metric: "accuracy", the mean score of single answers, or one of the benchmark's scores.
+        unit: of the metric.
+        digits: after the point, as the benchmark prints them.
+        questions, images: that every number is about.
+        vanilla: the plain model's number.
+        notes: what a reader must know.
+        revision, commit: of a model from the hub.
+    """
+
+    method: str
+    model: str
+    benchmark: str
+    title: str
+    metric: str
+    unit: str
+    digits: int
+    axes: tuple[Axis, ...]
+    questions: int
+    images: int
+    vanilla: float
+    points: list[Point]
+    notes: list[str]
+    revision: str | None = None
+    commit: str | None = None
+
+
+def sweep(
+    grid: Grid,
+    b: Benchmark,
+    vlm: VLM,
+    out: Path,
+    *,
+    metric: str = ACCURACY,
+    figure: Path | None = None,
+    root: Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    seed: int = 0,
+    resume: bool = True,
+    watch: Watch = lambda done, total, what: None,
+) -> Sweep:
+    """Ask every question with vanilla and every setting; write ``sweep.json`` and the figure.
+
+    With shards, each one that ends writes what all of them have answered by then.
+
+    Args:
+        metric: "accuracy" over all questions, or one of the names of `Benchmark.score`.
+        figure: a picture to write; None = ``sweep.png`` in `out`.
+        out, root, limit, batch_size, shard, seed, resume, watch: as in
+            `foveate.evaluation.ask.evaluate`.
+
+    Raises:
+        FoveateError: what `evaluate` refuses, an unknown metric, a model that answered nothing.
+    """
+    if metric != ACCURACY:
+        _check_metric(b, metric, root)
+    resolved = [method.resolve(vlm.model) for method in grid.stack]
+    axes = tuple(
+        dataclasses.replace(axis, default=getattr(resolved[place], field))
+        for axis, (place, field) in zip(grid.axes, grid.places, strict=True)
+    )
+    evaluate(
+        [b], vlm, ["vanilla", *grid.settings.values()], out,
+        root=root, limit=limit, batch_size=batch_size, shard=shard, seed=seed, resume=resume,
+        watch=watch,
+    )  # fmt: skip
+    runs = read_runs([out])
+    points = [Point(text(stack), values) for values, stack in grid.settings.items()]
+    shared, notes = _shared(merge(runs)[str(b)], ["vanilla", *(point.method for point in points)])
+    if metric != ACCURACY:
+        shared = {name: _about(metric, records) for name, records in shared.items()}
+    plain = shared.pop("vanilla")
+    vanilla = _fill([p for p in points if p.method in shared], plain, shared, b, metric)
+    found = Sweep(
+        method=text(grid.stack),
+        model=vlm.name,
+        benchmark=str(b),
+        title=b.title or b.name,
+        metric=metric,
+        unit=UNITS.get(metric.rpartition("/")[2], "%"),
+        digits=b.digits,
+        axes=axes,
+        questions=len(plain),
+        images=len({_image(record) for record in plain}),
+        vanilla=vanilla,
+        points=points,
+        notes=[*gaps(runs), *notes],
+        revision=vlm.revision,
+        commit=vlm.commit,
+    )
+    write_json(out / "sweep.json", dataclasses.asdict(found))
+    show_sweep(found, figure or out / "sweep.png")
+    return found
+
+
+def _check_metric(b: Benchmark, metric: str, root: Path | None) -> None:
+    """Refuse, before anything is asked, a name that the benchmark does not score."""
+    names = ("split", "line", "id", "question", "prompt", "label", "meta")
+    made_up: list[Record] = [
+        {**{name: getattr(s, name) for name in names}, "image": s.image_name, "answer": "Yes"}
+        for s in b.samples(root)
+    ]
+    known = list(dict.fromkeys([ACCURACY, *b.score(made_up)]))
+    if metric not in known:
+        raise FoveateError(f"{b.name} has no score {metric!r}; there are {', '.join(known)}.")
+
+
+def _shared(
+    answers: dict[str, dict[Key, Record]], names: list[str]
+) -> tuple[dict[str, list[Record]], list[str]]:
+    """The questions that all settings answered, per setting and in order; what was left out.
+
+    Settings without any answer are left out themselves.
+    """
+    given = {
+        name: {k: r for k, r in answers.get(name, {}).items() if r["answer"] is not None}
+        for name in names
+    }
+    silent = [name for name in names if not given[name]]
+    spoken = [set(own) for own in given.values() if own]
+    common = set.intersection(*spoken) if spoken else set()
+    if "vanilla" in silent or len(silent) == len(names) - 1 or not common:
+        errors = [r["error"] for own in answers.values() for r in own.values() if r.get("error")]
+        why = f", the first failure is: {errors[0].rstrip('.')}" if errors else ""
+        raise FoveateError(
+            f"There is no question that vanilla and some setting both answered{why}."
+        )
+    asked = {key for own in answers.values() for key in own}
+    notes = [f"{name} answered no question." for name in silent]
+    if lost := len(asked) - len(common):
+        notes.append(
+            f"{lost} of {len(asked)} questions are left out, as not every setting answered them."
+        )
+    return {n: [given[n][k] for k in sorted(common)] for n in names if n not in silent}, notes
+
+
+def _about(metric: str, records: list[Record]) -> list[Record]:
+    """The records of the split that the metric is named after; all, where it is after none."""
+    splits = {r["split"] for r in records if metric.startswith(f"{r['split']}/")}
+    return [r for r in records if r["split"] in splits or not splits]
+
+
+def _fill(
+    points: list[Point],
+    plain: list[Record],
+    own: dict[str, list[Record]],
+    b: Benchmark,
+    metric: str,
+) -> float:
+    """Fill in every point's numbers; returns vanilla's."""
+    if metric == ACCURACY:
+        images = [_image(record) for record in plain]
+        before = [100 * (b.correct(record) or 0.0) for record in plain]
+        for point in points:
+            after = [100 * (b.correct(record) or 0.0) for record in own[point.method]]
+            changes = [new - old for new, old in zip(after, before, strict=True)]
+            _put(point, fmean(after), fmean(changes), significance.interval(changes, images))
+            point.gained, point.lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
+            point.p = significance.mcnemar(point.gained, point.lost)
+        corrected = significance.holm([point.p for point in points if point.p is not None])
+        for point, p in zip(points, corrected, strict=True):
+            point.corrected = p
+        return fmean(before)
+
+    def measure(records: list[Record]) -> float:
+        return b.score(records).get(metric, math.nan)
+
+    whole = measure(plain)
+    if math.isnan(whole):
+        raise FoveateError(
+            f"{metric} is not defined for vanilla's {len(plain)} answers: ask more questions, or "
+            "choose another --metric."
+        )
+    parts = _without_each(measure, plain)
+    for point in points:
+        records = own[point.method]
+        value = measure(records)
+        if math.isnan(value):
+            continue
+        change = value - whole
+        left = [new - old for new, old in zip(_without_each(measure, records), parts, strict=True)]
+        ends = None
+        if left and not any(map(math.isnan, left)):
+            middle = fmean(left)
+            pseudo = [change + (len(left) - 1) * (middle - part) for part in left]
+            ends = significance.interval(pseudo, range(len(left)))
+        _put(point, value, change, ends)
+    return whole
+
+
+def _put(point: Point, value: float, difference: float, ends: tuple[float, float] | None) -> None:
+    point.value, point.difference = value, difference
+    point.low, point.high = ends or (None, None)
+
+
+def _without_each(measure: Callable[[list[Record]], float], records: list[Record]) -> list[float]:
+    """The score without one group of images, for each of up to `GROUPS` groups drawn at random.
+
+    How the score of all moves when a group is missing is what that group adds to it: the
+    jackknife's pseudo-values (Tukey 1958), which are resampled in place of single questions
+    where a score is no mean over questions (F1, pairs that must both be right, CHAIR).
+    """
+    images = list(dict.fromkeys(map(_image, records)))
+    count = min(len(images), GROUPS)
+    if count < 2:
+        return []
+    random.Random(0).shuffle(images)
+    group = {image: number % count for number, image in enumerate(images)}
+    return [measure([r for r in records if group[_image(r)] != g]) for g in range(count)]
+
+
+def _image(record: Record) -> Hashable:
+    """What a question shares with others: its image, or nothing."""
+    return record.get("image") or (record["split"], record["line"])

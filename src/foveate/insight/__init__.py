@@ -1,0 +1,1 @@
+"""Attention seen: traces, heads, analyses, plots and pages."""

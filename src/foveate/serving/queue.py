@@ -1,0 +1,225 @@
+"""One thread owns the model; requests wait in a bounded queue and are answered in micro-batches."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from ..base.memory import Size, out_of_memory
+from ..core.method import FoveateError, Method, text
+from ..vlm.answering import Decoding, answer_all
+from ..vlm.vlm import VLM, Chat
+from .errors import Busy, Failed, Stopping
+from .metrics import Metrics
+from .sampling import Choose, Event, Row, Sampling, Take
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """A question for the worker."""
+
+    chat: Chat
+    methods: tuple[Method, ...]
+    sampling: Sampling
+    row: Row = field(init=False)  # its answer, from `Worker.submit` on
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Requests of one kind are taken together: same methods, and chats of one kind."""
+        return text(self.methods), self.chat.kind
+
+
+@dataclass(eq=False)
+class Job:
+    """Something else that needs the model; it shares no batch."""
+
+    work: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+
+class Worker:
+    """The thread that owns the model.
+
+    It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind as one
+    left-padded batch, or as several where methods made chats of several kinds of them. Requests
+    that come meanwhile wait.
+    """
+
+    def __init__(self, vlm: VLM, settings: Settings) -> None:
+        self.vlm, self.settings = vlm, settings
+        self.waiting: deque[Request | Job] = deque()
+        self.stopping = False
+        self.pace = 1.0  # seconds of the latest batch
+        self.size = Size(settings.batch)
+        self.metrics = Metrics(lambda: len(self.waiting))
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="foveate-worker", daemon=True)
+        ends = vlm.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def admit(self) -> None:
+        """Raises `Busy` or `Stopping` where a request would not be taken now."""
+        if self.stopping:
+            raise Stopping
+        if len(self.waiting) >= self.settings.queue:
+            batches = 1 + len(self.waiting) // self.settings.batch
+            raise Busy(max(1, round(self.pace * batches)))
+
+    def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
+        """Put a request into the queue.
+
+        Args:
+            deliver: is called on the worker's thread with every `Piece` of the answer, and last
+                with its `End` or a `FoveateError`.
+
+        Raises:
+            Busy: the queue is full. Stopping: the server stops.
+        """
+        words = partial(self._decode, skip_special_tokens=True)
+        request.row = Row(request.sampling, words, self._decode, deliver)
+        with self._changed:
+            self.admit()
+            self.waiting.append(request)
+            self._changed.notify()
+
+    def run(self, work: Callable[[], Any]) -> Future[Any]:
+        """Put something else to do with the model into the queue.
+
+        Returns:
+            what `work` returns or raises, the latter as a `FoveateError`; cancelling it frees the
+            place in the queue.
+
+        Raises:
+            Busy: the queue is full. Stopping: the server stops.
+        """
+        job = Job(work)
+        job.done.add_done_callback(lambda _: self._leave(job))
+        with self._changed:
+            self.admit()
+            self.waiting.append(job)
+            self._changed.notify()
+        return job.done
+
+    def _leave(self, waiting: Request | Job) -> None:
+        with self._changed:
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
+
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for this answer any more: its place in the queue or batch is free."""
+        with self._changed:
+            self._leave(request)
+            if not request.row.done:
+                request.row.done = True
+                self.metrics.cancelled.inc()
+
+    def stop(self) -> None:
+        """Take nothing new; what is held will be answered."""
+        with self._changed:
+            self.stopping = True
+            self._changed.notify()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until everything held is answered, after `stop`."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while batch := self._next():
+            start = time.monotonic()
+            if isinstance(batch, Job):
+                self._do(batch)
+            else:
+                self._answer(batch)
+            self.pace = time.monotonic() - start
+
+    def _next(self) -> list[Request] | Job:
+        """The next batch or job; none when the server has stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting or self.stopping)
+            if not self.waiting:
+                return []
+            first = self.waiting[0]
+            if isinstance(first, Job):
+                self.waiting.remove(first)
+                return first
+            others = (r for r in self.waiting if isinstance(r, Request) and r.kind == first.kind)
+            batch = list(itertools.islice(others, self.settings.batch))
+            for request in batch:
+                self.waiting.remove(request)
+            return batch
+
+    def _do(self, job: Job) -> None:
+        if not job.done.set_running_or_notify_cancel():
+            return
+        try:
+            job.done.set_result(job.work())
+        except Exception as error:
+            job.done.set_exception(_told(error))
+
+    def _answer(self, batch: list[Request]) -> None:
+        """Every request of the batch gets an `End` or an error."""
+        answer_all(
+            self.vlm,
+            [request.chat for request in batch],
+            batch[0].methods,
+            max(request.sampling.max_tokens for request in batch),
+            size=self.size,
+            decoding=Rows([request.row for request in batch], self),
+        )
+
+    def _decode(self, ids: list[int], **options: Any) -> str:
+        with self.vlm.tokenizing:
+            return self.vlm.tokenizer.decode(ids, **options)
+
+
+class Rows(Decoding):
+    """Each row of a batch decodes in its own way, and begins again with every attempt."""
+
+    def __init__(self, rows: list[Row], worker: Worker) -> None:
+        self.rows, self.worker = rows, worker
+
+    def wanted(self, row: int) -> bool:
+        return not self.rows[row].done
+
+    def options(self, rows: list[int]) -> dict[str, Any]:
+        batch = [self.rows[row] for row in rows]
+        for row in batch:
+            row.restart()
+        self.worker.metrics.batches.observe(len(batch))
+        pad: Any = self.worker.vlm.tokenizer.pad_token_id
+        return {
+            "num_beams": 1,
+            "logits_processor": LogitsProcessorList([Choose(batch, pad)]),
+            "stopping_criteria": StoppingCriteriaList([Take(batch, self.worker.ends)]),
+        }
+
+    def failed(self, row: int, error: Exception) -> None:
+        found = self.rows[row]
+        if not found.done:
+            found.done = True
+            found.deliver(_told(error))
+
+
+def _told(error: Exception) -> FoveateError:
+    """What a client is told of an error; what is not the client's mistake is logged."""
+    if isinstance(error, FoveateError):
+        return error
+    log.error("The model failed on a request.", exc_info=error)
+    told = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
+    return Failed(f"The model failed on this request: {told}.")

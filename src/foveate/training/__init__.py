@@ -1,0 +1,1 @@
+"""What is trained on a frozen model: the loop, the conversations, the injection."""

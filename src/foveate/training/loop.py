@@ -1,0 +1,265 @@
+"""Training: one loop on Accelerate, for the pocket model and for cross-layer injection.
+
+    fit(lesson, batches, folder=, name=, minutes= | steps=, ...) -> Clock
+    drawn(count, size, step, seed) -> list[int]     # the items of a step
+
+It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP, as Accelerate is
+configured. A run that is killed continues from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..base.form import FoveateError
+
+WARM_UP = 40  # steps
+
+
+@dataclass
+class Clock:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def start(precision: str) -> Any:
+    """This process's Accelerator: "no", "bf16" or "fp16"; on the CPU where there is no GPU."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+    except ImportError as error:
+        raise FoveateError('Training needs accelerate: pip install "foveate[train]".') from error
+
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one looks at the data
+    cpu = not torch.cuda.is_available()
+    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
+
+
+def fit(
+    lesson: nn.Module,
+    batches: Callable[[int], dict[str, Tensor]],
+    *,
+    folder: Path,
+    name: str,
+    minutes: float | None = None,
+    steps: int | None = None,
+    rate: float = 2e-3,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    resume: bool = True,
+    precision: str = "bf16",
+    checkpoint_every: float = 120,
+    log_every: int = 50,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: float = 180,
+    accelerator: Any = None,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
+) -> Clock:
+    """Minimise a loss over the trainable parameters of `lesson`.
+
+    `lesson(batch)` gives a sum of losses and its weight, scalars; what is minimised is the sum over
+    all processes by the weight over all processes, so that it does not matter how a batch is
+    divided among them. `batches(step)` gives this process's batch of a step and must depend on
+    nothing else: a resumed run then equals an undisturbed one (bit for bit with `steps`; with
+    `minutes` the budget counts only time spent training). The rate warms up, stays, and falls
+    linearly to zero over the last 30 %. Losses and accuracies go to `folder/log.jsonl`.
+
+    Args:
+        precision: as `start` takes it; unused where `accelerator` is given.
+        checkpoint_every, evaluate_every: seconds.
+        log_every: steps; with 1 the log has the loss of each step instead of a running mean.
+        optimizers: with the peak rate of each parameter group under "peak"; default: Muon for
+            matrices, AdamW for all else, at `rate`.
+        finish: called in every process with the trained lesson as Accelerate prepared it.
+    """
+    if (minutes is None) == (steps is None):
+        raise ValueError("give either minutes or steps as the budget of a stage")
+    accelerator = accelerator or start(precision)
+
+    from accelerate.utils import set_seed
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    set_seed(seed)
+    optimizers = optimizers or make_optimizers(lesson, rate)
+    lesson, *optimizers = accelerator.prepare(lesson, *optimizers)
+    clock = Clock()
+    accelerator.register_for_checkpointing(clock)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = latest(folder, name) if resume else None
+    if last:
+        accelerator.load_state(str(last))
+    main, journal = accelerator.is_main_process, folder / "log.jsonl"
+    if main:
+        forget(journal, name, clock.step)
+
+    def done() -> float:
+        share = clock.step / steps if steps else clock.seconds / (60 * (minutes or 1))
+        return min(1.0, share)
+
+    def log(**row: Any) -> None:
+        if main:
+            with journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": name, "step": clock.step} | row) + "\n")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    running, saved, examined = math.nan, time.monotonic(), time.monotonic()
+    with Progress(*columns, TimeElapsedColumn(), disable=not main) as bar:
+        task = bar.add_task(name, total=1.0, note="")
+        for batch in ahead(batches, clock.step):
+            if done() >= 1:
+                break
+            began = time.monotonic()
+            now = rate_at(clock.step, done(), warm_up)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * now
+                optimizer.zero_grad()
+            total, weight = lesson({k: v.to(accelerator.device) for k, v in batch.items()})
+            # the clock is the main process's, and so is the decision to save
+            save = main and began - saved > checkpoint_every
+            told = torch.stack([total.detach().double(), weight.double()])
+            told = torch.cat([told, told.new_tensor([save, clock.seconds if main else 0.0])])
+            summed, count, save, clock.seconds = accelerator.reduce(told, "sum").tolist()
+            count = count or 1.0
+            accelerator.backward(total * (accelerator.num_processes / count))
+            accelerator.clip_grad_norm_(lesson.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            value = summed / count
+            running = value if math.isnan(running) else running + 0.05 * (value - running)
+            clock.step += 1
+            clock.seconds += time.monotonic() - began
+            note = f"loss {running:.3f}  {clock.seconds / clock.step:.2f} s/step  {clock.step}"
+            bar.update(task, completed=done(), note=note)
+            if log_every == 1:
+                log(seconds=round(clock.seconds, 2), loss=value, rate=now)
+            elif clock.step % log_every == 0:
+                log(seconds=round(clock.seconds), loss=round(running, 4))
+            if save:
+                save_checkpoint(accelerator, folder, name, clock.step)
+                saved = time.monotonic()
+            if evaluate and time.monotonic() - examined > evaluate_every:
+                log(seconds=round(clock.seconds), loss=round(running, 4), **evaluate())
+                examined = time.monotonic()
+    if log_every > 1:
+        log(seconds=round(clock.seconds), loss=round(running, 4), **(evaluate or dict)())
+    if finish:
+        finish(lesson)
+    accelerator.free_memory()
+    return clock
+
+
+def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices between hidden layers, AdamW for embeddings, norms, biases, kernels."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in lesson.named_parameters():
+        if p.requires_grad:
+            flat = any(part in name for part in ("embed", "lm_head", "helper"))
+            (matrices if p.ndim == 2 and not flat else others).append(p)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
+    if matrices:
+        made.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = rate
+    return made
+
+
+def rate_at(step: int, done: float, warm_up: int = WARM_UP) -> float:
+    """Share of the peak rate: a warm-up, a plateau, a linear end over the last 30 %."""
+    return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - done) / 0.3)
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def drawn(count: int, size: int, step: int, seed: int) -> list[int]:
+    """The items of a step: every item once per epoch, in an order of the seed's."""
+    places = range(step * size, (step + 1) * size)
+    return [int(_shuffled(count, seed, p // count)[p % count]) for p in places]
+
+
+def ahead(batches: Callable[[int], dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
+    """The batches from `step` on, each prepared in a thread while the one before is learnt."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = [worker.submit(batches, step + i) for i in range(2)]
+        while True:
+            step += 1
+            waiting.append(worker.submit(batches, step + 1))
+            yield waiting.pop(0).result()
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(accelerator: Any, folder: Path, name: str, step: int) -> None:
+    """Write beside the older checkpoint, mark complete, then drop the older; in all processes."""
+    target = folder / f"{name}.step-{step:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(target), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (target / "complete").touch()
+        for old in folder.glob(f"{name}.step-*"):
+            if old != target:
+                shutil.rmtree(old)
+
+
+def latest(folder: Path, name: str) -> Path | None:
+    """The newest complete checkpoint of a stage."""
+    found = [p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists()]
+    return max(found, default=None)
+
+
+def drop_checkpoints(folder: Path, name: str) -> None:
+    for old in folder.glob(f"{name}.step-*"):
+        shutil.rmtree(old)
+
+
+def forget(journal: Path, name: str, step: int) -> None:
+    """Leave out of a log what a stage did after `step`, and a line that was cut short."""
+    if not journal.exists():
+        return
+    kept = []
+    for line in journal.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["stage"] != name or row["step"] <= step:
+            kept.append(line + "\n")
+    part = journal.with_suffix(".part")
+    part.write_text("".join(kept), "utf-8")
+    part.replace(journal)

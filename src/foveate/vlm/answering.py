@@ -1,0 +1,204 @@
+"""Questions to answers, as many at a time as memory allows.
+
+    for found in answer_all(vlm, chats, as_stack("clvs"), max_new_tokens=16):
+        print(found.text if isinstance(found, Answer) else f"failed: {found}")
+
+Methods rewrite the questions, those about one image share its prefix (`foveate.vlm.prefix`), others
+form left-padded batches. Where memory is short, fewer are asked at a time (`foveate.base.memory`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..base.memory import Size, out_of_memory, release
+from ..core.method import Method
+from .prefix import Prompts, ask_together, prepare
+from .vlm import VLM, Answer, Chat
+
+T = TypeVar("T")
+Found = dict[int, Answer | Exception]  # by the question's place among those asked
+
+
+class Unwanted(Exception):
+    """Nobody waited for this answer any more."""
+
+
+class Decoding:
+    """How `generate` decodes a batch: this one greedily. Rows are places in the chats asked."""
+
+    def wanted(self, row: int) -> bool:
+        """Whether somebody still waits for this answer; looked up before every attempt."""
+        return True
+
+    def options(self, rows: list[int]) -> dict[str, Any]:
+        """What `generate` is told of these rows beside the defaults, anew for every attempt."""
+        return {}
+
+    def failed(self, row: int, error: Exception) -> None:
+        """This question has failed for good; told at once, while others are still asked."""
+
+
+def answer_all(
+    vlm: VLM,
+    chats: Sequence[Chat],
+    methods: tuple[Method, ...] = (),
+    max_new_tokens: int = 16,
+    *,
+    size: Size | None = None,
+    share: bool = True,
+    prompts: Prompts | None = None,
+    decoding: Decoding | None = None,
+) -> list[Answer | Exception]:
+    """Answers to questions about any images, in their order; for each that failed, its error.
+
+    A batch for which memory does not suffice is halved, down to one question; how many then go at
+    a time in later calls is up to `size`. After other failures, and where halving did not help,
+    the questions are asked one by one, so that only those fail that must.
+
+    Args:
+        methods: their `rewrite` is run here, at once for all chats about the same images.
+        size: how many at a time; None = `vlm.size`, as for all reading passes of this model.
+        share: questions about one image share its prefix, all others form padded batches by kind;
+            a question that shapes the image's rows (`Method.shares_prefix` is False) is asked
+            alone. False asks one by one, as published code does.
+        prompts: what `prepare` made of chats about one image, ahead of this call.
+        decoding: how batches are decoded. A shared prefix is not decoded by `generate`: with this,
+            all form padded batches, whatever the methods are.
+    """
+    size, decoded = size or vlm.size, decoding or Decoding()
+    call = _Call(vlm, methods, max_new_tokens, size, decoded)
+    prefix = share and decoding is None and all(method.shares_prefix for method in methods)
+    padded = prefix or (share and decoding is not None)
+    found = call.rewritten(chats)
+    ready = {row: chat for row, chat in found.items() if isinstance(chat, Chat)}
+    answers: Found = {row: one for row, one in found.items() if isinstance(one, Exception)}
+    batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
+    for rows in _grouped(ready, lambda row: (prefix and _images(ready[row])) or row):
+        group = [ready[row] for row in rows]
+        own: Prompts | Exception | None = None
+        if prefix and prompts is not None and prompts.of(group):
+            own = prompts
+        elif prefix:
+            own = _tried(lambda: prepare(vlm, group, methods))  # noqa: B023
+        if isinstance(own, Prompts):
+            answers |= call.asked(rows, ready, own)
+            continue  # a failure to prepare comes again, with the question to blame
+        for row in rows:
+            batches.setdefault(ready[row].kind if padded else -1 - row, []).append(row)
+    for rows in batches.values():
+        answers |= call.asked(rows, ready)
+    size.end()
+    return [answers[row] for row in range(len(chats))]
+
+
+def complete(found: Iterable[Answer | Exception]) -> list[Answer]:
+    """Answers of `answer_all`; the first error, where there is one, is raised."""
+    answers = []
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+        answers.append(one)
+    return answers
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `answer_all`."""
+
+    vlm: VLM
+    methods: tuple[Method, ...]
+    limit: int
+    size: Size
+    decoding: Decoding
+
+    def rewritten(self, chats: Sequence[Chat]) -> dict[int, Chat | Exception]:
+        """Chats as the methods want them asked."""
+        found: dict[int, Chat | Exception] = {}
+
+        def conversation(row: int) -> Hashable:
+            chat = chats[row]
+            return (_images(chat), chat.system, chat.earlier) if chat.images else row
+
+        waiting = list(_grouped(range(len(chats)), conversation))
+        while waiting:
+            rows = waiting.pop(0)
+            group = [chats[row] for row in rows]
+            new = _tried(lambda: self.vlm.rewrite(group, self.methods))  # noqa: B023
+            if not isinstance(new, Exception):
+                found |= dict(zip(rows, new, strict=True))
+            elif len(rows) == 1:
+                self.decoding.failed(rows[0], new)
+                found[rows[0]] = new
+            else:
+                waiting[:0] = [[row] for row in rows]
+        return found
+
+    def asked(
+        self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None = None
+    ) -> Found:
+        """Answers to chats of one kind, or to all of these prompts on their prefix."""
+        found, size, before = Found(), self.size, self.size.now
+        while rows:
+            batch = rows if prompts else rows[: size.now]
+            if gone := [row for row in batch if not self.decoding.wanted(row)]:
+                found |= {row: Unwanted() for row in gone}
+                rows = [row for row in rows if row not in gone]
+                continue
+            new = _tried(lambda: self._answers(batch, chats, prompts))  # noqa: B023
+            if not isinstance(new, Exception):
+                found |= dict(zip(batch, new, strict=True))
+                rows = rows[len(batch) :]
+                continue
+            starved = out_of_memory(new)
+            if starved and size.halve(len(batch)):
+                _warn(f"Memory is short: going on with {size.now} questions at a time.")
+                continue
+            alone = rows if starved else batch
+            if len(alone) == 1:
+                self.decoding.failed(alone[0], new)
+                found[alone[0]] = new
+            else:
+                _warn(f"{type(new).__name__}: {len(alone)} questions are now asked one by one.")
+                for row in alone:
+                    found |= self.asked([row], chats)
+            if starved and any(isinstance(found[row], Exception) for row in alone):
+                size.restore(before)
+            rows = rows[len(alone) :]
+        return found
+
+    def _answers(
+        self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None
+    ) -> list[Answer]:
+        if prompts is not None:
+            return ask_together(self.vlm, prompts, self.methods, self.limit, self.size.now)
+        group = [chats[row] for row in rows]
+        return self.vlm.answer(group, self.methods, self.limit, **self.decoding.options(rows))
+
+
+def _grouped(rows: Iterable[int], key: Callable[[int], Hashable]) -> Iterable[list[int]]:
+    groups: dict[Hashable, list[int]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups.values()
+
+
+def _images(chat: Chat) -> tuple[int, ...]:
+    return tuple(map(id, chat.images))
+
+
+def _tried(work: Callable[[], T]) -> T | Exception:
+    """What `work` returns, or its failure, which holds no tensors any more."""
+    try:
+        return work()
+    except Exception as error:
+        failure = error
+    release(failure)
+    return failure
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

@@ -1,0 +1,234 @@
+"""What is installed, what works here, and what foveate can do on a given model."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .. import __version__
+from ..backends.transformers import compat
+
+EXTRAS = {
+    "matplotlib": "plot: pictures of attention",
+    "accelerate": "train, and models over several devices",
+    "flash-attn": "attention of the untouched rows on CUDA",
+    "torchvision": "the processors of families with video",
+}
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "mistral3",
+    "gemma3",
+)
+"""Families that the test-suite covers; others work where their attention goes through
+transformers' interface."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding. `good` is None where it is neither good nor bad."""
+
+    what: str
+    found: str
+    good: bool | None = None
+
+
+def check() -> Iterator[Line]:
+    """Findings in order, the slowest last; `good=False` means that foveate is broken here."""
+    yield Line("foveate", f"{__version__} on Python {platform.python_version()}", True)
+    for package in ("torch", "transformers", "pillow", "numpy"):
+        yield Line(package, importlib.metadata.version(package), True)
+    for package, use in EXTRAS.items():
+        found = _version(package)
+        yield Line(package, f"{found or 'not installed'} ({use})", bool(found) or None)
+    yield from _devices()
+    for family in FAMILIES:
+        yield _family(family)
+    yield _pocket()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Line]:
+    import torch
+
+    yield Line("cpu", f"{platform.machine()}, threads: {torch.get_num_threads()}", True)
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        yield Line(f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB", True)
+    if torch.backends.mps.is_available():
+        yield Line("mps", "available", True)
+
+
+def _family(name: str) -> Line:
+    """Whether the installed transformers has the model, and its processor can be built."""
+    if not compat.has_family(name):
+        return Line(f"family {name}", "needs a newer transformers")
+    if compat.needs_torchvision(name) and not _version("torchvision"):
+        return Line(f"family {name}", "model yes, processor needs torchvision")
+    return Line(f"family {name}", "usable", True)
+
+
+def _pocket() -> Line:
+    """Load the pocket model and let it answer, plain and with CLVS."""
+    from ..core.method import FoveateError
+    from ..scenes import questions, world
+    from .vlm import VLM
+
+    try:
+        vlm = VLM.load("pocket", device="cpu")
+        picture = world.draw(world.sample(questions.FIRST_HELD_OUT), 96)
+        answers = [vlm.ask(picture, "Is there a tree?", method) for method in (None, "clvs")]
+    except FoveateError as error:
+        return Line("pocket model", str(error), False)
+    seconds = sum(answer.seconds for answer in answers)
+    return Line("pocket model", f"answers plain and with clvs in {seconds:.2f} s", True)
+
+
+# -- one model -------------------------------------------------------------------------------------
+
+
+def examine(name: str, revision: str | None = None) -> dict[str, Any]:
+    """What foveate finds in a model, from its configuration alone; nothing is computed.
+
+    Returns:
+        JSON-ready: "model", "revision", "commit", "class", "model_type", "versions"; "refusal", a
+        sentence or None. Of a model that is not refused also "cache_argument", "attention",
+        "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout", "padded_batches",
+        "static_cache", "compiled_decoding" (each whether it is there), and "methods" (name ->
+        "layers" where it acts, None where it acts on none, "note" and "refusal", sentences or
+        None).
+
+    Raises:
+        FoveateError: the model cannot be found, or sees nothing.
+    """
+    import torch
+
+    from ..backends.transformers.handshake import handshake
+    from ..core.method import FoveateError
+    from ..families.layout import layout_of, visual_token_ids
+    from .loading import commit, outline
+
+    model = outline(name, revision)
+    found: dict[str, Any] = {
+        "model": name,
+        "revision": revision,
+        "commit": commit(name, revision),
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "versions": {
+            "foveate": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": compat.VERSION,
+        },
+        "refusal": None,
+    }
+    try:
+        hands = handshake(model)
+    except FoveateError as error:
+        return found | {"refusal": str(error)}
+    kinds = {
+        kind: [i for i, other in enumerate(hands.kinds) if other == kind]
+        for kind in dict.fromkeys(hands.kinds)
+    }
+    return found | {
+        "cache_argument": hands.cache,
+        "attention": hands.attention,
+        "layers": kinds,
+        "image_tokens": list(visual_token_ids(model.config)),
+        "layout": layout_of(model.config) is not None,
+        "padded_batches": compat.takes_masks(model),
+        "static_cache": compat.static_cache(model),
+        "compiled_decoding": compat.static_decoding(model),
+        "methods": _methods(model),
+    }
+
+
+def _methods(model: Any) -> dict[str, dict[str, Any]]:
+    """Where every method acts with its published parameters, or why it does not."""
+    from ..core.method import FoveateError, methods
+
+    found = {}
+    for name, cls in methods().items():
+        layers = refusal = None
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            try:
+                layers = cls().resolve(model).layers
+            except FoveateError as error:
+                refusal = str(error)
+        found[name] = {
+            "layers": layers and list(layers),
+            "note": str(notes[0].message) if notes else None,
+            "refusal": refusal,
+        }
+    return found
+
+
+def told(found: dict[str, Any]) -> Iterator[Line]:
+    """The findings of `examine` as lines."""
+    yield Line("model", f"{found['model']} ({found['class']}, {found['model_type']})")
+    if found["commit"]:
+        yield Line("commit", found["commit"])
+    for package, version in found["versions"].items():
+        yield Line(package, version)
+    if found["refusal"]:
+        yield Line("handshake", found["refusal"], False)
+        return
+    yield Line("handshake", "the model can be enhanced", True)
+    yield Line("cache argument", found["cache_argument"])
+    yield Line("attention", found["attention"])
+    for kind, layers in found["layers"].items():
+        yield Line(f"layers of {kind}", f"{len(layers)} ({ranges(layers)})")
+    ids = ", ".join(map(str, found["image_tokens"]))
+    yield Line("image tokens", ids or "named nowhere: pass image_token_id to enhance()", bool(ids))
+    layout = "known" if found["layout"] else "not known: no heat maps on the image, no crops"
+    yield Line("image layout", layout, found["layout"] or None)
+    for key, what in (
+        ("padded_batches", "padded batches"),
+        ("static_cache", "static cache"),
+        ("compiled_decoding", "compiled decoding"),
+    ):
+        yield Line(what, "yes" if found[key] else "no", found[key] or None)
+    for name, entry in found["methods"].items():
+        if entry["refusal"]:
+            yield Line(name, entry["refusal"])
+        else:
+            layers = entry["layers"] or []
+            where = (
+                f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+                if layers
+                else "outside the layers"
+            )
+            yield Line(name, f"{where}. {entry['note']}" if entry["note"] else where, True)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words: "0 to 3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
