@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import __version__, commands
+from foveate import commands
 from foveate.backends.transformers import compat
+from foveate.base import __version__
 from foveate.core.method import methods
 from foveate.families.layout import Grid
 from foveate.insight.plots.attention import Look, show_attention

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
-from foveate.core.method import FoveateError
+from foveate.base.errors import FoveateError
 from foveate.families.layout import Grid, grids, together
 from tests import models as families
 from tests import tiny

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from foveate.base.errors import FoveateError
 from foveate.base.images import MIN_SIDE, decode, decode_all
-from foveate.core.method import FoveateError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

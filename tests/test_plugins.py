@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from foveate import Method
-from foveate.base.form import FoveateError
+from foveate.base.errors import FoveateError
 from foveate.commands import main
 from foveate.core import method
 from foveate.evaluation import benchmark

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.core.method import FoveateError
+from foveate.base.errors import FoveateError
 from foveate.pocket import build
 from foveate.pocket import train as training
 from foveate.scenes import lessons, questions

@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.backends.transformers.record import Recorder
-from foveate.core.method import FoveateError, Method, as_stack
+from foveate.base.errors import FoveateError
+from foveate.core.method import Method, as_stack
 from foveate.vlm import loading
 from foveate.vlm.prefix import ask_together, prepare, shareable
 from foveate.vlm.vlm import VLM, Answer, Chat, Turn

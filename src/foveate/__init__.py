@@ -6,20 +6,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .base import __version__
+
 if TYPE_CHECKING:
     from .backends.transformers.enhance import enhance, prefill
     from .backends.transformers.record import Recorder
-    from .core.method import FoveateError, Method
+    from .base.errors import FoveateError
+    from .core.method import Method
     from .core.method import methods as list_methods
     from .insight.trace import trace
     from .vlm.vlm import VLM
 
-__version__ = "0.1.0"
 __all__ = [
     "VLM",
     "FoveateError",
     "Method",
     "Recorder",
+    "__version__",
     "enhance",
     "list_methods",
     "prefill",
@@ -31,7 +34,7 @@ _home = {  # imported when first asked for
     "prefill": ("backends.transformers.enhance", "prefill"),
     "Method": ("core.method", "Method"),
     "list_methods": ("core.method", "methods"),
-    "FoveateError": ("core.method", "FoveateError"),
+    "FoveateError": ("base.errors", "FoveateError"),
     "Recorder": ("backends.transformers.record", "Recorder"),
     "VLM": ("vlm.vlm", "VLM"),
     "trace": ("insight.trace", "trace"),

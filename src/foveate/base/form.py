@@ -20,9 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-
-class FoveateError(ValueError):
-    """A mistake of the caller, told in one sentence that says what is wrong and what to do."""
+from .errors import FoveateError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.method import FoveateError
+from .errors import FoveateError
 
 MIN_SIDE = 8
 """Shorter sides (in pixels) are enlarged to this by repeating pixels: image processors guess which

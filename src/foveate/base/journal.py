@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-from .form import FoveateError
+from .errors import FoveateError
 
 Row = dict[str, Any]
 

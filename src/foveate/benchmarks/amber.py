@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..evaluation import yesno
 from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
 from ..evaluation.data import Data

@@ -11,7 +11,7 @@ from math import nan
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
 from ..evaluation.data import Data
 from ..evaluation.words import lemmas

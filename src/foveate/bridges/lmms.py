@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.images import decode_all
 from ..core.method import as_stack
 from ..vlm.vlm import VLM, Answer, Chat

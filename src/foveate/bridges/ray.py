@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..core.method import Method
 from ..evaluation.ask import Asker, Stack, as_record
 from ..evaluation.benchmark import Benchmark, Record

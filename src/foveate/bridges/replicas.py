@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from ..serving.settings import Settings
 from ..vlm.vlm import VLM
 from .ray import last_line, set_environment

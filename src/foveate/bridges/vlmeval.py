@@ -16,7 +16,7 @@ from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..vlm.vlm import VLM, Methods
 
 

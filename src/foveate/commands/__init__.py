@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..core.method import FoveateError
+from ..base import __version__
+from ..base.errors import FoveateError
 from .common import note
 
 # of the help; commands that are not named here follow by name

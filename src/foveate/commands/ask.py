@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.method import FoveateError, as_stack, methods, text
+from ..base.errors import FoveateError
+from ..core.method import as_stack, methods, text
 from . import app
 from .common import (
     SIDE_BY_SIDE,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 
 if TYPE_CHECKING:
     from rich.table import Table

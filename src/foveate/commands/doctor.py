@@ -26,7 +26,7 @@ def doctor(
 
     The exit code is 1 if foveate itself does not work here, or refuses the model.
     """
-    from ..core.method import FoveateError
+    from ..base.errors import FoveateError
     from ..vlm.doctor import check, examine, told
 
     quiet()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.method import FoveateError, as_stack, methods
+from ..base.errors import FoveateError
+from ..core.method import as_stack, methods
 from . import app
 from .common import (
     SIDE_BY_SIDE,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.method import FoveateError, methods
+from ..base.errors import FoveateError
+from ..core.method import methods
 from . import app
 from .common import RevisionOption, brief, load, new_table, note, print_table
 

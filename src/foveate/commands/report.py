@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from . import app
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from . import app
 from .common import (
     BatchSizeOption,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from . import app
 from .common import (
     SIDE_BY_SIDE,

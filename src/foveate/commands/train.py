@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from . import app
 from .common import ModelOption, RevisionOption, make_folder, quiet
 

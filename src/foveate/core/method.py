@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..base.form import Form, FoveateError, Registry
+from ..base.errors import FoveateError
+from ..base.form import Form, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
 from ..core.method import Method, as_stack, text
 from ..vlm.answering import answer_all

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..base.form import Form, FoveateError, Registry
+from ..base.errors import FoveateError
+from ..base.form import Form, Registry
 from ..base.images import decode
 from .data import Data, Problems
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark

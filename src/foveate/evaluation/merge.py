@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from .benchmark import Record
 from .run import RECORDS, RESULTS, key, read_run, run_folders
 

@@ -20,7 +20,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from ..base import significance
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.journal import write_json
 from ..insight.pages.report import html, markdown
 from . import benchmark as benchmark_module

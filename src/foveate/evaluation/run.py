@@ -24,8 +24,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..base.form import FoveateError
+from ..base import __version__
+from ..base.errors import FoveateError
 from ..base.journal import Journal, alike, difference, write_json
 from .benchmark import Benchmark, Problems, Record, Sample
 

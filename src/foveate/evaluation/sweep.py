@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ..base import significance
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.journal import write_json
 from ..core.method import Method, as_stack, text
 from ..insight.plots.sweep import show_sweep

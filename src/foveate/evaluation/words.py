@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 
 _KINDS = {"J": "a", "V": "v", "N": "n", "R": "r"}  # first letter of a tag -> WordNet's kind
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..base.form import Form, FoveateError, Registry
+from ..base import __version__
+from ..base.errors import FoveateError
+from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
 from ..core.method import Method, as_stack, shape, text
 from .truth import Picture

@@ -30,11 +30,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import __version__
 from ..backends.transformers import compat
+from ..base import __version__
+from ..base.errors import FoveateError
 from ..base.images import decode
 from ..base.journal import Journal
-from ..core.method import FoveateError, shape
+from ..core.method import shape
 from ..vlm.vlm import VLM, Chat
 
 PROMPT = "Please describe this image in detail."

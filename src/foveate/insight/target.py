@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.errors import FoveateError
 from ..base.images import decode
-from ..core.method import FoveateError
 from ..families.layout import WHOLE, Box, Grid
 
 Names = dict[str, Callable[[int], np.ndarray]]

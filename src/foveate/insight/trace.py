@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..backends.transformers.record import Recorder
+from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode
-from ..core.method import FoveateError, Method, as_stack, text
+from ..core.method import Method, as_stack, text
 from ..families.layout import WHOLE, Box, Grid, together
 from ..methods.clvs import CLVS
 from ..vlm.vlm import VLM, Answer, Chat, Methods

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.images import decode
 from ..evaluation.vqa import normalise
 from ..evaluation.yesno import vlmevalkit

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..base.errors import FoveateError
 from ..base.form import file
-from ..core.method import FoveateError, Method, shape
+from ..core.method import Method, shape
 
 if TYPE_CHECKING:
     from ..backends.transformers.attention import Rows

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends.transformers.compat import final_norm
 from ..core.method import Method
-from ..families.layout import runs
+from ..core.visual import runs
 
 if TYPE_CHECKING:
     from ..backends.transformers.attention import Rows

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..backends.transformers.compat import cache_of, hidden_in
+from ..base.errors import FoveateError
 from ..base.form import costly
-from ..core.method import FoveateError, Method, shape
+from ..core.method import Method, shape
 
 if TYPE_CHECKING:
     from ..backends.transformers.attention import Rows

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.method import FoveateError, Method
-from ..families.layout import runs
+from ..base.errors import FoveateError
+from ..core.method import Method
+from ..core.visual import runs
 
 if TYPE_CHECKING:
     from ..core.context import Context

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends.transformers import compat
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from ..scenes import lessons, questions, world
 from ..training.loop import drawn, drop_checkpoints, fit
 from . import build

@@ -25,7 +25,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..core.method import FoveateError, text
+from ..base.errors import FoveateError
+from ..core.method import text
 from ..vlm.vlm import VLM
 from . import asking, errors, queue, wire
 from .naming import Catalogue

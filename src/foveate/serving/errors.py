@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from starlette.exceptions import HTTPException
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from . import wire
 
 

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.errors import FoveateError
 from ..base.form import permit
 from ..core.context import Stack
-from ..core.method import FoveateError, Method, as_stack, methods
+from ..core.method import Method, as_stack, methods
 from ..vlm.vlm import VLM
 from .errors import UnknownModel
 

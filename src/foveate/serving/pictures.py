@@ -9,8 +9,8 @@ import time
 
 from PIL import Image
 
+from ..base.errors import FoveateError
 from ..base.images import decode
-from ..core.method import FoveateError
 from .errors import TooLarge
 from .remote import fetch
 from .settings import Settings

@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
-from ..core.method import FoveateError, Method, text
+from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
 from ..vlm.vlm import VLM, Chat
 from .errors import Busy, Failed, Stopping

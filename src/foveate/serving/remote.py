@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 
 REDIRECTS = 3
 CHUNK = 2**16

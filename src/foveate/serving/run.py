@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 from ..vlm.vlm import VLM
 from .app import create_app
 from .queue import Worker

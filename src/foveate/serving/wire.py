@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .. import __version__
+from ..base import __version__
 from .sampling import End, Piece, Token
 
 FINGERPRINT = f"foveate-{__version__}"

@@ -27,10 +27,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.images import decode
+from ..core.visual import visual_token_ids
 from ..evaluation.data import Problems
-from ..families.layout import visual_token_ids
 
 MARK = "<image>"  # where a picture stands in a question, whatever the model's own token is
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..backends.transformers import compat
 from ..backends.transformers.enhance import attach
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 from ..base.journal import alike, difference, write_json
 from ..core.method import as_stack, text
 from ..methods.cli.method import CLI, SERVES

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base.form import FoveateError
+from ..base.errors import FoveateError
 
 WARM_UP = 40  # steps
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
 from ..backends.transformers import compat
+from ..base import __version__
 
 EXTRAS = {
     "matplotlib": "plot: pictures of attention",
@@ -88,7 +88,7 @@ def _family(name: str) -> Line:
 
 def _pocket() -> Line:
     """Load the pocket model and let it answer, plain and with CLVS."""
-    from ..core.method import FoveateError
+    from ..base.errors import FoveateError
     from ..scenes import questions, world
     from .vlm import VLM
 
@@ -122,8 +122,9 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
     import torch
 
     from ..backends.transformers.handshake import handshake
-    from ..core.method import FoveateError
-    from ..families.layout import layout_of, visual_token_ids
+    from ..base.errors import FoveateError
+    from ..core.visual import visual_token_ids
+    from ..families.layout import layout_of
     from .loading import commit, outline
 
     model = outline(name, revision)
@@ -164,7 +165,8 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def _methods(model: Any) -> dict[str, dict[str, Any]]:
     """Where every method acts with its published parameters, or why it does not."""
-    from ..core.method import FoveateError, methods
+    from ..base.errors import FoveateError
+    from ..core.method import methods
 
     found = {}
     for name, cls in methods().items():

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from ..backends.transformers import compat
-from ..core.method import FoveateError
+from ..base.errors import FoveateError
 
 MODELS: Any = transformers.AutoModelForImageTextToText
 HINT = "use 'pocket', a saved model's folder, or a hub name such as 'llava-hf/llava-1.5-7b-hf'"

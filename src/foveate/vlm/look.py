@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..backends.transformers.record import Recorder
-from ..core.method import FoveateError, Method
+from ..base.errors import FoveateError
+from ..core.method import Method
 from ..families.layout import WHOLE, Box, Grid, grids, together
 from .answering import answer_all, complete
 from .prefix import prepare

@@ -25,7 +25,7 @@ from ..backends.transformers.enhance import prefill
 from ..backends.transformers.record import Recorder
 from ..core.context import attention_layers
 from ..core.method import Method
-from ..families.layout import visual_token_ids
+from ..core.visual import visual_token_ids
 from .vlm import VLM, Answer, Chat, Probabilities
 
 # settings of a checkpoint that only `generate` applies, and their idle values

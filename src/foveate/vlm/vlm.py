@@ -36,9 +36,10 @@ from transformers import (
 
 from ..backends.transformers.enhance import attach
 from ..backends.transformers.record import Record, Recorder
+from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode_all
 from ..base.memory import Size
-from ..core.method import FoveateError, Method, as_stack
+from ..core.method import Method, as_stack
 from ..families.layout import Grid, grids
 from .loading import commit, load
 

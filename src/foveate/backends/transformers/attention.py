@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...base.errors import FoveateError
 from ...core.context import Context
-from ...core.method import FoveateError
 from . import compat
 from .heartbeat import astray, lost, note_beside_graphs, note_graph
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 from ...core.context import Context
 from .compat import batch_of, length
 

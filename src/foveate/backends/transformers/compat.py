@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 
 VERSION = transformers.__version__
 
@@ -419,6 +419,20 @@ def pixels_to_the_forward(
 def image_tower(model: Any) -> Any:
     """The vision tower of a model of LLaVA's shape, or None."""
     return getattr(getattr(model, "model", None), "vision_tower", None)
+
+
+def vision_blocks(model: Any) -> nn.ModuleList:
+    """The transformer blocks of a model's vision tower, in order.
+
+    Raises:
+        FoveateError: where the model has no tower of such blocks.
+    """
+    tower = image_tower(model)
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    for module in tower.modules() if isinstance(tower, nn.Module) else ():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise FoveateError(f"{model.config.model_type} has no vision tower whose blocks can be read.")
 
 
 def feature_layer(config: Any) -> Any:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ...base.errors import FoveateError
 from ...core.context import Context, Stack
-from ...core.method import FoveateError, Method, as_stack
-from ...families.layout import vision_blocks, visual_mask, visual_token_ids
+from ...core.method import Method, as_stack
+from ...core.visual import visual_mask, visual_token_ids
 from . import compat
 from .attention import register
 from .cache import Stream, adopt
-from .compat import NOT_INPUTS, length
+from .compat import NOT_INPUTS, length, vision_blocks
 from .handshake import check_layers, handshake
 from .heartbeat import astray, check_graphs, lost, note_beside_graphs
 from .thin import Switch, thin_products

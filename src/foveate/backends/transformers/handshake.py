@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 from . import compat
 from .compat import VERSION
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 from .compat import VERSION
 
 if TYPE_CHECKING:

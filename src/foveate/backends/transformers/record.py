@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...core.method import FoveateError, Method
+from ...base.errors import FoveateError
+from ...core.method import Method
 from .compat import cache_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...backends.transformers.record import Recorder
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 from ...base.intervals import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.answering import answer_all, complete

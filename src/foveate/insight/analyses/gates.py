@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from ...base.form import FoveateError
+from ...base.errors import FoveateError
 from ...base.intervals import mean
 from ...methods.cli.method import CLI
 from ..analysis import Analysis, Numbers, Row, Stack, rounded

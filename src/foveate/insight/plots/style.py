@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...core.method import FoveateError
+from ...base.errors import FoveateError
 
 if TYPE_CHECKING:
     from PIL import Image

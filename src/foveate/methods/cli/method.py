@@ -20,8 +20,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ...backends.transformers.compat import cache_of, feature_layer, image_features, projector
+from ...base.errors import FoveateError
 from ...base.form import costly, file
-from ...core.method import FoveateError, Method, shape
+from ...core.method import Method, shape
 from .module import KIND, CrossLayerInjection, Gates, Routes, Seen, Summaries, padded, place
 
 if TYPE_CHECKING:
