@@ -53,6 +53,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from foveate import VLM, FoveateError, Method
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.form import Registry
 from foveate.base.journal import Journal, write_json
 from foveate.base.significance import holm, interval, mcnemar
@@ -255,7 +256,7 @@ def by_layer(vlm: VLM, bench: FinePrint, console: Console) -> dict[str, Any]:
                     for name, maps in zip(names, (heat / general, heat), strict=True):
                         crops = [window_search(m, image.size, 336, method.ratios) for m in maps]
                         hits[name].append([held(sample.meta["boxes"], c) >= SEEN for c in crops])
-    layer = ViCrop().resolve(vlm.model).layers
+    layer = ViCrop().resolve(anatomy(vlm.model)).layers
     assert layer is not None
     return {
         "questions": len(hits["question / general"]),

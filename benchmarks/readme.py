@@ -103,9 +103,9 @@ def _stages(cls: type[Method]) -> list[str]:
 def _passes(cls: type[Method]) -> str:
     if cls.passes or "contrast" not in cls.stages:
         return cls.passes or "none"
-    if cls.ahead:
-        return "the prompt once more"
-    return "every token once more, " + ("in one batch" if cls.pixels else "on a cache of its own")
+    return "every token once more, " + (
+        "in one batch" if cls.needs_pixels else "on a cache of its own"
+    )
 
 
 def _ratio(figures: dict[str, Any], part: str) -> str:

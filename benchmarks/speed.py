@@ -58,6 +58,7 @@ from transformers.initialization import no_init_weights
 
 import foveate
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.core.method import methods, parse, text
 from foveate.evaluation.run import hardware
@@ -372,7 +373,7 @@ def measure(subject: Subject, names: list[str], repetitions: int, tokens: int) -
 def trained(model: Any, name: str) -> int:
     """Parameters that a row's methods add to the model."""
     stack = () if name in (EAGER, STAND_INS["adhh"]) else parse(name)
-    plans = [method.resolve(model).setup(model) for method in stack]
+    plans = [method.resolve(anatomy(model)).setup(anatomy(model)) for method in stack]
     modules = [plan for plan in plans if isinstance(plan, torch.nn.Module)]
     return sum(p.numel() for module in modules for p in module.parameters())
 

@@ -35,6 +35,8 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from foveate.core import Prompt
+
 VOCAB, PAD, BOS, EOS, IMAGE, START, END, BREAK, VIDEO = 200, 0, 1, 2, 3, 4, 5, 6, 7
 FIRST_TEXT = 10
 
@@ -73,6 +75,13 @@ FAMILIES: dict[str, Callable[[], Family]] = {}
 def family(builder: Callable[[], Family]) -> Callable[[], Family]:
     FAMILIES[builder.__name__] = functools.cache(builder)
     return builder
+
+
+def as_inputs(prompt: Prompt) -> dict[str, Any]:
+    """A `Prompt` as model inputs."""
+    tokens = {"input_ids": prompt.ids, "inputs_embeds": prompt.embeds}
+    given = {k: v for k, v in tokens.items() if v is not None}
+    return given | {"attention_mask": prompt.mask} | prompt.pixels | prompt.inputs
 
 
 def build(name: str, fresh: bool = False, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:

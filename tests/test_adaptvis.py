@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing
 from foveate.methods.adaptvis import AdaptVis
 from foveate.methods.scalingvis import ScalingVis
@@ -41,7 +42,7 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(
 ) -> None:
     method = AdaptVis(**parameters(family, kind))
     prompts = [models.inputs(family, kind, row=row) for row in range(3)]
-    slow = reference.AdaptVis(model, prompts, **method.resolve(model).parameters())
+    slow = reference.AdaptVis(model, prompts, **method.resolve(anatomy(model)).parameters())
     assert set(slow.factors) == {0.3, 2.0}
     assert disagreement(method, slow, models.inputs(family, kind, batch=3)) < 1e-5
 
@@ -51,7 +52,7 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(
 def test_every_parameter_equals_the_reference(name: str, changed: dict[str, Any]) -> None:
     model, method = models.build(name), AdaptVis(**parameters(name, "image", **changed))
     prompts = [models.inputs(name, "image", row=row) for row in range(3)]
-    slow = reference.AdaptVis(model, prompts, **method.resolve(model).parameters())
+    slow = reference.AdaptVis(model, prompts, **method.resolve(anatomy(model)).parameters())
     assert disagreement(method, slow, models.inputs(name, "image", batch=3)) < 1e-5
 
 

@@ -14,7 +14,7 @@ import transformers as tf
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
-from foveate.core.method import shape
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.methods import adhh
 from foveate.methods.adhh import ADHH
 from foveate.vlm.loading import outline
@@ -33,7 +33,7 @@ VARIANTS = [
 
 
 def slow(model: Any, method: ADHH) -> reference.ADHH:
-    return reference.ADHH(model, **method.resolve(model).parameters())
+    return reference.ADHH(model, **method.resolve(anatomy(model)).parameters())
 
 
 def rows(model: Any, inputs: dict[str, Tensor], layer: int, *stack: Any) -> Tensor:
@@ -83,11 +83,11 @@ def test_a_cut_row_loses_its_text_and_nothing_else() -> None:
 def test_layers_narrows_the_list() -> None:
     model = models.build("llava")
     pairs = ((0, 1), (1, 0), (2, 3))
-    narrowed = ADHH(threshold=0.0, heads=pairs, layers=(0, 2, 4)).resolve(model)
+    narrowed = ADHH(threshold=0.0, heads=pairs, layers=(0, 2, 4)).resolve(anatomy(model))
     assert narrowed == ADHH(threshold=0.0, heads=((0, 1), (2, 3)), layers=(0, 2))
-    assert narrowed.resolve(model) == narrowed
+    assert narrowed.resolve(anatomy(model)) == narrowed
     with pytest.raises(FoveateError, match=r"no listed head lies in layers=\(4,\)"):
-        ADHH(threshold=0.0, heads=pairs, layers=(4,)).resolve(model)
+        ADHH(threshold=0.0, heads=pairs, layers=(4,)).resolve(anatomy(model))
 
 
 def test_without_heads_or_above_one_it_needs_no_list_and_is_the_plain_model() -> None:
@@ -153,12 +153,12 @@ def test_published_lists_are_found_by_shape_and_complete(
     model_type: str, sizes: tuple[int, ...], count: int, layer_sum: int, product_sum: int
 ) -> None:
     model = empty(model_type, llama(*sizes))
-    method = ADHH().resolve(model)
+    method = ADHH().resolve(anatomy(model))
     assert len(method.heads) == len(set(method.heads)) == count
     assert sum(layer for layer, _ in method.heads) == layer_sum
     assert sum(layer * head for layer, head in method.heads) == product_sum
     assert method.layers == tuple(sorted({layer for layer, _ in method.heads}))
-    assert shape(model) == {
+    assert anatomy(model).shape == {
         "model_type": model_type,
         "text_model_type": "llama",
         "hidden_size": sizes[0],
@@ -186,7 +186,7 @@ def test_other_models_are_refused_in_a_sentence_that_says_what_to_run(
     model_type: str, text: Any
 ) -> None:
     with pytest.raises(FoveateError, match=r"^adhh has no list .*`foveate heads MODEL`.*\.$"):
-        ADHH().resolve(empty(model_type, text))
+        ADHH().resolve(anatomy(empty(model_type, text)))
 
 
 def test_the_refusal_reaches_enhance_and_leaves_the_model_alone() -> None:
@@ -199,8 +199,8 @@ def test_the_refusal_reaches_enhance_and_leaves_the_model_alone() -> None:
 def test_the_pocket_model_has_its_own_list() -> None:
     model = outline("pocket")
     content = json.loads(adhh.POCKET.read_text())
-    assert content["model"] == shape(model)
-    method = ADHH().resolve(model)
+    assert content["model"] == anatomy(model).shape
+    method = ADHH().resolve(anatomy(model))
     assert method.heads
     assert set(method.heads) == set(map(tuple, content["heads"]))
 
@@ -210,10 +210,10 @@ def test_a_pocket_list_serves_the_pocket_model_only(
 ) -> None:
     model, file = models.build("llava"), tmp_path / "heads.json"
     monkeypatch.setattr(adhh, "POCKET", file)
-    file.write_text(json.dumps({"heads": [[3, 1], [0, 2]], "model": shape(model)}))
-    assert ADHH().resolve(model).heads == ((0, 2), (3, 1))
+    file.write_text(json.dumps({"heads": [[3, 1], [0, 2]], "model": anatomy(model).shape}))
+    assert ADHH().resolve(anatomy(model)).heads == ((0, 2), (3, 1))
     with pytest.raises(FoveateError, match="has no list"):
-        ADHH().resolve(models.build("llava_next"))
+        ADHH().resolve(anatomy(models.build("llava_next")))
 
 
 # -- lists in files and in code --------------------------------------------------------------------
@@ -223,10 +223,10 @@ def test_a_pocket_list_serves_the_pocket_model_only(
 def test_a_file_holds_pairs_or_what_foveate_heads_writes(tmp_path: Path, bare: bool) -> None:
     model, file = models.build("llava"), tmp_path / "heads.json"
     pairs = [[2, 0], [2, 1], [2, 3]]
-    whole = {"heads": pairs, "model": shape(model), "scores": [0.3, 0.2, 0.1]}
+    whole = {"heads": pairs, "model": anatomy(model).shape, "scores": [0.3, 0.2, 0.1]}
     file.write_text(json.dumps(pairs if bare else whole))
     method = ADHH(threshold=0.3, heads=str(file))
-    assert method.resolve(model) == LISTED.resolve(model)
+    assert method.resolve(anatomy(model)) == LISTED.resolve(anatomy(model))
     with torch.no_grad(), enhance(model, method):
         a = model(**models.inputs("llava")).logits
     with torch.no_grad(), enhance(model, LISTED):
@@ -259,7 +259,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_sentence(
     file = tmp_path / "heads.json"
     file.write_text(content)
     with pytest.raises(FoveateError, match=message) as error:
-        ADHH(heads=str(file)).resolve(models.build("llava"))
+        ADHH(heads=str(file)).resolve(anatomy(models.build("llava")))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
 
@@ -267,7 +267,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_sentence(
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for path in ("atuo", str(tmp_path)):
         with pytest.raises(FoveateError, match=r"cannot read .* heads must be 'auto', a JSON file"):
-            ADHH(heads=path).resolve(models.build("llava"))
+            ADHH(heads=path).resolve(anatomy(models.build("llava")))
 
 
 @pytest.mark.parametrize(
@@ -286,18 +286,17 @@ def test_senseless_parameters_are_refused(parameters: dict[str, Any], message: s
 
 def test_pairs_that_the_model_does_not_have_are_refused() -> None:
     with pytest.raises(FoveateError, match=r"no head \(0, 9\)"):
-        ADHH(heads=((0, 9),)).resolve(models.build("llava"))
+        ADHH(heads=((0, 9),)).resolve(anatomy(models.build("llava")))
     with pytest.raises(FoveateError, match=r"layer 0 \(sliding_attention\) does not see"):
-        ADHH(heads=((0, 1),)).resolve(models.build("gemma3"))
+        ADHH(heads=((0, 1),)).resolve(anatomy(models.build("gemma3")))
     with pytest.raises(FoveateError, match="layer 9 does not exist"):
-        ADHH(heads=((0, 1),), layers=(9,)).resolve(models.build("llava"))
+        ADHH(heads=((0, 1),), layers=(9,)).resolve(anatomy(models.build("llava")))
 
 
 def test_a_model_without_grouped_heads_has_as_many_key_value_heads() -> None:
     text = SimpleNamespace(
         model_type="old", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
     )
-    model = SimpleNamespace(
-        config=SimpleNamespace(model_type="vlm"), get_decoder=lambda: SimpleNamespace(config=text)
-    )
-    assert shape(model)["key_value_heads"] == 2
+    model: Any = models.build("llava", fresh=True)
+    model.get_decoder = lambda: SimpleNamespace(config=text)
+    assert anatomy(model).shape["key_value_heads"] == 2

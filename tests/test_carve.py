@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.core.method import as_stack, parse
 from foveate.evaluation.ask import Asker
 from foveate.methods.carve import CARVE, LARGEST, cut, resized
@@ -55,7 +56,7 @@ def rewritten(vlm: VLM, chats: list[Chat], method: CARVE | str) -> list[Chat]:
 
 
 def resolved(vlm: VLM, text: str) -> Any:
-    return parse(text)[0].resolve(vlm.model)
+    return parse(text)[0].resolve(anatomy(vlm.model))
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

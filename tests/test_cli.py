@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate import VLM, FoveateError, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing, start_checkpointing
 from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
@@ -44,7 +45,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def trained(model: Any, folder: Path, **settings: Any) -> CLI:
     """An injection whose every weight is alive, saved and named by its folder."""
-    module = CLI(**SMALL, **settings).resolve(model).build(model)
+    module = CLI(**SMALL, **settings).resolve(anatomy(model)).build(anatomy(model))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():
@@ -105,7 +106,7 @@ def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
     plain = forward(model, inputs).logits
     method = trained(model, tmp_path)
     assert not torch.allclose(forward(model, inputs, method).logits, plain)
-    module = method.build(model)
+    module = method.build(anatomy(model))
     for gate in module.gates.values():
         gate.last.weight.data.zero_()
         gate.last.bias.data.fill_(-200.0)  # sigmoid underflows to 0
@@ -249,8 +250,8 @@ def test_the_folded_summary_is_multi_head_attention() -> None:
 def test_gradients_reach_every_part_also_through_checkpoints(family: str) -> None:
     model = models.build(family, fresh=True)
     model.requires_grad_(False)
-    method = CLI(**SMALL, summary="image").resolve(model)
-    module = method.build(model)
+    method = CLI(**SMALL, summary="image").resolve(anatomy(model))
+    module = method.build(anatomy(model))
     for gate in module.gates.values():
         torch.nn.init.normal_(gate.last.weight, std=0.01)  # not so much that gates are shut
     for path in module.paths.values():
@@ -281,7 +282,7 @@ def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
     assert settings["kind"] == "cross-layer injection"
     assert settings["base"]["hidden_size"] == 64
     assert (tmp_path / "one" / "model.safetensors").is_file()
-    resolved = method.resolve(model)
+    resolved = method.resolve(anatomy(model))
     assert (resolved.layers, resolved.gate, resolved.rank) == ((1, 3), "vector", 4)
     first = forward(model, inputs, method).logits
     module = CrossLayerInjection.from_pretrained(tmp_path / "one")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of
 from foveate.methods.clvs import CLVS
 from tests import models
@@ -19,7 +20,7 @@ STEPS = 9  # the prompt's row and eight decode steps
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "strong": {"smoothing": 0.3, "memory": 0.5, "stop_threshold": 0.0},
+    "strong": {"smoothing": 0.3, "beta": 0.5, "stop_threshold": 0.0},
     "stopping": {"smoothing": 0.4, "stop_threshold": 0.6, "stop_from": 0.25, "top_k": 5},
     "sparse-stop": {"stop_threshold": 0.7, "stop_from": 0.0, "stop_every": 2, "final_norm": True},
     "plain-positions": {"unified_positions": False, "stop_threshold": 0.0},
@@ -41,7 +42,7 @@ def generate(model: Any, inputs: dict[str, Tensor], method: Any, **options: Any)
 
 
 def expected(model: Any, inputs: dict[str, Tensor], out: Any, **parameters: Any) -> Any:
-    method = CLVS(**parameters).resolve(model)
+    method = CLVS(**parameters).resolve(anatomy(model))
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(reference.Parameters)}
     tokens = out.sequences[:, inputs["input_ids"].shape[1] : -1]
     return reference.run(model, inputs, steps=STEPS, tokens=tokens, **values)
@@ -82,8 +83,8 @@ def test_the_stopping_variant_stops_some_samples_and_not_others() -> None:
 
 def test_the_presets_are_the_published_ones() -> None:
     for name, beta in [("llava", 0.8), ("llava_next", 0.7), ("qwen2_5_vl", 0.7), ("gemma3", 0.8)]:
-        assert CLVS().resolve(models.build(name)).memory == beta
-    assert CLVS(memory=0.3).resolve(models.build("llava_next")).memory == 0.3
+        assert CLVS().resolve(anatomy(models.build(name))).beta == beta
+    assert CLVS(beta=0.3).resolve(anatomy(models.build("llava_next"))).beta == 0.3
 
 
 def record(model: Any, inputs: dict[str, Tensor], method: CLVS) -> Tensor:
@@ -102,8 +103,8 @@ def test_edited_rows_sum_to_one_and_nothing_leaks_to_padding(family: str, model:
 
 def test_memory_one_keeps_the_first_layers_memory() -> None:
     model, inputs = models.build("llava"), models.inputs("llava")
-    with torch.no_grad(), enhance(model, CLVS(memory=1.0, stop_threshold=0.0)):
-        kept = cache_of(model(**inputs)).foveate.memories[0]["vision"]
+    with torch.no_grad(), enhance(model, CLVS(beta=1.0, stop_threshold=0.0)):
+        kept = cache_of(model(**inputs)).foveate.memories[0]["M"]
     with (
         torch.no_grad(),
         enhance(model, CLVS(layers=(0, 1), stop_threshold=0.0), Recorder(heads="max")),
@@ -116,8 +117,9 @@ def test_smoothing_raises_the_image_share() -> None:
     model, inputs = models.build("llava"), models.inputs("llava", batch=3)
     shares = []
     for method in (CLVS(smoothing=1.0), CLVS(smoothing=0.5, stop_threshold=0.0)):
-        with torch.no_grad(), enhance(model, method, Recorder(keep="mass")):
-            shares.append(Recorder.read(model(**inputs)).values[0][:, 1:].mean())
+        with torch.no_grad(), enhance(model, method, Recorder()):
+            record = Recorder.read(model(**inputs))
+        shares.append(torch.stack([image[1:].sum(-1).mean() for image in record.image()]).mean())
     assert shares[1] > shares[0]
 
 
@@ -169,7 +171,7 @@ def test_visual_only_unification_moves_the_image_and_not_the_text() -> None:
     [
         ({"smoothing": 1.5}, "smoothing must lie between 0 and 1"),
         ({"mode": "add", "smoothing": 0.5}, "1 or more with mode='add'"),
-        ({"memory": -0.1}, "memory must lie in 0 to 1"),
+        ({"beta": -0.1}, "beta must lie between 0 and 1"),
         ({"top_k": 1}, "top_k must be 2 or more"),
         ({"stop_every": 0}, "stop_every must be 1 or more"),
         ({"pool": "median"}, "pool must be 'max' or 'mean'"),

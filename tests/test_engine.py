@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,9 +18,12 @@ from transformers.cache_utils import QuantizedCache
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
 from foveate.backends.transformers import compat
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
+from foveate.backends.transformers.context import Context
+from foveate.core import Prompt, Stream
 from foveate.core import method as registry
-from foveate.core.context import attention_layers
+from foveate.core.sequence import Stack
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from foveate.methods.vcd import VCD
@@ -121,9 +124,9 @@ def test_before_sees_every_layers_input_and_the_final_norms() -> None:
     class Watch(Method):
         name: ClassVar[str] = "watch"
 
-        def before(self, hidden: Tensor, ctx: Any, layer: int) -> Tensor:
-            seen[layer] = hidden
-            return hidden + (layer == 1)
+        def before(self, stream: Stream, seq: Any) -> Tensor:
+            seen[stream.layer] = stream.x
+            return stream.x + (stream.layer == 1)
 
     model, inputs = models.build("llava"), models.inputs("llava")
     states = forward(model, inputs, output_hidden_states=True).hidden_states
@@ -141,12 +144,12 @@ class Contrast(Method):
     """Two times the stream minus one on a dimmed picture."""
 
     name: ClassVar[str] = ""
+    needs_pixels: ClassVar[bool] = True
 
-    def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
-        changed = {k: v for k, v in inputs.items() if k.startswith("pixel_values")}
-        return inputs | {k: 0.1 * v for k, v in changed.items()}
+    def contrast(self, prompt: Prompt, seq: Any) -> Prompt | None:
+        return replace(prompt, pixels={k: 0.1 * v for k, v in prompt.pixels.items()})
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Any) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Any) -> Tensor:
         assert other is not None
         return 2 * logits - other
 
@@ -156,12 +159,16 @@ class Guidance(Method):
     """Two times the stream minus one that has never seen the image."""
 
     name: ClassVar[str] = ""
-    pixels: ClassVar[bool] = False
 
-    def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
-        return without_image(inputs)
+    def contrast(self, prompt: Prompt, seq: Any) -> Prompt | None:
+        if not bool(prompt.visual.any()):
+            return None
+        given = {"input_ids": prompt.ids, "attention_mask": prompt.mask} | prompt.inputs
+        rest = without_image(given)
+        ids, mask = rest.pop("input_ids"), rest.pop("attention_mask")
+        return replace(prompt, ids=ids, mask=mask, pixels={}, inputs=rest)
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Any) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Any) -> Tensor:
         return logits if other is None else 2 * logits - other
 
 
@@ -306,17 +313,16 @@ class Ahead(Method):
     """Adds what a plain pass of the prompt said to every later token."""
 
     name: ClassVar[str] = ""
-    ahead: ClassVar[bool] = True
 
-    def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
-        return inputs
+    def contrast(self, prompt: Prompt, seq: Any) -> Prompt | None:
+        return replace(prompt, ahead=True)
 
     def scores(self, rows: Any) -> Tensor:
-        return 1.5 * rows.x if rows.ctx.phase == "prompt" else rows.x
+        return 1.5 * rows.x if rows.phase == "prompt" else rows.x
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Any) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Any) -> Tensor:
         assert other is None
-        return logits + ctx.ahead
+        return logits + seq.ahead
 
 
 def test_a_pass_ahead_is_the_plain_model_and_runs_once(family: str, model: Any) -> None:
@@ -364,14 +370,14 @@ def test_methods_act_in_list_order() -> None:
     class Double(Method):
         name: ClassVar[str] = "double"
 
-        def logits(self, logits: Tensor, other: Any, ctx: Any) -> Tensor:
+        def logits(self, logits: Tensor, other: Any, seq: Any) -> Tensor:
             return 2 * logits
 
     @dataclass(frozen=True)
     class Shift(Method):
         name: ClassVar[str] = "shift"
 
-        def logits(self, logits: Tensor, other: Any, ctx: Any) -> Tensor:
+        def logits(self, logits: Tensor, other: Any, seq: Any) -> Tensor:
             return logits + 1
 
     model, inputs = models.build("llava"), models.inputs("llava")
@@ -399,7 +405,7 @@ def test_a_second_turn_equals_the_reference(name: str) -> None:
     kept = {k: v for k, v in more.items() if "pixel" not in k and "image" not in k}
     second = generate(model, kept, CLVS(**FREE), **passing(model, cache_of(first)))
     slow = reference.Reference(
-        model, reference.Parameters(**FREE, memory=CLVS().resolve(model).memory)
+        model, reference.Parameters(**FREE, beta=CLVS().resolve(anatomy(model)).beta)
     )
     slow.forward(dict(inputs))
     for token in tokens[:, :-1].T:
@@ -422,26 +428,13 @@ def test_beam_search_is_exact_for_memory_that_is_born_anew(family: str, model: A
                 steps=tokens.shape[1],
                 tokens=tokens[:, :-1],
                 **FREE,
-                memory=CLVS().resolve(model).memory,
+                beta=CLVS().resolve(anatomy(model)).beta,
             )
             score = sum(
                 s.logits.log_softmax(-1)[0, t] for s, t in zip(steps, tokens[0], strict=True)
             )
             want = out.sequences_scores[row] * tokens.shape[1]
             assert (score - want).abs() < 1e-4
-
-
-def test_beams_are_refused_for_memory_that_does_not_follow() -> None:
-    @dataclass(frozen=True)
-    class Still(Method):
-        name: ClassVar[str] = "still"
-        reorders: ClassVar[bool] = False
-
-        def weights(self, rows: Any) -> Tensor:
-            return rows.x
-
-    with pytest.raises(FoveateError, match="cannot follow beam search"):
-        generate(models.build("llava"), models.inputs("llava"), Still(), num_beams=2)
 
 
 def test_memory_follows_the_rows_of_the_cache() -> None:
@@ -617,10 +610,7 @@ def test_a_graph_compiled_outside_is_not_reused_inside() -> None:
 
 def test_the_recorder_keeps_what_eager_attention_shows() -> None:
     model, inputs = models.build("llava", fresh=True), models.inputs("llava", "images", batch=3)
-    every = {}
-    for keep in ("weights", "entropy", "mass"):
-        out = generate(model, inputs, Recorder(keep=keep, heads="all"), max_new_tokens=3)
-        every[keep] = Recorder.read(out)
+    record = Recorder.read(generate(model, inputs, Recorder(heads="all"), max_new_tokens=3))
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = model.generate(
@@ -629,23 +619,19 @@ def test_the_recorder_keeps_what_eager_attention_shows() -> None:
     visual = inputs["input_ids"] == models.IMAGE
     for step in range(3):
         want = torch.stack([layer[:, :, -1] for layer in maps[step]], 1)
-        assert torch.allclose(every["weights"].values[step], want, atol=1e-5)
-        entropy = torch.special.entr(want).sum(-1)
-        assert torch.allclose(every["entropy"].values[step], entropy, atol=1e-4)
-        on_image = want[..., : visual.shape[1]] * visual[:, None, None]
-        assert torch.allclose(every["mass"].values[step], on_image.sum(-1), atol=1e-5)
-    for row, image in enumerate(every["weights"].image(1)):
+        assert torch.allclose(record.values[step], want, atol=1e-5)
+    for row, image in enumerate(record.image(1)):
         assert image.shape == (6, 4, int(visual[row].sum()))
 
 
-def test_the_recorder_keeps_chosen_layers_steps_and_tokens() -> None:
+def test_the_recorder_keeps_chosen_layers_and_steps() -> None:
     model, inputs = models.build("llava"), models.inputs("llava", "images")
     full = Recorder.read(generate(model, inputs, Recorder(heads="all")))
-    part = Recorder(layers=(1, 4), steps=(0, 3), heads="max", keep="mass", tokens=(2, 5))
+    part = Recorder(layers=(1, 4), steps=(0, 3), heads="max")
     got = Recorder.read(generate(model, inputs, part))
     assert got.layers == (1, 4)
     assert sorted(got.values) == [0, 3]
-    want = full.values[3][:, [1, 4]][..., [2, 5]].sum(-1).amax(2)
+    want = full.values[3][:, [1, 4]].amax(2)
     assert torch.allclose(got.values[3], want, atol=1e-6)
     with pytest.raises(FoveateError, match="Nothing was recorded"):
         Recorder.read(DynamicCache())
@@ -775,7 +761,7 @@ def windowed(**options: Any) -> Any:
 
 def test_layers_with_a_window_are_known_without_layer_types() -> None:
     model, inputs = windowed(sliding_window=8), models.inputs("llava")
-    assert attention_layers(model) == ()
+    assert anatomy(model).full_layers == ()
     with (
         pytest.raises(FoveateError, match="there are 4 sliding_attention"),
         enhance(model, "clvs"),
@@ -868,12 +854,11 @@ def test_unserved_caches_and_padding_are_refused() -> None:
 def test_paged_attention_is_refused() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from foveate.core.context import Context, Stack
-
     model = models.build("llava")
     with enhance(model, "clvs"):
         function = ALL_ATTENTION_FUNCTIONS[model.get_decoder().config._attn_implementation]
-        ctx = Context(Stack(model, (CLVS(),)), torch.tensor([[False, True]]), "decode")
+        stack = Stack(anatomy(model), (CLVS(),))
+        ctx = Context(model, stack, torch.tensor([[False, True]]), "decode")
         states = torch.zeros(1, 4, 1, 16)
         layer = model.get_decoder().layers[0].self_attn
         with pytest.raises(FoveateError, match="Paged caches"):
@@ -975,23 +960,23 @@ def test_layers_are_literal_scaled_or_refused() -> None:
     class Read(Method):
         name: ClassVar[str] = "read"
 
-        def before(self, hidden: Tensor, ctx: Any, layer: int) -> Tensor:
-            return hidden
+        def before(self, stream: Stream, seq: Any) -> Tensor:
+            return stream.x
 
     llava, gemma = models.build("llava"), models.build("gemma3")
-    assert Published().resolve(llava).layers == (1, 2, 5)  # floor(l * 6 / 32)
-    assert Range().resolve(llava).layers == (1, 2, 3, 4)
+    assert Published().resolve(anatomy(llava)).layers == (1, 2, 5)  # floor(l * 6 / 32)
+    assert Range().resolve(anatomy(llava)).layers == (1, 2, 3, 4)
     with pytest.warns(UserWarning, match="here 1, 2, 3, 4, only 2 see the whole image in gemma3"):
-        assert Range().resolve(gemma).layers == (2,)
-    assert Read(layers=(0, 3)).resolve(gemma).layers == (0, 3)  # nothing to edit there
+        assert Range().resolve(anatomy(gemma)).layers == (2,)
+    assert Read(layers=(0, 3)).resolve(anatomy(gemma)).layers == (0, 3)  # nothing to edit there
     with pytest.raises(FoveateError, match="acts on no layer"):
-        Contrast(layers=(1,)).resolve(llava)
-    assert Published(layers=(4, 2)).resolve(llava).layers == (2, 4)
-    assert CLVS().resolve(gemma).layers == (2, 5)
+        Contrast(layers=(1,)).resolve(anatomy(llava))
+    assert Published(layers=(4, 2)).resolve(anatomy(llava)).layers == (2, 4)
+    assert CLVS().resolve(anatomy(gemma)).layers == (2, 5)
     with pytest.raises(FoveateError, match="layer 6 does not exist"):
-        CLVS(layers=(6,)).resolve(llava)
+        CLVS(layers=(6,)).resolve(anatomy(llava))
     with pytest.raises(FoveateError, match="does not see the whole image"):
-        CLVS(layers=(0,)).resolve(gemma)
+        CLVS(layers=(0,)).resolve(anatomy(gemma))
 
 
 def nameless(factor: float) -> type[Method]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foveate import VLM, FoveateError, enhance
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.core.method import parse as parse_methods
 from foveate.insight.analyses.gates import Gates, short
 from foveate.insight.analysis import parse, run
@@ -31,7 +32,7 @@ def pictures() -> list[Picture]:
 
 def trained(vlm: VLM, folder: Path, **options: Any) -> str:
     """An injection whose gates look at what they see."""
-    injection = CLI(seed=0, **options).resolve(vlm.model).build(vlm.model)
+    injection = CLI(seed=0, **options).resolve(anatomy(vlm.model)).build(anatomy(vlm.model))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in injection.parameters():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate import VLM, FoveateError, commands
-from foveate.core.method import shape
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.insight import heads
 from foveate.insight.heads import Ablation, Caption, Mention, Sample, Vocabulary
 from foveate.methods import adhh
@@ -226,7 +226,7 @@ def test_scores_are_means_over_hallucinated_less_means_over_real(vlm, samples, t
     best = wanted.flatten().argsort(descending=True)[:4].tolist()
     assert found["heads"] == [[i // 4, i % 4] for i in best]
     assert found["images"] == 2
-    assert found["model"] == shape(vlm.model)
+    assert found["model"] == anatomy(vlm.model).shape
 
 
 def test_at_most_a_tenth_of_all_heads_and_only_those_that_favour_hallucinations(
@@ -377,7 +377,7 @@ def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
     assert found["command"] == "foveate heads pocket --limit 3 --max-new-tokens 24"
     vlm = VLM.load("pocket")
     method = adhh.ADHH(threshold=0.0, heads=str(out))
-    assert method.resolve(vlm.model).heads == tuple(sorted(map(tuple, found["heads"])))
+    assert method.resolve(anatomy(vlm.model)).heads == tuple(sorted(map(tuple, found["heads"])))
     picture = heads.pocket_samples(1)[0][0].load()
     answers = [vlm.ask(picture, heads.PROMPT, m, max_new_tokens=2) for m in (None, method)]
     assert answers[0].probabilities != answers[1].probabilities
@@ -423,5 +423,5 @@ def test_the_shipped_list_is_the_top_of_its_own_scores_and_belongs_to_the_pocket
     scores = torch.tensor(found["scores"])
     best = scores.flatten().argsort(descending=True)[: len(found["heads"])].tolist()
     assert found["heads"] == [[i // scores.shape[1], i % scores.shape[1]] for i in best]
-    assert found["model"] == shape(VLM.load("pocket").model)
+    assert found["model"] == anatomy(VLM.load("pocket").model).shape
     assert found["hallucinated"] >= 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Method, enhance
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
+from foveate.core import Rows
 from foveate.methods.devils import Devils
 from foveate.methods.scalingvis import ScalingVis, scaled
 from foveate.methods.tarac import TARAC
@@ -42,7 +45,7 @@ VARIANTS = [cls() for cls in REFERENCES] + [
 
 
 def slow(model: Any, method: Method) -> Any:
-    return REFERENCES[type(method)](model, **method.resolve(model).parameters())
+    return REFERENCES[type(method)](model, **method.resolve(anatomy(model)).parameters())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -121,11 +124,10 @@ Z = torch.tensor([[1.0, -1.0, 2.0, -3.0, 0.5], [3.0, 1.0, -4.0, 1.0, 0.5]])[None
 
 def rows(x: Tensor, memory: dict[str, Any] | None = None) -> Any:
     """Two heads, one row: two system columns, two visual ones, one of text."""
-    ctx = SimpleNamespace(visual=torch.tensor([[False, False, True, True]]))
     return SimpleNamespace(
         x=x,
-        ctx=ctx,
         layer=3,
+        over_heads=functools.partial(Rows.over_heads, None),
         memory={} if memory is None else memory,
         visual=torch.tensor([[False, False, True, True, False]]),
         system=torch.tensor([[True, True, False, False, False]]),

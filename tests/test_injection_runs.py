@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import injection
 from benchmarks.injection import Settings, Training
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.core.method import parse
 from foveate.evaluation.benchmark import Record
 from foveate.methods.cli.method import CLI
@@ -55,7 +56,7 @@ def test_methods_are_what_their_names_say() -> None:
         assert isinstance(method, CLI)
         start = 0.0 if run.configuration == "half open" else -4.0
         assert (method.seed, method.summary, method.start) == (run.seed, "image", start)
-        found[run.configuration] = method.resolve(model)
+        found[run.configuration] = method.resolve(anatomy(model))
     layers = [len(found[name].layers) for name in ("density 1", "density 2", "AMP+AGF")]
     assert [*layers, len(found["density 8"].layers)] == [1, 2, 4, 8]
     assert {m.vision_layers for name, m in found.items() if name != "one-to-many"} == {(2, 3, 5, 6)}

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing
-from foveate.core.context import attention_layers
 from foveate.core.method import from_json, methods, parse, text, to_json
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.vlm.prefix import next_position, suffix_batch
@@ -33,7 +33,7 @@ def method(request: pytest.FixtureRequest) -> Method:
         family = request.getfixturevalue("family")
         if models.build(family).config.model_type not in SERVES:
             with pytest.raises(FoveateError, match="cli follows the images of"):
-                found.resolve(models.build(family))
+                found.resolve(anatomy(models.build(family)))
             pytest.skip(f"refused: cli does not know how {family} projects its images")
     return found
 
@@ -113,8 +113,8 @@ def test_other_rows_are_untouched(method: Method, family: str, model: Any) -> No
 
 # 4
 def test_weights_are_finite_and_sum_to_one(method: Method, family: str, model: Any) -> None:
-    edited = method.resolve(model).layers
-    layers = tuple(i for i in attention_layers(model) if edited is None or i in edited)
+    edited = method.resolve(anatomy(model)).layers
+    layers = tuple(i for i in anatomy(model).full_layers if edited is None or i in edited)
     recorder = Recorder(heads="all", layers=layers or None)
     stack = [recorder] if method.name == "recorder" else [method, recorder]
     out = forward(model, models.inputs(family, "mixed", batch=3), *stack)
@@ -218,7 +218,9 @@ def test_every_stage_fires_at_every_layer_and_step(
     logits(model, models.inputs(family), method)
     depth = model.get_decoder().config.num_hidden_layers
     each = {"before": (depth + 1) * TOKENS, "logits": TOKENS}
-    edited = len(method.resolve(model).layers or ()) * (TOKENS if method.decodes else 1)
+    edited = len(method.resolve(anatomy(model)).layers or ()) * (
+        1 if method.rows == "prompt" else TOKENS
+    )
     for stage in stages:
         assert calls[stage] == each.get(stage, edited), stage
 
@@ -241,7 +243,7 @@ def test_a_shared_prefix_equals_single_prompts(method: Method, family: str, mode
     if not method.shares_prefix:
         pytest.skip("declares that it does not share prefixes")
     prefix = models.inputs(family, "prefix")
-    sliding = len(attention_layers(model)) < model.get_decoder().config.num_hidden_layers
+    sliding = len(anatomy(model).full_layers) < model.get_decoder().config.num_hidden_layers
     # a sliding window counts the padding between prefix and question, also in the plain model
     batches = [(0, 1), (1, 1), (2, 1)] if sliding else [(0, 3)]
     rows = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from foveate import VLM, FoveateError, Method, enhance
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.benchmarks import pocket as pocket_bench
 from foveate.core.method import as_stack, from_json, parse, to_json
 from foveate.evaluation.ask import evaluate
@@ -107,7 +108,7 @@ def rewritten(vlm: VLM, chats: list[Chat], method: str) -> list[Chat]:
 
 def compared(vlm: VLM, chats: list[Chat], method: str, heads: int, **options: Any) -> list[int]:
     """The layers chosen for `chats`, after all is compared with full maps."""
-    instance: Any = as_stack(method)[0].resolve(vlm.model)
+    instance: Any = as_stack(method)[0].resolve(anatomy(vlm.model))
     suffix = SUFFIX if instance.suffix is None else instance.suffix
     empty = suffix.strip() if instance.noq == "instruction_only" else ""
     layers = []
@@ -155,7 +156,7 @@ def test_every_parameter_of_the_reading_equals_the_reference(
 
 
 def test_layers_before_the_first_are_read_but_not_chosen(small: VLM) -> None:
-    method: Any = LASER(heads=2).resolve(small.model)
+    method: Any = LASER(heads=2).resolve(anatomy(small.model))
     ((asked, unasked),) = method.readings(small, about(picture(0), ["red"]))
     weights = asked.weights.clone()
     weights[:, 1] *= 10
@@ -258,7 +259,7 @@ def test_the_masked_view_equals_painting_pixels(fill: str, share: float) -> None
 def test_crops_and_masked_views_of_models_equal_the_reference(name: str, placement: str) -> None:
     vlm, image = tiny.vlm(name), picture(0, *SIZES[name])
     method = f"laser(heads=2,floor=10,placement={placement},fill=black)"
-    instance: Any = as_stack(method)[0].resolve(vlm.model)
+    instance: Any = as_stack(method)[0].resolve(anatomy(vlm.model))
     where, crops = vlm.grids(Chat([image], "red")), set()
     for chat in rewritten(vlm, about(image, ASKED), method):
         full = [reference.attention(vlm, [image], text, None) for text in (chat.text + SUFFIX, "")]
@@ -335,9 +336,9 @@ class Watched(LASER, register=False):
 
     seen: ClassVar[list[tuple[Tensor, Tensor | None, Tensor, bool]]] = []
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Any) -> Tensor:
-        out = super().logits(logits, other, ctx)
-        self.seen.append((logits, other, out, ctx.paired))
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Any) -> Tensor:
+        out = super().logits(logits, other, seq)
+        self.seen.append((logits, other, out, seq._state.paired))
         return out
 
 
@@ -518,7 +519,7 @@ def test_notes_and_chain(small: VLM) -> None:
         assert notes["layer"] == notes["layers"][int(np.argmax(notes["vaq"]))]
         assert len(panels) == count
         assert panels[0].title == f"attention with the question, layer {notes['layer']}"
-        instance: Any = as_stack(method)[0].resolve(small.model)
+        instance: Any = as_stack(method)[0].resolve(anatomy(small.model))
         (pair,) = instance.readings(small, about(image, ASKED[:1]))
         found = instance.evidence(*pair)
         for panel, values in zip(panels, (found.asked, found.unasked, found.added), strict=False):
@@ -589,7 +590,7 @@ def test_the_suffix_is_read_once(small: VLM) -> None:
 
 def test_the_shared_prefix_reads_what_single_prompts_read(pocket: VLM) -> None:
     chats = scene(3, 96)
-    method: Any = LASER().resolve(pocket.model)
+    method: Any = LASER().resolve(anatomy(pocket.model))
     together = method.readings(pocket, chats)
     assert all(unasked is together[0][1] for _, unasked in together), "once per image"
     for chat, pair in zip(chats, together, strict=True):
@@ -601,7 +602,7 @@ def test_the_shared_prefix_reads_what_single_prompts_read(pocket: VLM) -> None:
 
 
 def test_chats_with_different_system_texts_are_each_read_with_their_own(pocket: VLM) -> None:
-    images, method = scene(3, 96)[0].images, LASER().resolve(pocket.model)
+    images, method = scene(3, 96)[0].images, LASER().resolve(anatomy(pocket.model))
     chats = [Chat(images, "What color is the cup?", system) for system in (None, "red cup")]
     pairs = method.readings(pocket, chats)
     assert difference(pairs[0][1].weights, pairs[1][1].weights) > 0.01

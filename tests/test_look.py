@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError, Method
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.commands import main
 from foveate.core.method import as_stack, registry
 from foveate.scenes import world
@@ -137,7 +138,7 @@ class Looking(Method, register=False):
     """Shows the model the left half."""
 
     name: ClassVar[str] = "looking"
-    reads: ClassVar[bool] = True
+    looks_again: ClassVar[bool] = True
     paper_layers = (20, ..., 25)
     seen: ClassVar[list[Any]] = []
 
@@ -173,7 +174,7 @@ def test_the_chain_is_drawn(
 def test_a_model_whose_layout_is_not_known_is_refused() -> None:
     unknown = type("Unknown", (), {"config": type("C", (), {"model_type": "aya_vision"})()})()
     with pytest.raises(FoveateError, match="looking has to know where aya_vision's image tokens"):
-        Looking().resolve(unknown)
+        Looking().resolve(anatomy(unknown))
 
 
 def test_two_methods_that_look_are_refused() -> None:

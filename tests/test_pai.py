@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
@@ -23,7 +24,7 @@ STRONG = {"alpha": 1.0, "gamma": 1.3}
 
 
 def slow(model: Any, method: PAI) -> reference.PAI:
-    return reference.PAI(model, **method.resolve(model).parameters())
+    return reference.PAI(model, **method.resolve(anatomy(model)).parameters())
 
 
 def generate(model: Any, inputs: dict[str, Tensor], *stack: Any, **options: Any) -> Any:
@@ -70,9 +71,9 @@ def test_every_parameter_equals_the_reference(name: str, parameters: dict[str, A
 
 
 def test_the_published_layers_are_boosted() -> None:
-    assert PAI().resolve(models.build("internvl")).layers == (0, 1, 2, 3)
-    assert PAI().resolve(models.build("gemma3")).layers == (2, 5), "no sliding ones"
-    assert PAI(layers=(1,)).resolve(models.build("llava")).layers == (1,)
+    assert PAI().resolve(anatomy(models.build("internvl"))).layers == (0, 1, 2, 3)
+    assert PAI().resolve(anatomy(models.build("gemma3"))).layers == (2, 5), "no sliding ones"
+    assert PAI(layers=(1,)).resolve(anatomy(models.build("llava"))).layers == (1,)
 
 
 def test_the_boost_raises_the_image_share_of_every_head() -> None:
@@ -102,9 +103,11 @@ def seen(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
 
     class Spy(PAI, register=False):
-        def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
-            given.update(super().contrast(inputs, ctx))
-            return given | {}
+        def contrast(self, prompt: Any, seq: Any) -> Any:
+            other = super().contrast(prompt, seq)
+            if other is not None:
+                given.update(models.as_inputs(other))
+            return other
 
     with torch.no_grad(), enhance(model, Spy()):
         model(**inputs)
@@ -255,9 +258,9 @@ def test_clvs_smooths_what_pai_boosted(name: str, kind: str) -> None:
             return z
 
     model, inputs = models.build(name), models.inputs(name, kind, batch=3)
-    smooth = CLVS(smoothing=0.5, memory=0.7, stop_threshold=0.0)
+    smooth = CLVS(smoothing=0.5, beta=0.7, stop_threshold=0.0)
     out = generate(model, inputs, smooth, PAI(alpha=1.0, gamma=1.0))
-    slowly = Both(model, clvs.Parameters(smoothing=0.5, memory=0.7, stop_threshold=0.0))
+    slowly = Both(model, clvs.Parameters(smoothing=0.5, beta=0.7, stop_threshold=0.0))
     steps = slowly.run(inputs, 5, tokens=out.sequences[:, inputs["input_ids"].shape[1] : -1])
     for got, want in zip(out.logits, steps, strict=True):
         assert difference(got, want.logits) < 1e-5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import Method, enhance
-from foveate.backends.transformers import attention as kernels
+from foveate.core import edit as kernels
 from tests import models
 
 HALF = [torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ class Watch(Method, register=False):
 
     def weights(self, rows: Any) -> Tensor:
         found = rows.x.clone(), rows.query, rows.key.clone(), rows.valid
-        self.kept.append((rows.layer, *found, rows.scaling))
+        self.kept.append((rows.layer, *found, rows.scale))
         return rows.x
 
 
@@ -70,13 +70,13 @@ def test_outputs_are_rounded_once(
     query = torch.randn(2, 8, 3, 16, generator=generator).to(dtype)
     key = torch.randn(2, 2, 50, 16, generator=generator).to(dtype)
     value = torch.randn(2, 2, 50, 16, generator=generator).to(dtype)
-    scores = kernels._scores(query, key, 0.25)
+    scores = kernels.products(query, key, 0.25)
     wide = key.double().repeat_interleave(4, 1)
     want = query.double() @ wide.transpose(2, 3) * 0.25
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.double(), want, atol=1e-5, rtol=1e-6)
     weights = scores.softmax(-1)
-    out = kernels._values(weights, value)
+    out = kernels.weighted(weights, value)
     want = want.softmax(-1) @ value.double().repeat_interleave(4, 1)
     assert out.dtype == torch.float32
     # the sum of two halves has twice the digits of one

@@ -50,12 +50,12 @@ def test_values_that_are_no_numbers_stay_in_order() -> None:
 
 
 def test_settings_are_methods() -> None:
-    grid = Grid.read("clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "memory=0.5..1/0.5"])
+    grid = Grid.read("clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "beta=0.5..1/0.5"])
     assert {key: text(stack) for key, stack in grid.settings.items()} == {
-        (0.5, 0.5): "clvs(smoothing=0.5, memory=0.5, top_k=5)",
-        (0.5, 1.0): "clvs(smoothing=0.5, memory=1.0, top_k=5)",
-        (0.8, 0.5): "clvs(memory=0.5, top_k=5)",
-        (0.8, 1.0): "clvs(memory=1.0, top_k=5)",
+        (0.5, 0.5): "clvs(smoothing=0.5, beta=0.5, top_k=5)",
+        (0.5, 1.0): "clvs(smoothing=0.5, beta=1.0, top_k=5)",
+        (0.8, 0.5): "clvs(beta=0.5, top_k=5)",
+        (0.8, 1.0): "clvs(beta=1.0, top_k=5)",
     }
 
 
@@ -89,14 +89,14 @@ def test_a_method_of_a_stack() -> None:
         ("clvs", ["smoothing=1..0.5/0.1"], "Cannot read the range '1..0.5/0.1'"),
         ("clvs", ["smoothing=1...2/0.1"], "Cannot read the range '1...2/0.1'"),
         ("clvs", ["smoothing=0..1/1e-9"], "has 1,000,000,001 values, at most 1,000"),
-        ("clvs", ["smoothing=0..1/0.01", "memory=0..1/0.01"], "The sweep has 10,201 settings"),
+        ("clvs", ["smoothing=0..1/0.01", "beta=0..1/0.01"], "The sweep has 10,201 settings"),
         ("clvs", ["smoothing=0.5..1.5/0.5"], "clvs: smoothing must lie between 0 and 1"),
         ("clvs", ["smoothing=high"], "clvs: smoothing must be a number, got 'high'"),
         ("clvs", ["smoothing=0.5)+vaf("], "Cannot read the value '0.5)+vaf('"),
         ("clvs", ["smoothing=(0.5"], "Cannot read the method 'clvs(smoothing=(0.5)'"),
         ("clvs", ["smoothing=0.5", "smoothing=0.6"], "smoothing is swept over twice"),
         ("clvs", ["smoothing=0.5", "clvs.smoothing=0.6"], "smoothing is swept over twice"),
-        ("clvs", ["smoothing=0.5", "memory=1", "top_k=3"], "got 3 times --over"),
+        ("clvs", ["smoothing=0.5", "beta=1", "top_k=3"], "got 3 times --over"),
         ("clvs", [], "got 0 times --over"),
     ],
 )
@@ -287,15 +287,15 @@ def test_a_line_names_its_axes_and_n(swept: Swept, tmp_path: Path) -> None:
 def test_a_map_writes_its_values_in(swept: Swept, tmp_path: Path) -> None:
     answers: Answers = {
         "vanilla": FIRST_WRONG["vanilla"],
-        "clvs(smoothing=0.5, memory=0.5)": right,
-        "clvs(smoothing=0.5, memory=0.8)": FIRST_WRONG["vanilla"],
-        "clvs(memory=0.5)": FIRST_WRONG["clvs(smoothing=0.5)"],
-        "clvs(memory=0.8)": lambda line: None,
+        "clvs(smoothing=0.5, beta=0.5)": right,
+        "clvs(smoothing=0.5, beta=0.8)": FIRST_WRONG["vanilla"],
+        "clvs(beta=0.5)": FIRST_WRONG["clvs(smoothing=0.5)"],
+        "clvs(beta=0.8)": lambda line: None,
     }
-    found = swept(answers, "smoothing=0.5,0.8", "memory=0.5,0.8")
+    found = swept(answers, "smoothing=0.5,0.8", "beta=0.5,0.8")
     words = drawn(found, tmp_path / "map.svg")
     numbers = (">100.00<", ">+50.00*<", ">37.50<", ">-12.50<", ">50.00<", ">+0.00<", "no value")
-    names = (">smoothing<", ">memory<", ">vanilla<", "Framed: the default", "n = 24")
+    names = (">smoothing<", ">beta<", ">vanilla<", "Framed: the default", "n = 24")
     for said in (*numbers, *names):
         assert said in words
 

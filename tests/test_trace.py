@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import FoveateError, Method, commands, trace
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.families.layout import Grid
 from foveate.insight.pages.trace import page
 from foveate.insight.target import Target, known, read
@@ -172,7 +173,7 @@ def test_the_stopping_layer_is_the_references(llava: VLM, parameters: dict[str, 
     method = CLVS(**parameters)
     (run,) = trace(llava, photo(), QUESTION, [method], max_new_tokens=STEPS).runs
     inputs = llava.inputs([llava.chat([photo()], QUESTION, None)]).data
-    values = method.resolve(llava.model).parameters()
+    values = method.resolve(anatomy(llava.model)).parameters()
     fields = reference.Parameters.__dataclass_fields__
     values = {k: v for k, v in values.items() if k in fields}
     ids = llava.tokenizer.convert_tokens_to_ids(list(run.answer.tokens))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.enhance import attach
 from foveate.methods.cli.method import CLI
 from foveate.methods.cli.module import CrossLayerInjection
@@ -74,8 +75,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def lesson_on(vlm: VLM, recipe: Recipe, method: str = IMAGE) -> tuple[Lesson, CLI]:
     """As `tune` makes it, without the loop."""
-    asked = dataclasses.replace(CLI(), summary="image", start=0.0, seed=0).resolve(vlm.model)
-    injection = asked.build(vlm.model)
+    asked = dataclasses.replace(CLI(), summary="image", start=0.0, seed=0).resolve(
+        anatomy(vlm.model)
+    )
+    injection = asked.build(anatomy(vlm.model))
     prepare(vlm.model, recipe)
     lesson = Lesson(vlm.model, injection).train()
     tower(vlm.model).eval()
@@ -113,7 +116,7 @@ def test_an_injection_is_trained_saved_and_asked_with(
     }  # fmt: skip
     fresh = CLI(seed=0, summary="image", start=0.0)
     vlm = VLM.load(small)
-    untrained = fresh.resolve(vlm.model).build(vlm.model).state_dict()
+    untrained = fresh.resolve(anatomy(vlm.model)).build(anatomy(vlm.model)).state_dict()
     trained = CrossLayerInjection.from_pretrained(tuned.injection).state_dict()
     assert any(not torch.equal(trained[k], untrained[k]) for k in trained)
     image = next((data.parent / "images").iterdir())
@@ -376,8 +379,8 @@ def test_the_families_that_cli_serves_learn_from_a_step(family: str, base: str) 
         pytest.importorskip("peft", reason="LoRA needs the extra: train")
     model = models.build(family, fresh=True)
     recipe = Recipe(base=base, checkpointing=True, lora_rank=2)
-    method = CLI(seed=0).resolve(model)
-    injection = method.build(model)
+    method = CLI(seed=0).resolve(anatomy(model))
+    injection = method.build(anatomy(model))
     prepare(model, recipe)
     lesson = Lesson(model, injection).train()
     batch = models.inputs(family, "mixed", batch=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ import transformers as tf
 from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
-from foveate.methods import var
+from foveate.core import Stream
 from foveate.methods.var import VAR, find_sink_dims, known_sink_dims
 from tests import models
 from tests.references import var as reference
@@ -36,7 +38,7 @@ VARIANTS = [
 
 
 def slow(model: Any, method: VAR) -> reference.VAR:
-    return reference.VAR(model, **method.resolve(model).parameters())
+    return reference.VAR(model, **method.resolve(anatomy(model)).parameters())
 
 
 def forward(model: Any, inputs: dict[str, Tensor], *stack: Any) -> Any:
@@ -60,7 +62,7 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_every_parameter_equals_the_reference(name: str, method: VAR) -> None:
     model, inputs = models.build(name), models.inputs(name, "images", batch=3)
-    assert method.resolve(model).layers in [(0, 1, 2, 3, 4), method.layers]
+    assert method.resolve(anatomy(model)).layers in [(0, 1, 2, 3, 4), method.layers]
     assert disagreement(method, slow(model, method), inputs) < 1e-5
 
 
@@ -147,17 +149,16 @@ def test_every_request_finds_its_own_sinks() -> None:
                 **models.inputs("llava", row=row), max_new_tokens=4, return_dict_in_generate=True
             )
             found = VAR.sinks(out)
-            assert found.keys() == want.keys() == set(STRONG.resolve(model).layers)
+            assert found.keys() == want.keys() == set(STRONG.resolve(anatomy(model)).layers)
             assert all(torch.equal(found[layer], want[layer]) for layer in want)
 
 
 def by_hand(method: VAR, x: Tensor, sinks: list[bool], visual: list[bool]) -> Tensor:
     """The method's weights for rows (B, H, R, K) where it found these sinks, in two dimensions."""
     hidden = torch.tensor(sinks)[None, :, None] * torch.tensor([1.0, 0.0]) + torch.eye(2)[1]
-    ctx = SimpleNamespace(phase="prompt", visual=torch.tensor([visual]), memory={})
+    ctx: Any = SimpleNamespace(phase="prompt", visual=torch.tensor([visual]), memory={})
     method = dataclasses.replace(method, sink_threshold=0.5, sink_dims=(0,), layers=(3,))
-    method.begin(ctx)
-    method.before(hidden, ctx, 3)
+    method.before(Stream(hidden, 3), ctx)
     return method.weights(SimpleNamespace(x=x, layer=3, memory=ctx.memory))
 
 
@@ -196,14 +197,13 @@ def test_phi_is_the_largest_of_the_dimensions_over_the_root_mean_square() -> Non
     # sqrt(8) where one dimension holds everything, 2 where two share it, 0 outside sink_dims
     for threshold, want in [(1.99, [1, 1, 0, 1]), (2.01, [0, 1, 0, 1]), (2.83, [0, 0, 0, 0])]:
         method = VAR(sink_threshold=threshold, sink_dims=(0, 1), layers=(2,))
-        ctx = SimpleNamespace(
+        ctx: Any = SimpleNamespace(
             phase="prompt", visual=torch.tensor([[False, True, True, False]]), memory={}
         )
-        method.begin(ctx)
-        assert method.before(hidden, ctx, 2) is hidden
-        assert ctx.memory["kinds"][2][..., 0].tolist() == [want]
-        method.before(hidden, ctx, 3)
-        assert list(ctx.memory["kinds"]) == [2]
+        assert method.before(Stream(hidden, 2), ctx) is hidden
+        assert ctx.memory["sets 2"][..., 0].tolist() == [want]
+        method.before(Stream(hidden, 3), ctx)
+        assert set(ctx.memory) == {"sets 2", "slack 2"}
 
 
 def test_a_cache_without_var_has_no_sinks() -> None:
@@ -257,13 +257,13 @@ QWEN25 = (tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLConfig)
 )
 def test_published_dimensions_are_found_by_shape(kind: Any, text: Any, dims: Any) -> None:
     model = empty(*kind, text)
-    assert known_sink_dims(model) == dims
-    resolved = VAR().resolve(model)  # unknown ones cannot be found without weights
+    assert known_sink_dims(anatomy(model)) == dims
+    resolved = VAR().resolve(anatomy(model))  # unknown ones cannot be found without weights
     assert resolved.sink_dims == dims
     depth = text.num_hidden_layers
     assert resolved.layers == tuple(range(2, depth - 1))
     assert str(dims) in str(resolved) or dims is None
-    assert VAR(sink_dims=(7,)).resolve(model).sink_dims == (7,)
+    assert VAR(sink_dims=(7,)).resolve(anatomy(model)).sink_dims == (7,)
 
 
 def planted(family: str, dims: tuple[int, ...], token: int = models.BOS) -> Any:
@@ -276,8 +276,8 @@ def planted(family: str, dims: tuple[int, ...], token: int = models.BOS) -> Any:
 def test_unknown_dimensions_are_found_at_the_first_token(family: str) -> None:
     model = planted(family, (11, 40))
     method = VAR(sink_threshold=4.0)  # two dimensions that share all have sqrt(64 / 2)
-    assert method.resolve(model).sink_dims == (11, 40)
-    assert "sink_dims=(11, 40)" in str(method.resolve(model))
+    assert method.resolve(anatomy(model)).sink_dims == (11, 40)
+    assert "sink_dims=(11, 40)" in str(method.resolve(anatomy(model)))
     with torch.no_grad(), enhance(model, method):
         cache = cache_of(model(**models.inputs(family)))
     assert all(sinks[0, 0] for sinks in VAR.sinks(cache).values())
@@ -296,12 +296,12 @@ def test_finding_touches_nothing_and_happens_once(monkeypatch: pytest.MonkeyPatc
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(decoder), "forward", noted)
-    assert find_sink_dims(model, 5.0) == (3,)
-    assert find_sink_dims(model, 4.0) == (3,)
+    assert find_sink_dims(anatomy(model), 5.0) == (3,)
+    assert find_sink_dims(anatomy(model), 4.0) == (3,)
     assert passes == [decoder]
     assert model.model.rope_deltas is deltas
     assert _state(model) == state
-    assert find_sink_dims(planted("qwen2_5_vl", (8,)), 5.0) == (8,)
+    assert find_sink_dims(anatomy(planted("qwen2_5_vl", (8,))), 5.0) == (8,)
     assert len(passes) == 2
 
 
@@ -315,18 +315,18 @@ def _state(model: Any) -> Any:
 
 def test_the_found_are_forgotten_with_their_model() -> None:
     model = planted("llava", (3,))
-    before = len(var._profiles)
-    find_sink_dims(model, 5.0)
-    assert len(var._profiles) == before + 1
+    find_sink_dims(anatomy(model), 5.0)
+    kept = weakref.ref(anatomy(model).kept["first token"])
+    assert kept() is not None
     del model
     gc.collect()
-    assert len(var._profiles) <= before
+    assert kept() is None
 
 
 def test_a_model_without_a_bos_token_is_asked_with_token_zero() -> None:
     model = planted("llava", (3,), token=0)
     model.get_decoder().config.bos_token_id = None
-    assert find_sink_dims(model, 5.0) == (3,)
+    assert find_sink_dims(anatomy(model), 5.0) == (3,)
 
 
 def test_offloaded_weights_are_brought_for_it(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_offloaded_weights_are_brought_for_it(tmp_path: Path) -> None:
     places |= {"model.language_model.embed_tokens": "disk"}
     places |= {f"model.language_model.layers.{i}": "disk" for i in range(6)}
     model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
-    assert find_sink_dims(model, 5.0) == (3,)
+    assert find_sink_dims(anatomy(model), 5.0) == (3,)
 
 
 def test_where_none_is_found_it_says_so_and_is_the_plain_model() -> None:
@@ -349,7 +349,7 @@ def test_where_none_is_found_it_says_so_and_is_the_plain_model() -> None:
     with torch.no_grad():
         assert torch.equal(edited.logits, model(**inputs).logits)
     with pytest.warns(UserWarning, match=r"exceeds sink_threshold=7.9 in the middle layers\.$"):
-        assert find_sink_dims(model, 7.9) == ()
+        assert find_sink_dims(anatomy(model), 7.9) == ()
 
 
 def test_neutral_parameters_look_for_nothing() -> None:
@@ -363,7 +363,7 @@ def test_neutral_parameters_look_for_nothing() -> None:
 
 def test_dimensions_beyond_the_width_are_refused() -> None:
     with pytest.raises(FoveateError, match=r"no dimension 64, this model's .* 0 to 63"):
-        VAR(sink_dims=(3, 64)).resolve(models.build("llava"))
+        VAR(sink_dims=(3, 64)).resolve(anatomy(models.build("llava")))
 
 
 @pytest.mark.parametrize(

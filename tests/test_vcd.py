@@ -36,9 +36,11 @@ def seen(model: Any, inputs: dict[str, Tensor], method: VCD) -> dict[str, Any]:
     noisy: dict[str, Any] = {}
 
     class Spy(VCD, register=False):
-        def contrast(self, inputs: dict[str, Any], ctx: Any) -> dict[str, Any]:
-            noisy.update(super().contrast(inputs, ctx))
-            return noisy
+        def contrast(self, prompt: Any, seq: Any) -> Any:
+            other = super().contrast(prompt, seq)
+            if other is not None:
+                noisy.update(models.as_inputs(other))
+            return other
 
     with torch.no_grad(), enhance(model, Spy(**method.parameters())):
         model(**inputs)

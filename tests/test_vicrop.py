@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.journal import Journal
 from foveate.benchmarks.pocket import PocketBench
 from foveate.core.method import as_stack
@@ -129,7 +130,7 @@ def test_padding_beside_the_image_takes_no_part() -> None:
 @pytest.mark.parametrize("name", WINDOWS)
 def test_maps_and_crops_equal_the_reference_on_every_family(name: str) -> None:
     vlm, image, window = tiny.vlm(name), picture(0), WINDOWS[name]
-    method: Any = ViCrop(window=window).resolve(vlm.model)
+    method: Any = ViCrop(window=window).resolve(anatomy(vlm.model))
     found = rewritten(vlm, about(image, ASKED), f"vicrop(window={window})")
     where, (layer,) = vlm.grids(Chat([image], "red")), method.layers
     looks = set()
@@ -296,7 +297,7 @@ def test_layers_and_window_of_the_published_models(small: VLM, pocket: VLM) -> N
         config.model_type, text.num_hidden_layers = kind, depth
         text.layer_types = ["full_attention"] * depth
         try:
-            return ViCrop(**changed).resolve(vlm.model)
+            return ViCrop(**changed).resolve(anatomy(vlm.model))
         finally:
             config.model_type, text.num_hidden_layers, text.layer_types = before
 
@@ -311,7 +312,7 @@ def test_layers_and_window_of_the_published_models(small: VLM, pocket: VLM) -> N
         method = resolved(small, kind, depth)
         assert (method.layers, method.window) == ((layer,), window)
     assert resolved(small, "llava", 32, layers=(3, 5), window=100).layers == (3, 5)
-    assert ViCrop().resolve(pocket.model).layers == (5,)
+    assert ViCrop().resolve(anatomy(pocket.model)).layers == (5,)
 
 
 def test_several_layers_are_averaged(small: VLM) -> None:

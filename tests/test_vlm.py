@@ -320,8 +320,8 @@ def test_a_record_is_of_what_was_generated(vlm):
     (grid,) = vlm.grids(answer.chat)
     assert weights.shape == (6, 16)
     assert grid.heat(weights).shape == (6, 4, 4)
-    entropy = vlm.ask(picture(0), "red", record=Recorder(keep="entropy", layers=(1,)))
-    assert entropy.record.values[0].shape == (1, 1)
+    every = vlm.ask(picture(0), "red", record=Recorder(heads="all", layers=(1,)))
+    assert every.record.values[0].shape[:3] == (1, 1, 4)
     assert vlm.ask(picture(0), "red").record is None
 
 
@@ -360,10 +360,10 @@ def test_leaving_a_stream_early_stops_the_model(vlm):
 
 def test_a_stream_hands_on_the_error_of_its_thread(vlm, monkeypatch):
     class Broken(Method):
-        def before(self, hidden, ctx, layer):
-            if ctx.phase == "decode" and layer == 3:
+        def before(self, stream, seq):
+            if seq.phase == "decode" and stream.layer == 3:
                 raise RuntimeError("broken in layer 3")
-            return hidden
+            return stream.x
 
     stream = vlm.stream(picture(0), "red", Broken(), max_new_tokens=5)
     with pytest.raises(RuntimeError, match="broken in layer 3"):

@@ -45,7 +45,7 @@ class Parameters:
     """lambda, beta, tau, K of the paper, and the choices it leaves open."""
 
     smoothing: float = 0.8
-    memory: float = 0.8
+    beta: float = 0.8
     stop_threshold: float = 0.5
     top_k: int = 10
     stop_from: float = 0.5
@@ -202,7 +202,7 @@ class Reference(FullMap):
                     continue
             pooled, memory = self.pooled[sample], self.memory[sample]
             if pooled is not None and memory is not None:
-                self.memory[sample] = p.memory * memory + (1 - p.memory) * pooled
+                self.memory[sample] = p.beta * memory + (1 - p.beta) * pooled
                 self.pooled[sample] = None
                 self.note(sample, layer)
 

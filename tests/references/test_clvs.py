@@ -90,7 +90,7 @@ def test_second_edited_layer_by_hand(
     inputs = models.inputs(family, "images")
     visual = inputs["input_ids"][0] == models.IMAGE
     plain = clvs.run(model, inputs, **NEUTRAL)[0]
-    options = {"mode": mode, "memory_norm": memory_norm, "pool": pool, "memory": 0.6}
+    options = {"mode": mode, "memory_norm": memory_norm, "pool": pool, "beta": 0.6}
     edited = clvs.run(model, inputs, **{**NEUTRAL, "smoothing": smoothing}, **options)[0]
     first, second = sorted(edited.memory)[:2]
     kept, a = plain.rows[first][0][:, visual], plain.rows[second][0]
@@ -164,7 +164,7 @@ def test_only_the_last_row_is_edited(model: PreTrainedModel, family: str) -> Non
 def test_memory_and_stop(model: PreTrainedModel, family: str) -> None:
     inputs = models.inputs(family, "image", batch=3)
     depth = model.get_decoder().config.num_hidden_layers
-    kept = clvs.run(model, inputs, memory=1.0, stop_threshold=0.0)[0]
+    kept = clvs.run(model, inputs, beta=1.0, stop_threshold=0.0)[0]
     assert kept.stopped == [None] * 3
     for memories in kept.memory.values():
         for now, then in zip(memories, next(iter(kept.memory.values())), strict=True):

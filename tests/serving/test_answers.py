@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foveate import FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.methods.cli.method import CLI
 from foveate.serving.app import create_app
 from foveate.serving.sampling import sample
@@ -180,7 +181,7 @@ def test_the_models_are_listed(client, vlm):
 
 
 def test_the_servers_own_methods_are_asked_for_by_name(vlm, tmp_path):
-    injection = CLI(seed=0, gate="static").resolve(vlm.model).build(vlm.model)
+    injection = CLI(seed=0, gate="static").resolve(anatomy(vlm.model)).build(anatomy(vlm.model))
     for gate in injection.gates.values():
         torch.nn.init.constant_(gate.value, 0.5)
     injection.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from foveate import FoveateError, enhance
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.handshake import handshake
 from foveate.methods.clvs import CLVS
 from foveate.methods.vaf import VAF
@@ -41,7 +42,7 @@ def test_a_model_without_an_editable_layer_is_refused_with_its_kinds(
     model_type: str, kinds: str
 ) -> None:
     model = outline(model_type)
-    assert handshake(model).editable == ()
+    assert anatomy(model).full_layers == ()
     with pytest.raises(FoveateError, match=rf"none of its layers.*{kinds}"), enhance(model, "clvs"):
         pass
 
@@ -50,10 +51,10 @@ def test_a_model_without_an_editable_layer_is_refused_with_its_kinds(
 def test_published_layers_that_shrink_are_told(model_type: str) -> None:
     model = outline(model_type)
     with pytest.warns(UserWarning, match="9, 10, 11, 12, 13, 14, only 11 see the whole image"):
-        assert VAF().resolve(model).layers == (11,)
+        assert VAF().resolve(anatomy(model)).layers == (11,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # CLVS names no layers: it takes all that see the image
-        assert CLVS().resolve(model).layers == handshake(model).editable
+        assert CLVS().resolve(anatomy(model)).layers == anatomy(model).full_layers
 
 
 def test_published_layers_that_vanish_are_an_error() -> None:
@@ -63,7 +64,7 @@ def test_published_layers_that_vanish_are_an_error() -> None:
         paper_layers = (8, ..., 10)
 
     with pytest.raises(FoveateError, match=r"here 8, 9, 10, do not see the whole image"):
-        Between().resolve(outline("qwen3_5"))
+        Between().resolve(anatomy(outline("qwen3_5")))
 
 
 def test_a_decoder_without_a_list_of_layers_is_told_so() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
+from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..base.images import decode_all
 from ..core.method import as_stack
@@ -73,7 +74,7 @@ class Foveate(lmms):
         )
         self.device = self.vlm.model.device  # where lmms-eval counts the requests of all processes
         for one in self.methods:
-            one.resolve(self.vlm.model)  # refusals come before the data is loaded
+            one.resolve(anatomy(self.vlm.model))  # refusals come before the data is loaded
 
     @classmethod
     def create_from_arg_string(

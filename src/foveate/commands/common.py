@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def serves(model: Any, stack: tuple[Any, ...]) -> bool:
     """Whether the methods can be had on this model; says why not."""
     try:
         for method in stack:
-            method.resolve(model)
+            method.resolve(anatomy(model))
     except FoveateError as error:
         note(f"left out: {error}")
         return False

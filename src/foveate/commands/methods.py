@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..core.method import methods
 from . import app
@@ -50,7 +51,7 @@ def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[s
         found: dict[str, Any] = {}
         for key, method in chosen.items():
             try:
-                found[key] = method.resolve(model)
+                found[key] = method.resolve(anatomy(model))
             except FoveateError as error:
                 found[key] = str(error)
         return found

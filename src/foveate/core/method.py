@@ -14,19 +14,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from ..base.errors import FoveateError
 from ..base.form import Form, Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..backends.transformers.attention import Rows
-    from .context import Context
+from .anatomy import Anatomy
+from .prompt import Prompt, Vision
+from .rows import Rows, Sequences, Stream
 
 __all__ = [
-    "FoveateError",
     "Method",
     "as_stack",
     "from_json",
@@ -34,7 +32,6 @@ __all__ = [
     "identity",
     "methods",
     "parse",
-    "shape",
     "text",
     "to_json",
 ]
@@ -66,7 +63,9 @@ class Method(Form):
     layers: tuple[int, ...] | None = None
 
     paper: ClassVar[str] = ""  # arXiv id
-    rows: ClassVar[Literal["last", "text", "all"]] = "last"  # query rows for scores and weights
+    # query rows for scores and weights: the last one, of the prompt and of every step; the
+    # prompt's last one only; those after the image; or all
+    rows: ClassVar[Literal["last", "prompt", "text", "all"]] = "last"
     paper_layers: ClassVar[tuple[int | EllipsisType, ...] | None] = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model_type prefix -> values of None fields
     neutral: ClassVar[dict[str, Any]] = {}  # parameters that make it the plain model
@@ -74,11 +73,8 @@ class Method(Form):
     row_sum_one: ClassVar[bool] = True  # edited attention rows still sum to 1
     shares_prefix: ClassVar[bool] = True  # the question does not change image rows
     needs_image: ClassVar[bool] = True  # without visual tokens the method does nothing
-    reorders: ClassVar[bool] = True  # its memory follows the rows of beam search
-    decodes: ClassVar[bool] = True  # it edits the attention of generated tokens, too
-    ahead: ClassVar[bool] = False  # its second stream runs before the main pass, prompts only
-    pixels: ClassVar[bool] = True  # its second stream is made from pixel values
-    reads: ClassVar[bool] = False  # its `rewrite` reads the attention of `layers`
+    needs_pixels: ClassVar[bool] = False  # `contrast` changes pixels, so nobody may encode them
+    looks_again: ClassVar[bool] = False  # its `rewrite` reads the attention of `layers`
     passes: ClassVar[str] = ""  # what it runs beside the answer, in words
     # after `resolve`: vision blocks whose output it wants in `see`; k is the output of block k - 1
     vision_layers: ClassVar[tuple[int, ...] | None] = None
@@ -95,8 +91,8 @@ class Method(Form):
 
     # -- stages ------------------------------------------------------------------------------------
 
-    def setup(self, model: Any) -> Any:
-        """Once per `enhance`: whatever the other stages want to find as ``ctx.plan``."""
+    def setup(self, anatomy: Anatomy) -> Any:
+        """Once per `enhance`: what the other stages want to find as `plan`."""
 
     def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
         """Input stage: all chats about one image, before `enhance` is entered.
@@ -106,34 +102,29 @@ class Method(Form):
         """
         return chats
 
-    def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any] | None:
-        """Changed inputs of this piece of prompt for a second stream, or None for no such stream.
-
-        `inputs` are those of the forward, without caches and positions; ``attention_mask`` is
-        always there, (B, new) int64.
-        """
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
+        """This piece of prompt as a second stream reads it, or None where it reads the same."""
         return None
 
-    def begin(self, ctx: Context) -> None:
-        """A sequence starts: allocate ``ctx.memory`` (tensors batch-first)."""
+    def begin(self, seq: Sequences) -> None:
+        """A sequence starts: allocate `seq.memory`."""
 
-    def see(self, ctx: Context) -> None:
-        """This prompt's images are encoded, the language model has not begun: `ctx.vision` holds
-        what the vision blocks of `vision_layers` gave, `ctx.inputs` what the model was given."""
+    def see(self, vision: Vision, seq: Sequences) -> None:
+        """The images of a piece of prompt are encoded, the language model has not begun."""
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        """Residual stream (B, Q, D) entering `layer`; ``layer == L`` is the final norm's input."""
-        return hidden
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        """The residual stream (B, Q, D) that `stream.layer` is to get, in place of ``stream.x``."""
+        return stream.x
 
     def scores(self, rows: Rows) -> Tensor:
-        """Pre-softmax scores (B, H, R, K) float32, scaled, not yet masked."""
+        """Scores (B, H, R, K) float32: scaled, before mask and softmax."""
         return rows.x
 
     def weights(self, rows: Rows) -> Tensor:
-        """Post-softmax weights (B, H, R, K) float32."""
+        """Weights (B, H, R, K) float32: after the softmax."""
         return rows.x
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Context) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
         return logits
 
@@ -147,8 +138,8 @@ class Method(Form):
     def edits_attention(self) -> bool:
         return self.wants("scores") or self.wants("weights")
 
-    def resolve(self, model: Any) -> Method:
-        """The same method with layers and presets filled in for `model`.
+    def resolve(self, anatomy: Anatomy) -> Method:
+        """The same method with layers and presets filled in for a model.
 
         Published layer numbers are literal on models of 28 or more layers and scaled to
         ``floor(l * L / 32)`` on shallower ones. Only layers with full attention see the whole
@@ -158,93 +149,73 @@ class Method(Form):
             FoveateError: for a layer that does not exist or does not see the whole image, and
                 where no layer is left.
         """
-        from ..backends.transformers.compat import layer_kinds
-        from ..families.layout import layout_of
-
+        kind, kinds = anatomy.kind, anatomy.layer_kinds
         values: dict[str, Any] = {}
-        model_type = getattr(model.config, "model_type", "")
         for prefix in sorted(self.presets, key=len):
-            if model_type.startswith(prefix):
-                values |= {
-                    k: v for k, v in self.presets[prefix].items() if getattr(self, k) is None
-                }
+            if kind.startswith(prefix):
+                preset = self.presets[prefix].items()
+                values |= {name: value for name, value in preset if getattr(self, name) is None}
         published = values.pop("layers", self.paper_layers)
-        if self.reads and layout_of(model.config) is None:
+        if self.looks_again and not anatomy.placed:
             raise FoveateError(
-                f"{self.name} has to know where {model_type}'s image tokens lie on the image, and "
+                f"{self.name} has to know where {kind}'s image tokens lie on the image, and "
                 "foveate.families has no layout for it: use a method that does not look again."
             )
-        if not (self.edits_attention or self.wants("before") or self.reads):
+        if not (self.edits_attention or self.wants("before") or self.looks_again):
             if self.layers is not None:
                 raise FoveateError(f"{self.name} acts on no layer: leave out layers.")
             return dataclasses.replace(self, **values)
 
-        depth = model.get_decoder().config.num_hidden_layers
-        whole = self.edits_attention or self.reads
-        kinds = layer_kinds(model.get_decoder().config)
-        full = tuple(i for i in range(depth) if not whole or kinds[i] == "full_attention")
+        whole = self.edits_attention or self.looks_again
+        full = anatomy.full_layers if whole else tuple(range(anatomy.depth))
         if not full:
             raise FoveateError(
-                f"{self.name} cannot act on {model_type}: none of its layers sees the whole image "
+                f"{self.name} cannot act on {kind}: none of its layers sees the whole image "
                 f"through plain attention (there are {_counted(kinds)}): use another model."
             )
         if self.layers is not None:
-            for layer in self.layers:
-                if not 0 <= layer < depth:
-                    raise FoveateError(
-                        f"{self.name}: layer {layer} does not exist, this model has layers 0 to "
-                        f"{depth - 1}."
-                    )
-                if layer not in full:
-                    raise FoveateError(
-                        f"{self.name}: layer {layer} ({kinds[layer]}) does not see the whole "
-                        f"image, the full-attention layers are {', '.join(map(str, full))}."
-                    )
-            layers = tuple(sorted(set(self.layers)))
-            if not layers:
-                raise FoveateError(f"{self.name}: layers is empty: name at least one, or None.")
+            layers = self._literal(full, kinds)
         elif published is not None:
-            wanted = _published(published, depth)
+            wanted = _published(published, anatomy.depth)
             layers = tuple(sorted(wanted & set(full)))
             if not layers:
                 raise FoveateError(
-                    f"{self.name} has nothing to act on in {model_type}: its published layers, "
+                    f"{self.name} has nothing to act on in {kind}: its published layers, "
                     f"here {_listed(wanted)}, do not see the whole image (there are "
                     f"{_counted(kinds)}); choose among {_listed(full)} with layers=(N,)."
                 )
             if len(layers) < len(wanted):
                 warnings.warn(
                     f"{self.name}: of its published layers, here {_listed(wanted)}, only "
-                    f"{_listed(layers)} see the whole image in {model_type}; it acts there.",
+                    f"{_listed(layers)} see the whole image in {kind}; it acts there.",
                     stacklevel=2,
                 )
         else:
             layers = full
         return dataclasses.replace(self, layers=layers, **values)
 
+    def _literal(self, full: tuple[int, ...], kinds: tuple[str, ...]) -> tuple[int, ...]:
+        """`layers` in order, if every one of them is there and among `full`."""
+        assert self.layers is not None
+        for layer in self.layers:
+            if not 0 <= layer < len(kinds):
+                raise FoveateError(
+                    f"{self.name}: layer {layer} does not exist, this model has layers 0 to "
+                    f"{len(kinds) - 1}."
+                )
+            if layer not in full:
+                raise FoveateError(
+                    f"{self.name}: layer {layer} ({kinds[layer]}) does not see the whole "
+                    f"image, the full-attention layers are {_listed(full)}."
+                )
+        if not self.layers:
+            raise FoveateError(f"{self.name}: layers is empty: name at least one, or None.")
+        return tuple(sorted(set(self.layers)))
+
     @property
     def is_neutral(self) -> bool:
         """Whether the parameters are those that make the method the plain model."""
         return bool(self.neutral) and all(getattr(self, k) == v for k, v in self.neutral.items())
-
-
-def shape(model: Any) -> dict[str, Any]:
-    """What tells one architecture from another, without a name: types and sizes.
-
-    Returns:
-        ``{"model_type", "text_model_type", "hidden_size", "layers", "attention_heads",
-        "key_value_heads", "vocab_size"}``, the sizes being the language model's.
-    """
-    text = model.get_decoder().config
-    return {
-        "model_type": model.config.model_type,
-        "text_model_type": text.model_type,
-        "hidden_size": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "attention_heads": text.num_attention_heads,
-        "key_value_heads": getattr(text, "num_key_value_heads", text.num_attention_heads),
-        "vocab_size": text.vocab_size,
-    }
 
 
 def _listed(layers: Iterable[int]) -> str:
@@ -330,7 +301,7 @@ def as_stack(*given: Method | str) -> tuple[Method, ...]:
     for name in names:
         if names.count(name) > 1:
             raise FoveateError(f"The method {name} is named twice: give each method once.")
-    lookers = [m.name for m in stack if m.reads and not m.is_neutral]
+    lookers = [m.name for m in stack if m.looks_again and not m.is_neutral]
     if len(lookers) > 1:
         raise FoveateError(
             f"{' and '.join(lookers)} both look for a better picture: use only one at a time."

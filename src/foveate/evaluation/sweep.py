@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..backends.transformers.anatomy import anatomy
 from ..base import significance
 from ..base.errors import FoveateError
 from ..base.journal import write_json
@@ -109,7 +110,7 @@ class Grid:
         if not 1 <= len(over) <= 2:
             raise FoveateError(
                 f"A sweep is over one or two parameters, got {len(over)} times --over: write "
-                "others into the method, such as 'clvs(memory=0.7)'."
+                "others into the method, such as 'clvs(beta=0.7)'."
             )
         named = [_over(stack, given) for given in over]
         places = tuple((place, field) for _, place, field, _ in named)
@@ -304,7 +305,7 @@ def sweep(
     """
     if metric != ACCURACY:
         _check_metric(b, metric, root)
-    resolved = [method.resolve(vlm.model) for method in grid.stack]
+    resolved = [method.resolve(anatomy(vlm.model)) for method in grid.stack]
     axes = tuple(
         dataclasses.replace(axis, default=getattr(resolved[place], field))
         for axis, (place, field) in zip(grid.axes, grid.places, strict=True)

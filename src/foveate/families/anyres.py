@@ -13,8 +13,8 @@ or leave a part of a line out, and the mosaic's box says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from ..backends.transformers.compat import best_resolution
 from .layout import Box, Grid, Picture
 from .square import letterbox
 
@@ -46,6 +46,21 @@ def grid(picture: Picture) -> tuple[list[Grid], int] | None:
         return [whole], whole.stop + rows
     mosaic = Grid(rows, cols, start=whole.stop, box=box, gap=1)
     return [whole, mosaic], mosaic.stop
+
+
+def best_resolution(size: tuple[int, int], choices: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The resolution (height, width) that keeps most pixels of an image (height, width).
+
+    Among equal ones the smallest, and the first of these, as in LLaVA-NeXT.
+    """
+
+    def kept(choice: Sequence[int]) -> int:
+        scale = min(choice[0] / size[0], choice[1] / size[1])
+        fitted = int(size[0] * scale) * int(size[1] * scale)
+        return min(fitted, size[0] * size[1])
+
+    height, width = max(choices, key=lambda choice: (kept(choice), -choice[0] * choice[1]))
+    return height, width
 
 
 def _tiled(picture: Picture) -> bool:

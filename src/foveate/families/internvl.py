@@ -7,8 +7,8 @@ tells how many there are; their arrangement is the image processor's choice, so 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from ..backends.transformers.compat import tiling
 from .layout import Grid, Picture
 
 serves = ("internvl",)
@@ -26,17 +26,29 @@ def grid(picture: Picture) -> tuple[list[Grid], int] | None:
         return None
     if tiles == 1:
         return [Grid(side, side)], side * side
-    arrange = tiling(picture.processor)
-    if picture.size is None or arrange is None:
+    limits = getattr(picture.processor, "min_patches", None)
+    if picture.size is None or limits is None:
         return None
-    options = picture.processor
-    cols, rows = arrange(
-        picture.size[::-1],
-        (options.size["height"], options.size["width"]),
-        options.min_patches,
-        options.max_patches,
-    )
+    cols, rows = arrangement(picture.size, picture.processor)
     return mosaic(rows, cols, side) if rows * cols + 1 == tiles else None
+
+
+def arrangement(size: tuple[int, int], processor: Any) -> tuple[int, int]:
+    """Columns and rows of tiles for an image (width, height).
+
+    The processor takes the arrangement whose shape is nearest to the image's. Among equally near
+    ones it takes the one with most tiles whose area is below twice the image's.
+    """
+    (width, height), most = size, processor.max_patches
+    tile = processor.size["height"] * processor.size["width"]
+    counts = range(1, most + 1)
+    allowed = [(c, r) for c in counts for r in counts if processor.min_patches <= c * r <= most]
+    best, least = (1, 1), math.inf
+    for cols, rows in sorted(allowed, key=math.prod):
+        apart = abs(width / height - cols / rows)
+        if apart < least or (apart == least and width * height > 0.5 * tile * cols * rows):
+            best, least = (cols, rows), apart
+    return best
 
 
 def mosaic(rows: int, cols: int, side: int) -> tuple[list[Grid], int]:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends.transformers.anatomy import anatomy
 from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
-from ..core.method import Method, as_stack, shape, text
+from ..core.method import Method, as_stack, text
 from .truth import Picture
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def run(
     settings = {
         "analysis": str(analysis),
         **vlm.source,
-        "shape": shape(vlm.model),
+        "shape": anatomy(vlm.model).shape,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "methods": list(compared),
         "data": data,

@@ -31,11 +31,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..backends.transformers import compat
+from ..backends.transformers.anatomy import anatomy
 from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.images import decode
 from ..base.journal import Journal
-from ..core.method import shape
 from ..vlm.vlm import VLM, Chat
 
 PROMPT = "Please describe this image in detail."
@@ -482,7 +482,7 @@ def find_heads(
     ablation = Ablation(vlm.model)
     settings = {
         **vlm.source,
-        "shape": shape(vlm.model),
+        "shape": anatomy(vlm.model).shape,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "prompt": prompt,
         "max_new_tokens": max_new_tokens,

@@ -13,27 +13,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode
-from ..core.method import Method, as_stack, text
+from ..core import Anatomy, Method, Rows, Sequences, Stream
+from ..core.method import as_stack, text
 from ..families.layout import WHOLE, Box, Grid, together
 from ..methods.clvs import CLVS
 from ..vlm.vlm import VLM, Answer, Chat, Methods
 from . import target
 from .target import Target
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
-    from ..core.context import Context
 
 Heads = Literal["mean", "max"] | tuple[int, ...]
 """Over all heads, the mean or the largest; or the mean over the heads of these numbers, from 0."""
@@ -287,19 +284,18 @@ class Uncertainty(Method, register=False):
     name: ClassVar[str] = "uncertainty"
     needs_image: ClassVar[bool] = False
 
-    def setup(self, model: Any) -> SimpleNamespace:
-        clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
-        return SimpleNamespace(clvs=clvs, plan=clvs.resolve(model).setup(model))
+    def setup(self, anatomy: Anatomy) -> Anatomy:
+        return anatomy
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        if layer > 0:
-            steps = ctx.notes[0].setdefault("uncertainty", [])
-            if layer == 1:
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        if stream.layer > 0:
+            steps = seq.notes[0].setdefault("uncertainty", [])
+            if stream.layer == 1:
                 steps.append([])
-            u = ctx.plan.clvs.uncertainty(hidden[:1, -1], ctx.plan.plan)[0]
-            rests = any(isinstance(ctx.stack.methods[i], CLVS) for i in ctx.resting)
-            steps[-1].append((u, rests))
-        return hidden
+            clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
+            u = clvs.uncertainty(stream.last[:1], seq.plan)[0]
+            steps[-1].append((u, seq.rests(CLVS)))
+        return stream.x
 
 
 # -- tracing ---------------------------------------------------------------------------------------
@@ -402,7 +398,7 @@ def _run(
         known = [part for part in parts if part is not None]
         share = found.tokens(grids, attention.shape[-1], known).numpy()
     tokens = (*answer.tokens, END)[: len(steps)]
-    resolved = own.resolve(vlm.model) if own else None
+    resolved = own.resolve(anatomy(vlm.model)) if own else None
     return Run(
         method=text(stack),
         answer=replace(answer, record=None),
@@ -419,7 +415,7 @@ def _run(
             next((layer for layer, (_, rests) in enumerate(step) if rests), None) for step in read
         ),
         threshold=own.stop_threshold if own else None,
-        tested=tuple(sorted(resolved.setup(vlm.model).tested)) if resolved else (),
+        tested=tuple(sorted(resolved.setup(anatomy(vlm.model))[1])) if resolved else (),
     )
 
 

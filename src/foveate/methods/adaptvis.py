@@ -6,18 +6,14 @@ should look around. A plain pass over the prompt tells which, and ScalingVis doe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.method import Method
+from ..core import Method, Prompt, Rows, Sequences
 from .scalingvis import scaled
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
-    from ..core.context import Context
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,8 @@ class AdaptVis(Method):
 
     name: ClassVar[str] = "adaptvis"
     paper: ClassVar[str] = "2503.01773"
-    ahead: ClassVar[bool] = True
-    pixels: ClassVar[bool] = False
-    decodes: ClassVar[bool] = False
+    rows: ClassVar = "prompt"
+    passes: ClassVar[str] = "the prompt once more"
     neutral: ClassVar[dict[str, Any]] = {"low": 1.0, "high": 1.0}
     example: ClassVar[dict[str, Any]] = {"low": 0.3, "high": 2.0}
 
@@ -60,14 +55,12 @@ class AdaptVis(Method):
         self.require(self.high >= 0, "high is a factor and must be 0 or more")
         self.require(self.decimals is None or self.decimals >= 0, "decimals must be 0 or more")
 
-    def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any]:
-        return inputs  # the pass ahead reads what the main pass reads
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt:
+        return replace(prompt, ahead=True)  # what the main pass reads
 
     def scores(self, rows: Rows) -> Tensor:
-        assert self.layers is not None
-        assert rows.ctx.ahead is not None
-        if rows.layer == self.layers[0]:
-            rows.memory["weight"] = self.weight(rows.ctx.ahead)
+        if rows.layer == self.layers[0]:  # type: ignore[index]  # resolved before use
+            rows.memory["weight"] = self.weight(rows.seq.ahead)  # type: ignore[arg-type]
         return scaled(rows, rows.memory["weight"])
 
     def weight(self, logits: Tensor) -> Tensor:

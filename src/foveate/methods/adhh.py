@@ -10,17 +10,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base.errors import FoveateError
-from ..base.form import file
-from ..core.method import Method, shape
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
+from ..core import Anatomy, FoveateError, Method, Rows, file
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -97,22 +92,21 @@ class ADHH(Method):
         """Whether no head can be cut: a threshold above 1, or no heads."""
         return self.threshold > 1 or self.heads == ()
 
-    def resolve(self, model: Any) -> Method:
-        """The same method with `heads` as pairs that `model` has, and `layers` where they are.
+    def resolve(self, anatomy: Anatomy) -> Method:
+        """The same method with `heads` as pairs that the model has, and `layers` where they are.
 
         Raises:
             FoveateError: if there is no list for this model, or the list does not fit it.
         """
-        pairs = self._pairs(model)
-        known = shape(model)
+        pairs = self._pairs(anatomy.shape)
         for layer, head in pairs:
-            if layer >= known["layers"] or head >= known["attention_heads"]:
+            if layer >= anatomy.depth or head >= anatomy.heads:
                 raise FoveateError(
                     f"adhh: there is no head ({layer}, {head}), this model has layers 0 to "
-                    f"{known['layers'] - 1} with heads 0 to {known['attention_heads'] - 1}."
+                    f"{anatomy.depth - 1} with heads 0 to {anatomy.heads - 1}."
                 )
         if self.layers is not None:
-            wanted = super().resolve(model).layers or ()
+            wanted = super().resolve(anatomy).layers or ()
             pairs = tuple(pair for pair in pairs if pair[0] in wanted)
             if not pairs:
                 raise FoveateError(
@@ -120,18 +114,16 @@ class ADHH(Method):
                     "cut: name other layers, or none."
                 )
         layers = tuple(sorted({layer for layer, _ in pairs}))
-        return Method.resolve(dataclasses.replace(self, heads=pairs, layers=layers), model)
+        return Method.resolve(dataclasses.replace(self, heads=pairs, layers=layers), anatomy)
 
-    def setup(self, model: Any) -> dict[int, Tensor]:
+    def setup(self, anatomy: Anatomy) -> dict[int, Tensor]:
         """Layer -> its listed heads, (H, 1, 1) bool on the layer's device."""
         assert isinstance(self.heads, tuple)  # resolved before
-        decoder, plan = model.get_decoder(), {}
+        plan = {}
         for layer in self.layers or ():
-            listed = [head for at, head in self.heads if at == layer]
-            mask = torch.zeros(decoder.config.num_attention_heads, 1, 1, dtype=torch.bool)
-            mask[listed] = True
-            place = next(decoder.layers[layer].parameters()).device
-            plan[layer] = mask if place.type == "meta" else mask.to(place)  # meta: offloaded
+            mask = torch.zeros(anatomy.heads, 1, 1, dtype=torch.bool)
+            mask[[head for at, head in self.heads if at == layer]] = True
+            plan[layer] = mask.to(anatomy.layer_device(layer))
         return plan
 
     def weights(self, rows: Rows) -> Tensor:
@@ -140,17 +132,16 @@ class ADHH(Method):
         cut = rows.plan[rows.layer].to(rows.x.device) & (looks >= self.threshold)
         return rows.x.masked_fill(cut & text, 0.0)
 
-    def _pairs(self, model: Any) -> Pairs:
+    def _pairs(self, known: dict[str, Any]) -> Pairs:
         if isinstance(self.heads, tuple):
             return tuple(sorted(set(self.heads)))
         if self.heads != "auto":
-            return read(self.heads, model)
-        known = shape(model)
+            return read(self.heads, known)
         published = PUBLISHED.get(tuple(known.values())[:-1])  # whatever the vocabulary
         if published is not None:
             return tuple(sorted(published))
         if POCKET.is_file() and _content(POCKET).get("model") == known:
-            return read(POCKET, model)
+            return read(POCKET, known)
         raise FoveateError(
             f"adhh has no list of heads for this model ({known['model_type']}, {known['layers']} "
             f"layers of {known['attention_heads']} heads): find one with `foveate heads MODEL` and "
@@ -158,17 +149,17 @@ class ADHH(Method):
         )
 
 
-def read(path: str | Path, model: Any) -> Pairs:
+def read(path: str | Path, here: dict[str, Any]) -> Pairs:
     """The (layer, head) pairs of a JSON file, sorted.
 
     The file is a list of pairs, or an object with such a list as "heads" and, where it says for
-    which model, that model's `shape` as "model".
+    which model, that model's shape (`Anatomy.shape`) as "model"; `here` is the present one's.
 
     Raises:
         FoveateError: if there is no such file, it is not of this form, or made for another model.
     """
     content = _content(Path(path))
-    meant, here = content.get("model", {}), shape(model)
+    meant = content.get("model", {})
     if not isinstance(meant, dict):
         raise FoveateError(f'In {path}, "model" must be an object such as {json.dumps(here)}.')
     other = [

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.form import costly
-from ..core.method import Method
+from ..core import Anatomy, Method
 from ..vlm.regions import regions
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class CARVE(Method):
     paper_layers: ClassVar[tuple[int | EllipsisType, ...]] = (20, ..., 25)
     neutral: ClassVar[dict[str, Any]] = {"keep": 1.0, "variant": "paper", "final_input": None}
     example: ClassVar[dict[str, Any]] = {"keep": 0.3}
-    reads: ClassVar[bool] = True
+    looks_again: ClassVar[bool] = True
     passes: ClassVar[str] = (
         "one generation per image (general instruction) and one per question, up to 32 tokens each"
     )
@@ -128,13 +128,13 @@ class CARVE(Method):
             "instruction must not be empty",
         )
 
-    def resolve(self, model: Any) -> Method:
+    def resolve(self, anatomy: Anatomy) -> Method:
         from ..vlm.look import GENERAL, SHORT  # imports transformers
 
         values = VARIANTS[self.variant] | VERSIONS[self.version]
         values |= {"instruction": GENERAL, "suffix": SHORT}
         missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        return replace(super().resolve(model), **missing)
+        return replace(super().resolve(anatomy), **missing)
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
         from ..vlm.look import Chain, Panel, followed, fractions, read_beside, the_image

@@ -7,15 +7,12 @@ of them are made to look at it more.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
+from ..core import Method, Rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,6 @@ class Devils(Method):
         self.require(self.alpha >= 0, "alpha must be 0 or more")
 
     def scores(self, rows: Rows) -> Tensor:
-        x = rows.x
-        agreed = x.abs().mean(1, keepdim=True)
-        return torch.add(x, agreed * rows.visual[:, None, None], alpha=self.alpha)
+        z = rows.x
+        agreed = rows.over_heads(z.abs(), "mean")
+        return torch.add(z, agreed * rows.visual[:, None, None], alpha=self.alpha)

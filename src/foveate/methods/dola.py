@@ -9,17 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..base.form import costly
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..core.context import Context
+from ..core import Anatomy, Method, Sequences, Stream, costly
 
 
 @dataclass(frozen=True)
@@ -66,45 +61,43 @@ class DoLa(Method):
     def wants(self, stage: str) -> bool:
         return super().wants(stage) and (stage != "before" or self.strength != 0)
 
-    def resolve(self, model: Any) -> Method:
+    def resolve(self, anatomy: Anatomy) -> Method:
         if self.layers is not None or not self.wants("before"):
-            return super().resolve(model)
-        depth = model.get_decoder().config.num_hidden_layers
+            return super().resolve(anatomy)
+        depth = anatomy.depth
         half, deep = depth // 2, depth > 40
         if self.bucket == "high":
             layers = tuple(range(depth - 20 if deep else half, depth, 2))
         else:
-            tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-            layers = tuple(range(2 if tied else 0, 20 if deep else half, 2)) or (half,)
+            layers = tuple(range(2 if anatomy.tied else 0, 20 if deep else half, 2)) or (half,)
         return dataclasses.replace(self, layers=layers)
 
-    def setup(self, model: Any) -> SimpleNamespace:
-        return SimpleNamespace(unembed=model.get_output_embeddings())
+    def setup(self, anatomy: Anatomy) -> Anatomy:
+        return anatomy
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        assert self.layers is not None
-        if layer in self.layers and ctx.phase != "prefix":
-            ctx.memory[f"entering {layer}"] = hidden[:, -1]
-        return hidden
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        if stream.layer in (self.layers or ()) and seq.phase != "prefix":
+            seq.memory[f"entering {stream.layer}"] = stream.last
+        return stream.x
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Context) -> Tensor:
-        own = out = logits.float().log_softmax(-1)
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
+        log_p = out = logits.float().log_softmax(-1)
         if self.strength != 0:
-            out = own - self.strength * self.early(own, ctx)
+            out = log_p - self.strength * self.early(log_p, seq)
         if self.plausibility == 0:
             return out
-        least = own.amax(-1, keepdim=True) + math.log(self.plausibility)
-        return out.masked_fill(own < least, -math.inf)
+        least = log_p.amax(-1, keepdim=True) + math.log(self.plausibility)
+        return out.masked_fill(log_p < least, -math.inf)
 
-    def early(self, own: Tensor, ctx: Context) -> Tensor:
-        """Log-probabilities (B, V) float32 of each sample's candidate furthest from `own`."""
-        unembed, layers = ctx.plan.unembed, self.layers or ()
-        states = [ctx.memory[f"entering {layer}"].to(unembed.weight.device) for layer in layers]
-        early = unembed(torch.stack(states)).float().to(own.device).log_softmax(-1)  # (J, B, V)
-        if len(layers) == 1:
-            return early[0]
-        middle = torch.logaddexp(own, early) - math.log(2)
-        apart = middle.exp() * (2 * middle - own - early)  # KL from the middle to p and to q
-        apart = apart.masked_fill(own == -math.inf, 0)  # ruled out by a method before this one
-        chosen = apart.mean(-1).argmax(0)  # (B,)
-        return early.gather(0, chosen[None, :, None].expand(1, -1, early.shape[-1]))[0]
+    def early(self, log_p: Tensor, seq: Sequences) -> Tensor:
+        """log q (B, V) float32 of each sample's candidate furthest from p."""
+        anatomy, memory = seq.plan, seq.memory
+        states = [memory[f"entering {layer}"].to(log_p.device) for layer in self.layers or ()]
+        log_q = anatomy.unembed(torch.stack(states)).to(log_p.device).log_softmax(-1)  # (J, B, V)
+        if len(states) == 1:
+            return log_q[0]
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        divergence = log_m.exp() * (2 * log_m - log_p - log_q)  # KL(m, p) + KL(m, q)
+        divergence = divergence.masked_fill(log_p == -math.inf, 0)  # ruled out by a method before
+        furthest = divergence.mean(-1).argmax(0)  # (B,)
+        return log_q.gather(0, furthest[None, :, None].expand(1, -1, log_q.shape[-1]))[0]

@@ -20,11 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base.form import costly
-from ..core.method import Method
+from ..core import Method, Prompt, Sequences, costly
 
 if TYPE_CHECKING:
-    from ..core.context import Context
     from ..families.layout import Box
     from ..vlm.look import Chain, Pixels, Reading
     from ..vlm.vlm import VLM, Chat
@@ -119,7 +117,8 @@ class LASER(Method):
 
     name: ClassVar[str] = "laser"
     paper: ClassVar[str] = "2602.04304"
-    reads: ClassVar[bool] = True
+    looks_again: ClassVar[bool] = True
+    needs_pixels: ClassVar[bool] = True
     passes: ClassVar[str] = (
         "the prompt twice: question, and once per image without; with VAT every token once more"
     )
@@ -262,14 +261,17 @@ class LASER(Method):
 
     # -- the second stream -------------------------------------------------------------------------
 
-    def begin(self, ctx: Context) -> None:
-        on = [bool(note.get("vat")) for note in ctx.notes] or [False] * len(ctx.visual)
-        ctx.memory["vat"] = torch.tensor(on, device=ctx.visual.device)
+    def begin(self, seq: Sequences) -> None:
+        visual = seq.visual
+        on = [bool(note.get("vat")) for note in seq.notes] or [False] * len(visual)
+        seq.memory["vat"] = torch.tensor(on, device=visual.device)
 
-    def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any] | None:
-        return None if ctx.contrast is None else {**inputs, **ctx.contrast}
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
+        return (
+            None if prompt.given is None else replace(prompt, pixels=prompt.pixels | prompt.given)
+        )
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Context) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         if other is None:
             return logits
         own = logits.float()
@@ -277,7 +279,7 @@ class LASER(Method):
         if self.plausibility > 0:
             least = own.amax(-1, keepdim=True) + math.log(self.plausibility)
             contrasted = contrasted.masked_fill(own < least, -math.inf)
-        return torch.where(ctx.memory["vat"][:, None].to(own.device), contrasted, own)
+        return torch.where(seq.memory["vat"][:, None].to(own.device), contrasted, own)
 
 
 class _Heat:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
-    from ..core.context import Context
+from ..core import Method, Prompt, Rows, Sequences
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,6 @@ class PAI(Method):
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "2407.21771"
     paper_layers = (2, ..., -1)
-    pixels: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "gamma": 1.0}
     example: ClassVar[dict[str, Any]] = {"alpha": 1.0, "gamma": 1.5, "plausibility": 0.0}
 
@@ -72,36 +67,22 @@ class PAI(Method):
     # -- the boost ---------------------------------------------------------------------------------
 
     def scores(self, rows: Rows) -> Tensor:
-        if rows.ctx.phase == "prompt" and not self.boost_first_token:
+        if rows.phase == "prompt" and not self.boost_first_token:
             return rows.x
         boosted = torch.add(rows.x, rows.x.abs(), alpha=self.alpha)
         return torch.where(rows.visual[:, None, None], boosted, rows.x)
 
     # -- the guidance ------------------------------------------------------------------------------
 
-    def contrast(self, inputs: dict[str, Any], ctx: Context) -> dict[str, Any]:
-        mask = inputs["attention_mask"]
-        text = mask.bool() & ~ctx.visual[:, -mask.shape[1] :].to(mask.device)
-        width = int(text.sum(1).max())
-        # left-padded again: the text of a row in its order, behind what it lacks in length
-        order = text.int().argsort(dim=1, stable=True)[:, mask.shape[1] - width :]
-        text = text.gather(1, order)
-        changed = {k: v for k, v in inputs.items() if isinstance(v, bool | int | float | str)}
-        changed["attention_mask"] = text.to(mask.dtype)
-        if "input_ids" in inputs:
-            changed["input_ids"] = inputs["input_ids"].gather(1, order).masked_fill(~text, 0)
-        else:
-            embeds = inputs["inputs_embeds"]
-            index = order[..., None].expand(-1, -1, embeds.shape[2])
-            changed["inputs_embeds"] = embeds.gather(1, index)
-        return changed
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
+        return prompt.only(~prompt.visual) if bool(prompt.visual.any()) else None
 
-    def logits(self, logits: Tensor, other: Tensor | None, ctx: Context) -> Tensor:
+    def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         if other is None:
             return logits
-        own, unseen = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-        guided = unseen + self.gamma * (own - unseen)
+        p, u = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+        guided = u + self.gamma * (p - u)
         if self.plausibility == 0:
             return guided
-        least = own.amax(-1, keepdim=True) + math.log(self.plausibility)
-        return guided.masked_fill(own < least, -math.inf)
+        least = p.amax(-1, keepdim=True) + math.log(self.plausibility)
+        return guided.masked_fill(p < least, -math.inf)

@@ -7,15 +7,12 @@ attention over the image sharper (above 1) or broader (below 1) for the token be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
+from ..core import Method, Rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class ScalingVis(Method):
 
     name: ClassVar[str] = "scalingvis"
     paper: ClassVar[str] = "2503.01773"
-    decodes: ClassVar[bool] = False
+    rows: ClassVar = "prompt"
     neutral: ClassVar[dict[str, Any]] = {"weight": 1.0}
     example: ClassVar[dict[str, Any]] = {"weight": 2.0}
 

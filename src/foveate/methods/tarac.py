@@ -10,16 +10,13 @@ comparison; how the sum runs over tokens is inferred, and its alternatives are p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
+from ..core import Method, Rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class TARAC(Method):
     last row is the first step, then every decode step; a new cache starts from nothing, more turns
     on the same cache go on. S is always taken before the injection.
 
-    The memory is one float32 value per layer and visual column, (B, 1, 1, columns of the prompt).
+    The memory is one float32 value per layer and key column, (B, 1, 1, K).
 
     Attributes:
         beta: strength of the injection, 0 or more; 0 leaves the row. The CLVS authors' code: 0.5.
@@ -63,21 +60,22 @@ class TARAC(Method):
         self.require(0 <= self.alpha <= 1, "alpha must lie between 0 and 1")
 
     def weights(self, rows: Rows) -> Tensor:
-        x, sums = rows.x, rows.memory.setdefault("sums", {})  # layer -> (B, 1 or H, 1, width)
-        width = rows.ctx.visual.shape[1]
-        visual = rows.visual[:, None, None, :width].float()
-        seen = x[..., :width]
-        if self.pool != "head":
-            seen = seen.amax(1, keepdim=True) if self.pool == "max" else seen.mean(1, keepdim=True)
-        seen = seen * visual
-        if self.normalise:  # one more "head", that counts
-            seen = torch.cat([seen, visual], 1)
-        before = sums.get(rows.layer)
-        before = torch.zeros_like(seen) if before is None else before.to(x.device)
-        before = pad(before, (0, width - before.shape[3]))  # columns of a further turn
-        sums[rows.layer] = torch.add(seen, before, alpha=self.alpha)
-        used = sums[rows.layer] if self.inject == "updated" else before
+        x, memory, layer = rows.x, rows.memory, f"layer {rows.layer}"
+        visual = rows.visual[:, None, None].float()
+        seen = (x if self.pool == "head" else rows.over_heads(x, self.pool)) * visual
+        accumulated, updated = self.plus(seen, memory.get(layer))
+        used = updated if self.inject == "updated" else accumulated
         if self.normalise:
-            used = used[:, :-1] / used[:, -1:].clamp(min=1)  # below 1 only where never seen
-        x = torch.add(x, pad(used, (0, x.shape[3] - width)), alpha=self.beta)
+            before, now = self.plus(visual, memory.get(f"{layer}, powers of alpha"))
+            memory[f"{layer}, powers of alpha"] = now
+            powers = now if self.inject == "updated" else before
+            used = used / powers.clamp(min=1)  # below 1 only where never seen
+        memory[layer] = updated
+        x = torch.add(x, used, alpha=self.beta)  # x + beta A
         return x / x.sum(-1, keepdim=True)
+
+    def plus(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A, with the columns that have come since, and alpha A + S."""
+        A = torch.zeros_like(new) if old is None else old.to(new.device)
+        A = pad(A, (0, new.shape[3] - A.shape[3]))
+        return A, torch.add(new, A, alpha=self.alpha)

@@ -7,14 +7,11 @@ and those that it gives the system prompt down, before the softmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..core.method import Method
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
+from ..core import Method, Rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class VAF(Method):
 
     name: ClassVar[str] = "vaf"
     paper: ClassVar[str] = "2503.13107"
-    rows: ClassVar[Literal["last", "text", "all"]] = "text"
+    rows: ClassVar = "text"
     paper_layers = (9, ..., 14)
     neutral: ClassVar[dict[str, Any]] = {"enhance": 1.0, "suppress": 1.0}
     example: ClassVar[dict[str, Any]] = {"enhance": 1.8, "suppress": 0.4}
@@ -57,7 +54,7 @@ class VAF(Method):
         self.require(self.suppress >= 0, "suppress is a factor and must be 0 or more")
 
     def scores(self, rows: Rows) -> Tensor:
-        x = rows.x
+        z = rows.x
         gain = (self.enhance - 1) * rows.visual + (self.suppress - 1) * rows.system
-        scale = x if self.mode == "multiply" else x.abs()
-        return x.addcmul(scale, gain[:, None, None])
+        scale = z if self.mode == "multiply" else z.abs()
+        return z.addcmul(scale, gain[:, None, None])  # z + gain z

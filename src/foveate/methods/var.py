@@ -10,22 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from ..backends.transformers.compat import cache_of, hidden_in
-from ..base.errors import FoveateError
-from ..base.form import costly
-from ..core.method import Method, shape
-
-if TYPE_CHECKING:
-    from ..backends.transformers.attention import Rows
-    from ..core.context import Context
+from ..core import Anatomy, FoveateError, Method, Rows, Sequences, Stream, costly
+from ..core.sequence import remembered
 
 # text_model_type, hidden_size, layers, attention_heads, key_value_heads (, vocab_size)
 KNOWN: dict[tuple[Any, ...], tuple[int, ...]] = {
@@ -36,8 +29,6 @@ KNOWN: dict[tuple[Any, ...], tuple[int, ...]] = {
     ("internlm2", 4096, 32, 32, 8): (3584,),
     ("llama", 4096, 32, 32, 8, 92553): (3584,),
 }
-
-_profiles: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -114,61 +105,60 @@ class VAR(Method):
     def wants(self, stage: str) -> bool:
         return super().wants(stage) and self.sink_dims != ()
 
-    def resolve(self, model: Any) -> Method:
-        """The same method with layers and `sink_dims` filled in for `model`.
+    def resolve(self, anatomy: Anatomy) -> Method:
+        """The same method with layers and `sink_dims` filled in for a model.
 
         On a model without weights (on the meta device) unknown dimensions stay None. Where no
         dimension qualifies, a warning says so and `sink_dims` is empty.
         """
-        resolved: Any = super().resolve(model)
-        dims = known_sink_dims(model) if self.sink_dims is None else self.sink_dims
+        resolved: Any = super().resolve(anatomy)
+        dims = known_sink_dims(anatomy) if self.sink_dims is None else self.sink_dims
         if dims is None:
-            dims = find_sink_dims(model, self.sink_threshold)
-        width = model.get_decoder().config.hidden_size
+            dims = find_sink_dims(anatomy, self.sink_threshold)
         for m in dims or ():
-            if m >= width:
+            if m >= anatomy.width:
                 raise FoveateError(
                     f"var: there is no dimension {m}, this model's residual stream has 0 to "
-                    f"{width - 1}."
+                    f"{anatomy.width - 1}."
                 )
         return dataclasses.replace(resolved, sink_dims=dims)
 
-    def begin(self, ctx: Context) -> None:
-        ctx.memory.update(kinds={}, room={})
-
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        if ctx.phase == "decode" or layer not in (self.layers or ()):
-            return hidden
-        peaks = torch.stack([hidden[..., m].abs() for m in self.sink_dims or ()], -1).amax(-1)
-        sinks = peaks.float() / _rms(hidden) > self.sink_threshold  # (B, Q)
-        start = ctx.visual.shape[1] - sinks.shape[1]
-        visual = ctx.visual[:, start:].to(hidden.device)
-        # (B, Q, 3): sinks; what else is visual, and gets; sinks on the image
-        kinds = torch.stack([sinks, visual & ~sinks, visual & sinks], -1).float()
-        if start:  # generated columns in between are of no kind; a cropped cache has fewer
-            old = ctx.memory["kinds"].get(layer, kinds[:, :0])
-            kinds = torch.cat([pad(old, (0, 0, 0, start - old.shape[1])), kinds], 1)
-        ctx.memory["kinds"][layer] = kinds
-        _, others, on_image = kinds.sum(1, keepdim=True).unbind(-1)  # (B, 1) each: how many
-        room = self.max_sink_fraction * 1e-6 * (others + on_image)
-        ctx.memory["room"][layer] = room.masked_fill(on_image == 0, -math.inf)
-        return hidden
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        layer, x = stream.layer, stream.x
+        if seq.phase == "decode" or layer not in (self.layers or ()):
+            return x
+        peak = torch.stack([x[..., m].abs() for m in self.sink_dims or ()], -1).amax(-1)
+        phi = peak.float() / _rms(x)  # (B, Q)
+        sink = phi > self.sink_threshold
+        start = seq.visual.shape[1] - sink.shape[1]
+        visual = seq.visual[:, start:].to(x.device)
+        # (B, Q, 3): sinks; what else shows the image; sinks among the image's tokens
+        sets = torch.stack([sink, visual & ~sink, visual & sink], -1).float()
+        if start:  # generated tokens in between are in no set; a cropped cache has fewer columns
+            old = seq.memory.get(f"sets {layer}", sets[:, :0])
+            sets = torch.cat([pad(old, (0, 0, 0, start - old.shape[1])), sets], 1)
+        seq.memory[f"sets {layer}"] = sets
+        _, content, sinks = sets.sum(1, keepdim=True).unbind(-1)  # (B, 1) each: how many tokens
+        slack = self.max_sink_fraction * 1e-6 * (content + sinks)
+        seq.memory[f"slack {layer}"] = slack.masked_fill(sinks == 0, -math.inf)
+        return x
 
     def weights(self, rows: Rows) -> Tensor:
-        x, memory = rows.x, rows.memory
-        kinds, room = memory["kinds"][rows.layer], memory["room"][rows.layer]
-        known = kinds.shape[1]
-        part = x[..., :known].flatten(1, 2)  # (B, H * R, P), a view
-        spent, others, on_image = torch.bmm(part, kinds).unbind(-1)
-        mass = others + on_image
-        # the share of sinks is on_image / (mass + 1e-6 per visual token), as in the authors' code
-        chosen = on_image <= torch.add(room, mass, alpha=self.max_sink_fraction)
-        chosen = chosen & (mass >= self.min_visual_mass) & (others > 0)
-        taken = chosen * (1 - self.keep)
-        given = taken * spent / others.clamp(min=1e-12)
-        moved = torch.bmm(torch.stack([-taken, given], -1), kinds[..., :2].transpose(1, 2))
-        edited = torch.addcmul(part, part, moved).unflatten(1, x.shape[1:3])
-        return edited if known == x.shape[3] else torch.cat([edited, x[..., known:]], -1)
+        a, memory = rows.x, rows.memory
+        sets, slack = memory[f"sets {rows.layer}"], memory[f"slack {rows.layer}"]
+        known = sets.shape[1]
+        prompt = a[..., :known].flatten(1, 2)  # (B, H * R, P), a view
+        # what a row gives to all sinks, to the image's content, to the sinks on the image
+        to_sinks, to_content, to_image_sinks = torch.bmm(prompt, sets).unbind(-1)
+        mass = to_content + to_image_sinks
+        # to_image_sinks / (mass + 1e-6 per visual token) <= max_sink_fraction, as in their code
+        looks = to_image_sinks <= torch.add(slack, mass, alpha=self.max_sink_fraction)
+        looks = looks & (mass >= self.min_visual_mass) & (to_content > 0)
+        removed = looks * (1 - self.keep)  # of every sink's weight; content gains in proportion
+        gained = removed * to_sinks / to_content.clamp(min=1e-12)
+        factors = torch.bmm(torch.stack([-removed, gained], -1), sets[..., :2].transpose(1, 2))
+        edited = torch.addcmul(prompt, prompt, factors).unflatten(1, a.shape[1:3])
+        return edited if known == a.shape[3] else torch.cat([edited, a[..., known:]], -1)
 
     @staticmethod
     def sinks(out: Any) -> dict[int, Tensor]:
@@ -183,80 +173,54 @@ class VAR(Method):
         Raises:
             FoveateError: if VAR was not active there.
         """
-        ctx: Any = getattr(cache_of(out), "foveate", None)
-        for i, method in enumerate(ctx.stack.methods if ctx else ()):
-            if isinstance(method, VAR):
-                found = ctx.memories[i]["kinds"]
-                return {layer: kinds[..., 0] > 0 for layer, kinds in found.items()}
+        kept = remembered(out, VAR)
+        if kept is not None:
+            sets = {k: v for k, v in kept[1].items() if k.startswith("sets ")}
+            return {int(k.removeprefix("sets ")): v[..., 0] > 0 for k, v in sets.items()}
         raise FoveateError(
             "No sinks were looked for: put VAR() into enhance() and pass what the model or "
             "generate(..., return_dict_in_generate=True) returned."
         )
 
 
-def known_sink_dims(model: Any) -> tuple[int, ...] | None:
+def known_sink_dims(anatomy: Anatomy) -> tuple[int, ...] | None:
     """The published sink dimensions of a model of this architecture and shape, or None."""
-    of = shape(model)
-    *key, vocabulary = (of[name] for name in of if name != "model_type")
+    _, *key, vocabulary = anatomy.shape.values()
     return KNOWN.get(tuple(key), KNOWN.get((*key, vocabulary)))
 
 
-def find_sink_dims(model: Any, threshold: float) -> tuple[int, ...] | None:
+def find_sink_dims(anatomy: Anatomy, threshold: float) -> tuple[int, ...] | None:
     """Dimensions that are extreme where every text has a sink: at its first token.
 
-    One pass of the decoder over its BOS token alone (token 0 where it names none; being first is
-    what makes a sink), without any image. A dimension qualifies if its absolute value divided by
-    the root mean square of the stream exceeds `threshold` on entering more than half of the
-    middle layers, which are those from a quarter of the depth up to three quarters. The pass is
-    made once per model object; changed weights want a new one. Nothing on the model is touched.
+    Being first is what makes a sink, so one pass over the BOS token alone tells. A dimension
+    qualifies if its absolute value divided by the root mean square of the stream exceeds
+    `threshold` on entering more than half of the middle layers, which are those from a quarter of
+    the depth up to three quarters. The pass is made once per model object; changed weights need a
+    new one.
 
     Returns:
         The dimensions, sorted; empty, with a warning, where none qualifies; None for a model
         without weights.
     """
-    profile = _profile(model)
-    if profile is None:
-        return None
-    dims = tuple(((profile > threshold).float().mean(0) > 0.5).nonzero()[:, 0].tolist())
+    if "first token" not in anatomy.kept:
+        first = anatomy.first_token()
+        if first is None:
+            return None
+        middle = first[anatomy.depth // 4 : max(anatomy.depth // 4 + 1, 3 * anatomy.depth // 4)]
+        anatomy.kept["first token"] = middle.abs() / _rms(middle)[:, None]
+    phi = anatomy.kept["first token"]  # (layers, D)
+    dims = tuple(((phi > threshold).float().mean(0) > 0.5).nonzero()[:, 0].tolist())
     if not dims:
-        width = profile.shape[1]
-        limit = math.sqrt(width)
-        why = f", at width {width} none can exceed {limit:.3g}" if limit <= threshold else ""
+        limit = math.sqrt(anatomy.width)
+        why = (
+            f", at width {anatomy.width} none can exceed {limit:.3g}" if limit <= threshold else ""
+        )
         warnings.warn(
             f"var does nothing on this model: no dimension of its first token exceeds "
             f"sink_threshold={threshold:g} in the middle layers{why}.",
             stacklevel=2,
         )
     return dims
-
-
-def _profile(model: Any) -> Tensor | None:
-    """|x| / rms of the first token on entering each middle layer, (layers, D) float32."""
-    decoder = model.get_decoder()
-    if decoder in _profiles:
-        return _profiles[decoder]
-    place = decoder.get_input_embeddings().weight.device
-    if place.type == "meta":
-        if not hasattr(model, "hf_device_map"):
-            return None
-        place = torch.device("cpu")  # offloaded: its hooks bring the weights
-    bos, depth = decoder.config.bos_token_id, decoder.config.num_hidden_layers
-    seen: list[Tensor] = []
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = hidden_in(args, kwargs)[0, 0]
-        seen.append((hidden.abs().float() / _rms(hidden)).cpu())
-
-    middle = decoder.layers[depth // 4 : max(depth // 4 + 1, 3 * depth // 4)]
-    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in middle]
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
-            decoder(ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _profiles.setdefault(decoder, torch.stack(seen))
 
 
 def _rms(hidden: Tensor) -> Tensor:

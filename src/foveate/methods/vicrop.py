@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..base.form import costly
-from ..core.method import Method
+from ..core import Anatomy, Method
 
 if TYPE_CHECKING:
     from ..families.layout import Box
@@ -70,7 +70,7 @@ class ViCrop(Method):
         "qwen": {"window": 224},
         "qwen2_5_vl": {"layers": (22,)},
     }
-    reads: ClassVar[bool] = True
+    looks_again: ClassVar[bool] = True
     passes: ClassVar[str] = "the prompt twice: question, and once per image a general instruction"
     example: ClassVar[dict[str, Any]] = {"window": 10}
 
@@ -85,12 +85,12 @@ class ViCrop(Method):
             "instruction must not be empty",
         )
 
-    def resolve(self, model: Any) -> Method:
+    def resolve(self, anatomy: Anatomy) -> Method:
         from ..vlm.look import GENERAL, SHORT  # imports transformers
 
         values: dict[str, Any] = {"instruction": GENERAL, "suffix": SHORT}
         missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        return replace(super().resolve(model), **missing)
+        return replace(super().resolve(anatomy), **missing)
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
         from ..vlm.look import Chain, Panel, Reading, fractions, read_beside, the_image

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.transformers import compat
+from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
 from ..base.errors import FoveateError
 from ..base.journal import alike, difference, write_json
@@ -206,7 +207,7 @@ def tune(
     place = "cpu" if _sharded(accelerator) else device
     vlm = VLM.load(model, dtype=dtype, device=place, revision=revision)
     if method:
-        method = cast(CLI, method.resolve(vlm.model))
+        method = cast(CLI, method.resolve(anatomy(vlm.model)))
     if recipe.packed:
         _packable(vlm, method)
     try:
@@ -256,7 +257,7 @@ def tune(
         groups = [[writer.example(cast(Row, rows[i])) for i in units[unit]] for unit in mine]
         return writer.packed(groups) if recipe.packed else writer.batch([g[0] for g in groups])
 
-    injection = method.build(vlm.model) if method else None
+    injection = method.build(anatomy(vlm.model)) if method else None
     shell = copy.deepcopy(injection).cpu() if injection is not None else None
     adapted = prepare(vlm.model, recipe)
     lesson = Lesson(vlm.model, injection).train()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends.transformers import compat
+from ..backends.transformers.anatomy import anatomy
 from ..base import __version__
 
 EXTRAS = {
@@ -174,7 +175,7 @@ def _methods(model: Any) -> dict[str, dict[str, Any]]:
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             try:
-                layers = cls().resolve(model).layers
+                layers = cls().resolve(anatomy(model)).layers
             except FoveateError as error:
                 refusal = str(error)
         found[name] = {

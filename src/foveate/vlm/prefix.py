@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.compat import kept_positions, passing
 from ..backends.transformers.enhance import prefill
 from ..backends.transformers.record import Recorder
-from ..core.context import attention_layers
 from ..core.method import Method
 from ..core.visual import visual_token_ids
 from .vlm import VLM, Answer, Chat, Probabilities
@@ -193,7 +193,7 @@ def _batches(vlm: VLM, prompts: Prompts, size: int) -> Iterator[list[int]]:
     gets questions of equal length only.
     """
     depth = vlm.model.get_decoder().config.num_hidden_layers
-    sliding = len(attention_layers(vlm.model)) < depth
+    sliding = len(anatomy(vlm.model).full_layers) < depth
     groups: dict[int, list[int]] = {}
     for row, suffix in enumerate(prompts.suffixes):
         groups.setdefault(len(suffix) if sliding else 0, []).append(row)

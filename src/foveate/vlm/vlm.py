@@ -34,6 +34,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
 from ..backends.transformers.record import Record, Recorder
 from ..base.errors import FoveateError
@@ -438,7 +439,7 @@ class VLM:
             vlm.readings = OrderedDict()
         for method in methods:
             if method.wants("rewrite") and not method.is_neutral:
-                chats = method.resolve(self.model).rewrite(vlm, chats)
+                chats = method.resolve(anatomy(self.model)).rewrite(vlm, chats)
         return chats
 
     def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, cast
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import FoveateError
-from ...core.context import Context
 from .compat import batch_of, length
+from .context import Context
 
 
 class Carrier:
@@ -20,12 +19,6 @@ class Carrier:
     foveate: Context | None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for method in self.foveate.stack.methods if self.foveate else ():
-            if not method.reorders:
-                raise FoveateError(
-                    f"{method.name} remembers earlier tokens and cannot follow beam search: "
-                    "use num_beams=1."
-                )
         super().reorder_cache(self._rows(beam_idx))  # type: ignore[misc]
         self._select(beam_idx)
 
@@ -102,26 +95,3 @@ def adopt(cache: Any, ctx: Context) -> None:
     cache.foveate = ctx
     if ctx.paired and not isinstance(cache, PairCarrier):
         cache.pair()
-
-
-class Stream:
-    """A second stream on its own: cache, mask (B, K) int64 and next position (B,) int64.
-
-    `aligned`: so far it was fed the same tokens as the first, so positions are the same.
-    """
-
-    aligned = True
-
-    def __init__(self, cache: Any, mask: Tensor, position: Tensor) -> None:
-        self.cache, self.mask, self.position = cache, mask, position
-
-    def copy(self, index: Tensor | None) -> Stream:
-        cache, mask, position = copy.deepcopy(self.cache), self.mask, self.position
-        if index is not None:
-            if length(cache) > 0:
-                cache.batch_select_indices(index)
-            index = index.to(mask.device)
-            mask, position = mask.index_select(0, index), position.index_select(0, index)
-        fork = Stream(cache, mask, position)
-        fork.aligned = self.aligned
-        return fork

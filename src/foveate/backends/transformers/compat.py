@@ -183,6 +183,15 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     return ("full_attention",) * depth
 
 
+def head_counts(config: Any) -> tuple[int, int]:
+    """Query heads and key/value heads of every attention layer; zeros where layers differ."""
+    try:
+        heads = config.num_attention_heads
+        return heads, getattr(config, "num_key_value_heads", heads)
+    except Exception:  # how transformers refuses to name one number for layers that differ
+        return 0, 0
+
+
 def _has_switch(config: Any) -> bool:
     return getattr(config, "use_sliding_window", None) is not None
 
@@ -244,9 +253,14 @@ def start_checkpointing(model: Any) -> None:
     (start or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def final_norm(decoder: Any) -> nn.Module:
-    """What stands between the last decoder layer and the unembedding."""
-    return decoder.norm
+def final_norm(decoder: Any) -> nn.Module | None:
+    """What stands between the last decoder layer and the unembedding, or None."""
+    return getattr(decoder, "norm", None)
+
+
+def offloaded(decoder: Any) -> bool:
+    """Whether a decoder on the meta device has its weights elsewhere, and hooks that bring them."""
+    return any(hasattr(part, "_hf_hook") for part in decoder.modules())
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -435,9 +449,10 @@ def vision_blocks(model: Any) -> nn.ModuleList:
     raise FoveateError(f"{model.config.model_type} has no vision tower whose blocks can be read.")
 
 
-def feature_layer(config: Any) -> Any:
-    """Which vision layer a model of LLaVA's shape uses, or several: -1 is the tower's last."""
-    return config.vision_feature_layer
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """Which vision layers a model of LLaVA's shape uses, -1 being the tower's last; else none."""
+    used = getattr(config, "vision_feature_layer", None)
+    return () if used is None else (used,) if isinstance(used, int) else tuple(used)
 
 
 def is_tower_weight(name: str) -> bool:
@@ -446,8 +461,8 @@ def is_tower_weight(name: str) -> bool:
 
 
 def projector(model: Any) -> Any:
-    """What brings vision features to the language model, in a model of LLaVA's shape."""
-    return model.model.multi_modal_projector
+    """What brings vision features to the language model, in a model of LLaVA's shape; or None."""
+    return getattr(getattr(model, "model", None), "multi_modal_projector", None)
 
 
 def image_encoder(model: Any) -> nn.Module:
@@ -516,19 +531,6 @@ def clip_image_processor(**options: Any) -> Any:
     name = "CLIPImageProcessor"  # early transformers 5 calls it so, without `Pil`
     kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     return kind(**options)
-
-
-def best_resolution(size: tuple[int, int], choices: Any) -> tuple[int, int]:
-    """The one of LLaVA-NeXT's resolutions (height, width) that an image is fitted into."""
-    from transformers.image_processing_utils import select_best_resolution
-
-    return select_best_resolution(size, choices)
-
-
-def tiling(image_processor: Any) -> Callable[..., tuple[int, int]] | None:
-    """InternVL's function that chooses columns and rows of tiles; None where it is not found."""
-    module = inspect.getmodule(type(image_processor))
-    return getattr(module, "get_optimal_tiled_canvas", None)
 
 
 # -- loading and training --------------------------------------------------------------------------

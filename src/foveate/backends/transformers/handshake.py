@@ -30,11 +30,6 @@ class Handshake:
     attention: str
     kinds: tuple[str, ...]
 
-    @property
-    def editable(self) -> tuple[int, ...]:
-        """Layers (0-based) that see the whole image."""
-        return tuple(i for i, kind in enumerate(self.kinds) if kind == "full_attention")
-
 
 def handshake(model: Any) -> Handshake:
     """What `model` offers; weights are not needed, so a model on the meta device will do.

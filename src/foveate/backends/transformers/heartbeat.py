@@ -11,15 +11,13 @@ when its graph is made, and `check_graphs` looks at the notes outside the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...base.errors import FoveateError
+from ...core.sequence import Stack
 from .compat import VERSION
-
-if TYPE_CHECKING:
-    from ...core.context import Stack
 
 _traced: dict[str, set[int]] = {}  # implementation name -> layers that forwards with graphs reach
 
@@ -45,8 +43,8 @@ def astray(model: Any, where: str) -> FoveateError:
 class Heartbeat:
     """What one forward has passed so far."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    def __init__(self, model: Any, stack: Stack) -> None:
+        self.model, self.stack = model, stack
         self.open = True  # afterwards a backward pass may run layers again
         self.decoders = 0
         self.edited = 0  # how many of the edited layers were reached, in order
@@ -56,7 +54,7 @@ class Heartbeat:
         """The decoder begins."""
         self.decoders += 1
         if self.decoders > 1:
-            raise lost(self.stack.model, "it calls its decoder twice in one forward")
+            raise lost(self.model, "it calls its decoder twice in one forward")
 
     def attention(self, layer: int) -> None:
         """The attention of a layer runs."""
@@ -78,7 +76,7 @@ class Heartbeat:
         """
         self.open = False
         if not self.decoders:
-            raise lost(self.stack.model, "the forward ended and its decoder was never called")
+            raise lost(self.model, "the forward ended and its decoder was never called")
         self._reach(self.edited, self.stack.edited, None, "attention")
         if self.stack.at("before"):
             self._reach(self.inputs, range(self.stack.depth + 1), None, "input")
@@ -89,8 +87,8 @@ class Heartbeat:
         if layer == expected:
             return
         if layer is None or (expected is not None and layer > expected):
-            raise lost(self.stack.model, f"the {what} of layer {expected} was never reached")
-        raise lost(self.stack.model, f"the {what} of layer {layer} was reached twice")
+            raise lost(self.model, f"the {what} of layer {expected} was never reached")
+        raise lost(self.model, f"the {what} of layer {layer} was reached twice")
 
 
 @torch.compiler.assume_constant_result
@@ -109,7 +107,7 @@ def note_beside_graphs(name: str, *layers: int) -> None:
     _traced.setdefault(name, set()).update(layers)
 
 
-def check_graphs(name: str, stack: Stack) -> None:
+def check_graphs(name: str, model: Any, stack: Stack) -> None:
     """Whether the graphs made for this stack have the attention of every edited layer in them.
 
     Raises:
@@ -118,6 +116,4 @@ def check_graphs(name: str, stack: Stack) -> None:
     traced = _traced.get(name, set())
     for layer in stack.edited:
         if traced and layer not in traced:
-            raise lost(
-                stack.model, f"its compiled graph never reaches the attention of layer {layer}"
-            )
+            raise lost(model, f"its compiled graph never reaches the attention of layer {layer}")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ...base.errors import FoveateError
-from ...core.method import Method
-from .compat import cache_of
-
-if TYPE_CHECKING:
-    from .attention import Rows
+from ...core import FoveateError, Method, Rows
+from ...core.sequence import remembered
 
 
 @dataclass(frozen=True)
@@ -27,17 +23,12 @@ class Recorder(Method, register=False):
         record = Recorder.read(out)
 
     Attributes:
-        keep: "weights" (a value per key column), "entropy" (nats, of the row as it is), "mass"
-            (the sum over `tokens`).
-        heads: "mean" or "max" over query heads (of whatever is kept), or "all".
-        tokens: for "mass": key columns (0-based, padding included), or "visual".
+        heads: "mean" or "max" over query heads, or "all".
         steps: which rows to keep, 0 = the prompt's last row; None = all.
         layers: None = every full-attention layer.
     """
 
-    keep: Literal["weights", "entropy", "mass"] = "weights"
     heads: Literal["mean", "max", "all"] = "mean"
-    tokens: tuple[int, ...] | Literal["visual"] = "visual"
     steps: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "recorder"
@@ -48,25 +39,16 @@ class Recorder(Method, register=False):
         memory = rows.memory
         if rows.layer == self.layers[0]:  # type: ignore[index]  # resolved before use
             memory["visual"] = rows.visual
-            memory["step"] = memory.get("step", -1) + 1
-            memory.setdefault("steps", {})
-        step = memory["step"]
-        if self.steps is None or step in self.steps:
-            memory["steps"].setdefault(step, []).append(self._reduce(rows))
+            memory["steps"] = [*memory.get("steps", ()), []]
+        steps = memory["steps"]
+        if self.steps is None or len(steps) - 1 in self.steps:
+            steps[-1].append(self._reduce(rows))
         return rows.x
 
     def _reduce(self, rows: Rows) -> Tensor:
-        x = rows.x[:, :, -1]
-        if self.keep == "entropy":
-            x = torch.special.entr(x).sum(-1)
-        elif self.keep == "mass":
-            if self.tokens == "visual":
-                x = (x * rows.visual[:, None]).sum(-1)
-            else:
-                x = x[:, :, list(self.tokens)].sum(-1)
-        if self.heads == "mean":
-            return x.mean(1)
-        return x.amax(1) if self.heads == "max" else x
+        """What is kept of the last row: (B, K), or (B, H, K) of all heads."""
+        last = rows.x[:, :, -1:]
+        return (last if self.heads == "all" else rows.over_heads(last, self.heads)[:, 0])[..., 0, :]
 
     @staticmethod
     def read(out: Any) -> Record:
@@ -79,18 +61,18 @@ class Recorder(Method, register=False):
         Raises:
             FoveateError: if no recorder was active while the cache was filled.
         """
-        ctx: Any = getattr(cache_of(out), "foveate", None)
-        for i, method in enumerate(ctx.stack.methods if ctx else ()):
-            if isinstance(method, Recorder):
-                memory = ctx.memories[i]
-                return Record(
-                    layers=method.layers or (),
-                    visual=memory.get("visual"),
-                    values={
-                        step: torch.stack([x.to(found[0].device) for x in found], 1)
-                        for step, found in memory.get("steps", {}).items()
-                    },
-                )
+        kept = remembered(out, Recorder)
+        if kept is not None:
+            method, memory = kept
+            return Record(
+                layers=method.layers or (),
+                visual=memory.get("visual"),
+                values={
+                    step: torch.stack([x.to(rows[0].device) for x in rows], 1)
+                    for step, rows in enumerate(memory.get("steps", ()))
+                    if rows
+                },
+            )
         raise FoveateError(
             "Nothing was recorded: put Recorder() into enhance() and pass what the model or "
             "generate(..., return_dict_in_generate=True) returned."
@@ -103,8 +85,7 @@ class Record:
 
     Attributes:
         layers: the recorded layers, in order.
-        values: step -> (B, layers, K) float32 for head-reduced weights; without K for "entropy"
-            and "mass", with a heads axis after layers for ``heads="all"``.
+        values: step -> (B, layers, K) float32; (B, layers, H, K) for ``heads="all"``.
         visual: (B, K) bool, the visual columns.
     """
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...backends.transformers.anatomy import anatomy
 from ...base.intervals import correlation, mean, proportion
 from ...methods.carve import CARVE
 from ...vlm.look import GENERAL, SHORT, read
@@ -75,7 +76,7 @@ class Complexity(Analysis):
                     "contrast": rounded(entropy(own / (clutter + CARVE.ratio_floor))),
                 }
             )
-        deep = CARVE(layers=self.layers).resolve(vlm.model).layers or ()
+        deep = CARVE(layers=self.layers).resolve(anatomy(vlm.model)).layers or ()
         return {
             "texture": texture(image, self.low, self.high),
             "color": color(image),

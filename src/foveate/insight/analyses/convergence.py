@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends.transformers.compat import final_norm
+from ...backends.transformers.anatomy import anatomy
 from ...backends.transformers.record import Recorder
 from ...base.intervals import correlation, mean, proportion
+from ...core import Sequences, Stream
 from ...methods.clvs import CLVS
 from ...vlm.answering import answer_all, complete
 from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
 from ..truth import Picture
 
 if TYPE_CHECKING:
-    from ...core.context import Context
     from ...vlm.vlm import VLM
     from ..plots.analysis import Sheet
 
@@ -38,17 +38,15 @@ class Lens(Recorder, register=False):
     def wants(self, stage: str) -> bool:
         return stage == "before"
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        if ctx.phase == "prefix":
-            return hidden
-        memory = ctx.memory
-        if layer == 0:
-            memory["visual"] = ctx.visual
-            memory["step"] = memory.get("step", -1) + 1
-            memory.setdefault("steps", {})[memory["step"]] = []
-        else:
-            memory["steps"][memory["step"]].append(hidden[:, -1])
-        return hidden
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        if seq.phase != "prefix":
+            memory = seq.memory
+            if stream.layer == 0:
+                memory["visual"] = seq.visual
+                memory["steps"] = [*memory.get("steps", ()), []]
+            else:
+                memory["steps"][-1].append(stream.last)
+        return stream.x
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,12 @@ class Convergence(Analysis):
             u (L,) float32, the greedy tokens (L,) int64, and the model's own greedy token.
         """
         clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
-        plan, norm = clvs.resolve(model).setup(model), final_norm(model.get_decoder())
+        known = anatomy(model)
         with torch.no_grad():
-            seen = norm(stream) if self.final_norm else stream
-            tokens = plan.unembed(seen).argmax(-1)
-            written = plan.unembed(norm(stream[-1])).argmax(-1)
-            return clvs.uncertainty(stream, plan), tokens, int(written)
+            seen = known.norm(stream) if self.final_norm else stream
+            tokens = known.unembed(seen).argmax(-1)
+            written = known.unembed(known.norm(stream[-1])).argmax(-1)
+            return clvs.uncertainty(stream, known), tokens, int(written)
 
     def count(self, rows: Sequence[Row]) -> Numbers:
         asked = [(row["picture"], q) for row in rows for q in row["questions"]]

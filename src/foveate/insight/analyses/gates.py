@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
 from ...base.intervals import mean
 from ...methods.cli.method import CLI
@@ -56,7 +57,7 @@ class Gates(Analysis):
         for name, stack in injecting.items():
             with torch.no_grad(), vlm.using(stack, chats):
                 gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
-            (method,) = (m.resolve(vlm.model) for m in stack if isinstance(m, CLI))
+            (method,) = (m.resolve(anatomy(vlm.model)) for m in stack if isinstance(m, CLI))
             found[name] = {
                 "layers": list(method.layers or ()),
                 "vision_layers": list(method.vision_layers or ()),

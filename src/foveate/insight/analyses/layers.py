@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
 from ...base.intervals import mean
 from ...methods.laser import LASER
@@ -42,7 +43,7 @@ class Layers(Analysis):
         LASER(heads=self.heads, noq=self.noq)
 
     def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        method = LASER(heads=self.heads, noq=self.noq).resolve(vlm.model)
+        method = LASER(heads=self.heads, noq=self.noq).resolve(anatomy(vlm.model))
         assert isinstance(method, LASER)
         image, asked = picture.load(), picture.asked()
         chats = [vlm.chat([image], question.text, None) for question in asked]

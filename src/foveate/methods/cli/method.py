@@ -10,32 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ...backends.transformers.compat import cache_of, feature_layer, image_features, projector
-from ...base.errors import FoveateError
-from ...base.form import costly, file
-from ...core.method import Method, shape
+from ...core import Anatomy, FoveateError, Method, Sequences, Stream, Vision, costly, file
+from ...core.sequence import remembered
 from .module import KIND, CrossLayerInjection, Gates, Routes, Seen, Summaries, padded, place
-
-if TYPE_CHECKING:
-    from ...core.context import Context
 
 SERVES = ("llava", "llava_next", "llava_onevision")
 ITSELF = ("path", "seed", "strength")  # fields that are no settings of the module
 
 KEPT = 4  # injections that stay loaded for a model
-
-_loaded: weakref.WeakKeyDictionary[Any, dict[Any, CrossLayerInjection]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 @dataclass(frozen=True)
@@ -117,29 +107,29 @@ class CLI(Method):
         """Whether the question does not reach the gates."""
         return (self._trained().get("summary") if self.path else self.summary) == "image"
 
-    def resolve(self, model: Any) -> CLI:
-        """The same method with the settings of the trained injection, or defaults for `model`.
+    def resolve(self, anatomy: Anatomy) -> CLI:
+        """The same method with the settings of the trained injection, or defaults for a model.
 
         Raises:
             FoveateError: on a model whose images it cannot follow, on an injection that belongs to
                 another model, and where there is none at all.
         """
-        kind = model.config.model_type
-        if kind not in SERVES:
+        kind, tower = anatomy.kind, anatomy.tower
+        if kind not in SERVES or tower is None:
             raise FoveateError(
                 f"cli follows the images of {', '.join(SERVES)} through tower and projector, not "
                 f"those of {kind}: use a method that needs no training."
             )
-        last = _used(model)
+        last = _used(anatomy)
         if self.path:
-            found = self._fitting(model)
+            found = self._fitting(anatomy)
         elif self.seed is None:
             raise FoveateError(
                 "cli is trained: give path=FOLDER, which `foveate train cli` makes, or seed=0 for "
                 "one that has learnt nothing."
             )
         else:
-            depth = model.get_decoder().config.num_hidden_layers
+            depth = anatomy.depth
             found = dataclasses.replace(
                 self,
                 layers=self.layers
@@ -147,7 +137,7 @@ class CLI(Method):
                 else tuple(range(0, depth, min(6, max(1, depth // 4)))),
                 vision_layers=self.vision_layers or self._spread(last),
             )
-        blocks = model.config.vision_config.num_hidden_layers
+        blocks = tower.depth
         for k in found.vision_layers or ():
             if not 1 <= k <= blocks:
                 raise FoveateError(
@@ -156,7 +146,7 @@ class CLI(Method):
         found = dataclasses.replace(
             found, vision_layers=tuple(sorted(set(found.vision_layers or ())))
         )
-        resolved = Method.resolve(found, model)
+        resolved = Method.resolve(found, anatomy)
         assert isinstance(resolved, CLI)
         return resolved
 
@@ -179,10 +169,10 @@ class CLI(Method):
             raise FoveateError(f"cli: {self.path} is no {KIND}: its config.json says otherwise.")
         return settings
 
-    def _fitting(self, model: Any) -> CLI:
-        """With the settings of the trained injection, if it belongs to `model`."""
+    def _fitting(self, anatomy: Anatomy) -> CLI:
+        """With the settings of the trained injection, if it belongs to this model."""
         settings = self._trained()
-        for name, value in _base(model).items():
+        for name, value in _base(anatomy).items():
             own = settings["base"].get(name)
             if own != value:
                 raise FoveateError(
@@ -203,11 +193,12 @@ class CLI(Method):
             values[field.name] = trained
         return dataclasses.replace(self, **values)
 
-    def build(self, model: Any) -> CrossLayerInjection:
-        """A module for `model`, float32 and on its device; `self` is resolved.
+    def build(self, anatomy: Anatomy) -> CrossLayerInjection:
+        """A module for a model, float32 and on its device; `self` is resolved.
 
         Near identity where it is fresh: the low-rank paths start at 0, the gates almost closed.
         """
+        assert anatomy.tower is not None
         if self.path:
             try:
                 folder = _file(self.path, "model.safetensors").parent
@@ -216,7 +207,7 @@ class CLI(Method):
                 reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
                 raise FoveateError(f"cli: {self.path} could not be loaded: {reason}.") from error
         else:
-            sizes = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+            sizes = anatomy.tower.width, anatomy.width
             heads = min(self.heads, max(1, sizes[1] // 8))
             settings: dict[str, Any] = {
                 name: list(value) if isinstance(value, tuple) else value
@@ -224,13 +215,13 @@ class CLI(Method):
                 if name not in ITSELF
             }
             settings |= {"heads": heads, "width": min(self.width, sizes[1]) // heads * heads}
-            settings |= {"base": _base(model), "vision_size": sizes[0], "text_size": sizes[1]}
+            settings |= {"base": _base(anatomy), "vision_size": sizes[0], "text_size": sizes[1]}
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(self.seed or 0)
                 injection = CrossLayerInjection(**settings)
-        return injection.to(_place(projector(model)))
+        return injection.to(anatomy.tower.device)
 
-    def setup(self, model: Any) -> CrossLayerInjection:
+    def setup(self, anatomy: Anatomy) -> CrossLayerInjection:
         """The module in the model's dtype, each part beside the layer that it serves."""
         stamp = None
         if self.path:
@@ -241,56 +232,50 @@ class CLI(Method):
                     f"cli: {self.path} has no model.safetensors: give the folder that "
                     "`foveate train cli` made, or its hub name."
                 ) from error
-        key = (dataclasses.replace(self, strength=1.0), stamp, model.dtype, str(model.device))
-        loaded = _loaded.setdefault(model, {})
+        key = (dataclasses.replace(self, strength=1.0), stamp, anatomy.dtype, str(anatomy.device))
+        loaded = anatomy.kept.setdefault("cli", {})
         if key not in loaded:
-            injection = self.build(model).to(model.dtype).eval().requires_grad_(False)
+            injection = self.build(anatomy).to(anatomy.dtype).eval().requires_grad_(False)
             for name, gate in injection.gates.items():
-                gate.to(_place(model.get_decoder().layers[int(name.split("-")[0])]))
+                gate.to(anatomy.layer_device(int(name.split("-")[0])))
             while len(loaded) >= KEPT:
                 del loaded[next(iter(loaded))]
             loaded[key] = injection
         return loaded[key]
 
-    def see(self, ctx: Context) -> None:
+    def see(self, vision: Vision, seq: Sequences) -> None:
         """Bring the vision states to the language model, packed as its own."""
-        if "pixel_values_videos" in ctx.inputs:
+        if vision.video:
             raise FoveateError("cli follows images, not videos: leave out the video.")
-        injection: CrossLayerInjection = ctx.plan
-        mask = ctx.inputs["attention_mask"]
-        images = ctx.visual[:, -mask.shape[1] :]
-        places, valid = place(images)
+        injection: CrossLayerInjection = seq.plan
+        places, valid = place(vision.visual)
         total, features = int(valid.sum()), {}
         for k in map(int, injection.paths):
 
             def project(own: nn.Module, chosen: Tensor, k: int = k) -> Tensor:
                 return injection.bring(own, k, chosen)
 
-            packed = image_features(ctx.stack.model, ctx.vision[k], k, project, ctx.inputs)
+            packed = vision.pack(k, project)
             if len(packed) != total:
                 raise FoveateError(
                     f"cli: the prompt has {total} image tokens and its images {len(packed)} "
                     "features: make the inputs with the model's own processor."
                 )
             features[k] = padded(packed, valid)
-        prompt = images if injection.summary == "image" else mask.bool()
-        if injection.summary == "prompt" and "labels" in ctx.inputs:
-            prompt = prompt & ((ctx.inputs["labels"] != -100).cumsum(1) == 0).to(prompt.device)
-        ctx.step[self.name] = Seen(features, places, valid, prompt)
-        ctx.memory["gates"] = {}
+        prompt = vision.visual if injection.summary == "image" else vision.mask.bool()
+        if injection.summary == "prompt" and vision.labels is not None:
+            prompt = prompt & ((vision.labels != -100).cumsum(1) == 0).to(prompt.device)
+        seq.scratch["seen"] = Seen(features, places, valid, prompt)
+        seq.memory["gates"] = {}
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
-        layer -= self.place == "after"
-        seen: Seen | None = ctx.step.get(self.name)
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
+        layer = stream.layer - (self.place == "after")
+        seen: Seen | None = seq.scratch.get("seen")
         if seen is None or layer not in (self.layers or ()):
-            return hidden
-        added, gates = ctx.plan(hidden, seen, layer)
-        ctx.memory["gates"] = {**ctx.memory["gates"], layer: gates}
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
-        places = (rows + seen.places.to(hidden.device)).flatten()
-        flat = hidden.flatten(0, 1)
-        added = (self.strength * added).to(hidden.dtype).flatten(0, 1)
-        return flat.index_add(0, places, added).view_as(hidden)
+            return stream.x
+        added, gates = seq.plan(stream.x, seen, layer)
+        seq.memory["gates"] = {**seq.memory["gates"], layer: gates}
+        return stream.plus(seen.places, self.strength * added)
 
     @staticmethod
     def gates(out: Any) -> Tensor:
@@ -307,32 +292,31 @@ class CLI(Method):
         Raises:
             FoveateError: where no CLI was at work.
         """
-        ctx: Context | None = getattr(cache_of(out), "foveate", None)
-        for i, method in enumerate(ctx.stack.methods if ctx else ()):
-            if ctx and isinstance(method, CLI) and ctx.memories[i].get("gates"):
-                found = ctx.memories[i]["gates"]
-                return torch.stack([found[layer].cpu() for layer in sorted(found)], 1)
+        kept = remembered(out, CLI)
+        if kept is not None and kept[1].get("gates"):
+            gates = kept[1]["gates"]
+            return torch.stack([gates[layer].cpu() for layer in sorted(gates)], 1)
         raise FoveateError("There are no gates: this output holds no image seen by cli.")
 
 
-def _used(model: Any) -> int:
+def _used(anatomy: Anatomy) -> int:
     """The vision layer that the model itself uses, counted from the tower's entry."""
-    used, blocks = feature_layer(model.config), model.config.vision_config.num_hidden_layers
-    if not isinstance(used, int):
+    assert anatomy.tower is not None
+    if len(anatomy.tower.used) > 1:
         raise FoveateError(
             "cli: this model concatenates several vision layers already, which the shared "
             "projector cannot take one by one: use a model with one vision_feature_layer."
         )
-    return used if used >= 0 else blocks + 1 + used
+    return anatomy.tower.used[0]
 
 
-def _base(model: Any) -> dict[str, Any]:
+def _base(anatomy: Anatomy) -> dict[str, Any]:
     """What has to be the same in a model that an injection is to serve."""
-    vision = model.config.vision_config
-    return shape(model) | {
-        "vision_model_type": vision.model_type,
-        "vision_hidden_size": vision.hidden_size,
-        "vision_layers": vision.num_hidden_layers,
+    assert anatomy.tower is not None
+    return anatomy.shape | {
+        "vision_model_type": anatomy.tower.kind,
+        "vision_hidden_size": anatomy.tower.width,
+        "vision_layers": anatomy.tower.depth,
     }
 
 
@@ -367,9 +351,3 @@ def _stamp(file: Path) -> tuple[int, int]:
 def _read(file: Path, stamp: tuple[int, int]) -> Any:
     """A JSON file as it was at `stamp`."""
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _place(module: nn.Module) -> torch.device:
-    """Where a module computes; on the CPU where its weights are offloaded."""
-    device = next(module.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

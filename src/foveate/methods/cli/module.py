@@ -1,6 +1,6 @@
 """Cross-layer injection (CLI, arXiv 2601.10710): what is learnt, as a module.
 
-    injection = CLI(seed=0).resolve(model).build(model)
+    injection = CLI(seed=0).resolve(anatomy).build(anatomy)
     injection.save_pretrained("folder"); CrossLayerInjection.from_pretrained("folder")
 
 Several layers of the vision tower are brought into the space of the language model: the model's

@@ -1,0 +1,109 @@
+"""The anatomy of a transformers model."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.anatomy import Anatomy, Tower
+from ...families.layout import layout_of
+from . import compat
+
+_kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelAnatomy(Anatomy):
+    """See `anatomy`."""
+
+    decoder: nn.Module = field(repr=False)
+    head: nn.Module = field(repr=False)
+    final: nn.Module | None = field(repr=False)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        weight: Any = self.head.weight
+        return self.head(hidden.to(weight.device)).float()
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        assert self.final is not None
+        return self.final(hidden)
+
+    def layer_device(self, layer: int) -> torch.device:
+        layers: Any = self.decoder.layers
+        return _device(layers[layer])
+
+    def first_token(self) -> Tensor | None:
+        decoder: Any = self.decoder
+        place = decoder.get_input_embeddings().weight.device
+        if place.type == "meta":
+            if not compat.offloaded(decoder):
+                return None
+            place = torch.device("cpu")  # its hooks bring the weights
+        entering: list[Tensor] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering.append(compat.hidden_in(args, kwargs)[0, 0].float().cpu())
+
+        handles = [h.register_forward_pre_hook(look, with_kwargs=True) for h in decoder.layers]
+        bos = decoder.config.bos_token_id
+        try:
+            with torch.no_grad():
+                ids = torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
+                decoder(ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(entering)
+
+
+def anatomy(model: Any) -> ModelAnatomy:
+    """What methods may know of `model`; one without weights, on the meta device, will do."""
+    model = compat.unwrapped(model)
+    decoder, config = model.get_decoder(), model.config
+    text, head = decoder.config, model.get_output_embeddings()
+    heads, key_value_heads = compat.head_counts(text)
+    return ModelAnatomy(
+        kind=config.model_type,
+        text_kind=text.model_type,
+        width=text.hidden_size,
+        depth=text.num_hidden_layers,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        vocabulary=text.vocab_size,
+        layer_kinds=compat.layer_kinds(text),
+        tied=head.weight is model.get_input_embeddings().weight,
+        placed=layout_of(config) is not None,
+        tower=_tower(model),
+        dtype=model.dtype,
+        device=model.device,
+        kept=_kept.setdefault(model, {}),
+        decoder=decoder,
+        head=head,
+        final=compat.final_norm(decoder),
+    )
+
+
+def _tower(model: Any) -> Tower | None:
+    """The vision tower of a model of LLaVA's shape."""
+    vision: Any = getattr(model.config, "vision_config", None)
+    used = compat.feature_layers(model.config)
+    depth = getattr(vision, "num_hidden_layers", None)
+    if depth is None or not used or compat.projector(model) is None:
+        return None
+    return Tower(
+        kind=vision.model_type,
+        width=vision.hidden_size,
+        depth=depth,
+        used=tuple(k if k >= 0 else depth + 1 + k for k in used),
+        device=_device(compat.projector(model)),
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes; the CPU where its weights are offloaded."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
