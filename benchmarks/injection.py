@@ -53,7 +53,8 @@ OPEN = ROOT / "benchmarks" / "weights" / "open.safetensors"
 if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.crops import opened, write  # noqa: E402
+from benchmarks.crops import write  # noqa: E402
+from benchmarks.fineprint import opened  # noqa: E402
 from foveate import VLM, FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
 from foveate.base.significance import interval  # noqa: E402
