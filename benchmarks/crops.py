@@ -33,37 +33,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from fineprint import FinePrint, Oracle, Stack, stack  # beside this file
+from report import between, grid
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from foveate import VLM, FoveateError, Method
-from foveate.backends.transformers.anatomy import anatomy
-from foveate.base.form import Registry
+from foveate import VLM, FoveateError
 from foveate.base.journal import Journal, write_json
 from foveate.base.significance import holm, interval, mcnemar
-from foveate.benchmarks.pocket import HABITS, SIZE, PocketBench
-from foveate.core.method import parse, text
+from foveate.benchmarks.pocket import HABITS, SIZE
+from foveate.core.method import text
 from foveate.evaluation.ask import evaluate
 from foveate.evaluation.benchmark import Record, Sample
-from foveate.evaluation.data import Data
 from foveate.evaluation.run import RECORDS, key
-from foveate.methods.vicrop import ViCrop, square, window_search
+from foveate.methods.vicrop import ViCrop, window_search
 from foveate.vlm.look import GENERAL, SHORT, read
 from foveate.vlm.vlm import Chat
 
@@ -83,114 +77,11 @@ METHODS = (  # with the published settings, with better ones, and what a crop ca
     "oracle(final_input=crop,window=168)",
     "oracle(final_input=crop,window=672)",
 )
-MAPS = (
-    "question / general",
-    "question",
-    "question / general, no suffix",
-    "question, no suffix",
-)
+MAPS = tuple(m + s for s in ("", ", no suffix") for m in ("question / general", "question"))
 WHOLE = (0, 0, SIZE, SIZE)
 SEEN = 0.7  # of a thing's box
 EXAMPLES = 5
 TENTHS = 10  # parts of the pictures that a run is made of
-
-Stack = tuple[Method, ...]
-
-
-# -- questions with their ground truth -------------------------------------------------------------
-
-
-TRUTH: dict[str, dict[str, tuple[int, ...]]] = {}
-"""Fingerprint of a picture -> prompt -> the asked thing's box; filled as pictures are opened."""
-
-
-ASKED: dict[PocketBench, list[Sample]] = {}
-"""The questions of benchmarks that were read: every part asks for them anew."""
-
-
-@dataclass(frozen=True)
-class FinePrint(PocketBench):
-    """pocket-bench's questions about print, their pictures kept as files.
-
-    Attributes:
-        scenes: folder of the pictures.
-    """
-
-    scenes: str = ""
-    categories: tuple[Literal["print"], ...] = ("print",)  # type: ignore[assignment]
-
-    def read(self, data: Data) -> Iterator[Sample]:
-        if self not in ASKED:
-            ASKED[self] = list(self._pictured(list(super().read(data))))
-        yield from ASKED[self]
-
-    def _pictured(self, samples: list[Sample]) -> Iterator[Sample]:
-        truth: dict[str, dict[str, tuple[int, ...]]] = {}
-        for sample in samples:
-            (box,) = sample.meta["boxes"]
-            truth.setdefault(str(sample.image_name), {})[sample.prompt] = tuple(box)
-        for sample in samples:
-            name, draw = str(sample.image_name), sample.image
-            assert callable(draw)
-            path = Path(self.scenes) / f"{name}.png"
-            yield replace(sample, image=functools.partial(opened, path, draw, truth[name]))
-
-
-def opened(path: Path, draw: Callable[[], Any], truth: dict[str, tuple[int, ...]]) -> Image.Image:
-    """A scene's picture, drawn where there is no file of it yet."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # several runs may share the pictures
-        draw().save(part, "PNG")
-        part.replace(path)
-    image = Image.open(path).convert("RGB")
-    TRUTH[fingerprint(image)] = truth
-    return image
-
-
-def fingerprint(image: Image.Image) -> str:
-    return hashlib.sha256(image.tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Oracle(Method, register=False):
-    """The crop around the asked thing, from the ground truth.
-
-    Attributes:
-        window: side of the crop in pixels.
-        final_input: as ViCrop's.
-        black: everything but the thing's box is black, as CARVE masks.
-    """
-
-    window: int = 336
-    final_input: Literal["both", "crop"] = "both"
-    black: bool = False
-
-    name: ClassVar[str] = "oracle"
-
-    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        image = chats[0].images[0]
-        truth, found = TRUTH[fingerprint(image)], []
-        for chat in chats:
-            left, top, right, bottom = box = truth[chat.text]
-            centre = ((left + right) // 2, (top + bottom) // 2)
-            crop, source = square(centre, self.window // 2, image.size), image
-            if self.black:
-                source = Image.new("RGB", image.size)
-                source.paste(image.crop(box), (left, top))
-            piece = source.crop(crop)
-            images = [image, piece] if self.final_input == "both" else [piece]
-            found.append(replace(chat, images=images, notes={"crop": list(crop)}))
-        return found
-
-
-def stack(given: str) -> Stack:
-    """Methods from their text form, the oracle among them."""
-    if not given.startswith(Oracle.name):
-        return parse(given)
-    own = Registry("method", "foveate.methods", "oracle(window=336)", ())
-    own.add(Oracle)
-    return own.parse(given)
 
 
 # -- asking ----------------------------------------------------------------------------------------
@@ -210,10 +101,10 @@ def ask(
                 break
             bar = progress.add_task(f"part {number + 1}: drawing", total=len(part))
             for sample in part:
-                if not (Path(bench.scenes) / f"{sample.image_name}.png").exists():
+                if not bench.path(sample).exists():
                     sample.load()
                 progress.advance(bar)
-            for name, methods_ in methods.items():
+            for name, stack in methods.items():
                 progress.update(bar, description=f"part {number + 1}: {name}", completed=0)
                 folder = run / re.sub(r"[^\w.=-]+", "_", name).strip("_")
 
@@ -221,7 +112,7 @@ def ask(
                     progress.update(bar, completed=done, total=total)
 
                 shard = (number, TENTHS)
-                results = evaluate([bench], vlm, [methods_], folder, shard=shard, watch=watch)
+                results = evaluate([bench], vlm, [stack], folder, shard=shard, watch=watch)
                 path = folder / f"shard-{number}-of-{TENTHS}" / RECORDS
                 with contextlib.closing(Journal(path, key)) as journal:
                     records[name] += journal.rows.values()
@@ -256,31 +147,25 @@ def by_layer(vlm: VLM, bench: FinePrint, console: Console) -> dict[str, Any]:
                     for name, maps in zip(names, (heat / general, heat), strict=True):
                         crops = [window_search(m, image.size, 336, method.ratios) for m in maps]
                         hits[name].append([held(sample.meta["boxes"], c) >= SEEN for c in crops])
-    layer = ViCrop().resolve(anatomy(vlm.model)).layers
-    assert layer is not None
     return {
         "questions": len(hits["question / general"]),
-        "published": list(layer),
+        "published": list(method.resolve(vlm.model).layers or ()),
         "held": {name: (100 * np.mean(rows, 0)).tolist() for name, rows in hits.items()},
     }
 
 
 def layer_markdown(report: dict[str, Any]) -> str:
     """Rows are layers, columns kinds of maps."""
-    rows = [["layer", *MAPS], ["---"] * (len(MAPS) + 1)]
+    rows = []
     for layer, shares in enumerate(zip(*report["held"].values(), strict=True)):
         mark = ", the published depth" * (layer in report["published"])
         rows.append([f"{layer}{mark}", *(f"{share:.0f} %" for share in shares)])
-    return "\n".join(
-        [
-            f"n = {report['questions']:,} questions, half of them against the habit, about other "
-            f"scenes than those above (seed {report['seed']}).",
-            "",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-            f"Command: `{report['command']}`.",
-        ]
+    about = (
+        f"n = {report['questions']:,} questions, half of them against the habit, about other "
+        f"scenes than those above (seed {report['seed']})."
     )
+    lines = [about, "", *grid(["layer", *MAPS], rows), "", f"Command: `{report['command']}`."]
+    return "\n".join(lines)
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -312,8 +197,8 @@ def figures(bench: FinePrint, records: list[Record], plain: list[Record]) -> dic
             if tuple(crop) == WHOLE:
                 parts["whole"].append(record)
                 continue
-            share = held(record["meta"]["boxes"], crop)
-            parts["holds" if share >= SEEN else "misses"].append(record)
+            holds = held(record["meta"]["boxes"], crop) >= SEEN
+            parts["holds" if holds else "misses"].append(record)
             areas.append((crop[2] - crop[0]) * (crop[3] - crop[1]) / SIZE**2)
         found["crop"] = {
             **{part: right(rows) for part, rows in parts.items()},
@@ -346,63 +231,47 @@ def compared(bench: FinePrint, records: dict[str, list[Record]]) -> dict[str, An
 
 
 HEADS = [
-    "method",
-    "with the habit",
-    "against it",
-    "all",
-    "against plain",
-    "p",
-    "crop holds it",
-    "right where it does",
-    "right where not",
-    "whole image",
-    "crop area",
-    "s / question",
+    *("method", "with the habit", "against it", "all", "against plain", "p", "crop holds it"),
+    *("right where it does", "right where not", "whole image", "crop area", "s / question"),
 ]
 
 
 def cells(name: str, found: dict[str, Any]) -> list[str]:
     """A row of the table."""
 
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:.1f}"
+    def percent(value: float | None, form: str = ".1f", mark: str = "") -> str:
+        return "" if value is None else f"{value:{form}}{mark}"
 
     row = [name, *(percent(found[part]["right"]) for part in (*HABITS, "all"))]
     versus, crop = found.get("versus"), found.get("crop")
-    if versus is None:
-        row += ["", ""]
-    else:
+    if versus:
         low, high = versus["interval"] or (float("nan"),) * 2
         row.append(f"{versus['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
         row.append("< 0.0001" if versus["holm"] < 1e-4 else f"{versus['holm']:.4f}")
-    if crop is None:
-        row += [""] * 5
-    else:
+    if crop:
+        row += [""] * (6 - len(row))
         share = 100 / found["all"]["n"]
-        row.append(f"{crop['holds']['n'] * share:.1f} %")
+        row.append(percent(crop["holds"]["n"] * share, mark=" %"))
         row += [percent(crop[part]["right"]) for part in ("holds", "misses")]
-        row.append(f"{crop['whole']['n'] * share:.1f} %")
-        row.append("" if crop["area"] is None else f"{100 * crop['area']:.0f} %")
-    return [*row, f"{found['seconds']:.2f}"]
+        row.append(percent(crop["whole"]["n"] * share, mark=" %"))
+        row.append(percent(crop["area"] and 100 * crop["area"], ".0f", " %"))
+    return [*row, *[""] * (11 - len(row)), f"{found['seconds']:.2f}"]
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table with what it was measured on."""
-    rows = [HEADS, ["---"] * len(HEADS)]
-    rows += [cells(f"`{name}`", found) for name, found in report["figures"].items()]
+    rows = [cells(f"`{name}`", found) for name, found in report["figures"].items()]
     about = report["environment"]
-    return "\n".join(
-        [
-            f"n = {report['questions']:,} questions about {report['scenes']:,} scenes, the same "
-            f"for every method; {report['parts']}.",
-            "",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-            f"Command: `{report['command']}`. {about['hardware']}, {about['threads']} threads, "
-            f"shared with other work, so that seconds are rough; torch {about['torch']}, "
-            f"transformers {about['transformers']}.",
-        ]
+    head = (
+        f"n = {report['questions']:,} questions about {report['scenes']:,} scenes, the same "
+        f"for every method; {report['parts']}."
     )
+    end = (
+        f"Command: `{report['command']}`. {about['hardware']}, {about['threads']} threads, "
+        f"shared with other work, so that seconds are rough; torch {about['torch']}, "
+        f"transformers {about['transformers']}."
+    )
+    return "\n".join([head, "", *grid(HEADS, rows), "", end])
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -454,13 +323,9 @@ def draw(
             again.imshow(shown)
             for panel in (scene, again):
                 bare(panel)
-            answers = [
-                f"label {record['label']}",
-                f"plain {said[place]}",
-                f"now {record['answer']}",
-            ]
+            answers = f"label {record['label']}, plain {said[place]}, now {record['answer']}"
             page.write(left, top + side + 0.07, record["question"], size=9.5)
-            page.write(left, top + side + 0.26, ", ".join(answers), size=9.5, color=QUIET)
+            page.write(left, top + side + 0.26, answers, size=9.5, color=QUIET)
     page.write(PAD, page.bottom + 0.1, page.notes, size=8.5, color=QUIET, linespacing=1.35)
     page.figure.savefig(path, facecolor=PAPER)
     return path
@@ -481,12 +346,10 @@ def write(folder: Path, mark: str, report: dict[str, Any], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{mark}.json", report)
     page = folder / "README.md"
-    start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
     old = page.read_text("utf-8") if page.exists() else ""
-    if start not in old:
-        old += f"{start}{end}\n"
-    before, rest = old.split(start)
-    page.write_text(before + start + table + end + rest.split(end)[1], "utf-8")
+    if f"<!-- {mark} -->" not in old:
+        old += f"<!-- {mark} -->\n\n<!-- end of {mark} -->\n"
+    page.write_text(between(old, mark, table), "utf-8")
 
 
 def main(given: list[str] | None = None) -> int:

@@ -49,10 +49,12 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+OPEN = ROOT / "benchmarks" / "weights" / "open.safetensors"
 if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.crops import opened, write  # noqa: E402
+from benchmarks.crops import write  # noqa: E402
+from benchmarks.fineprint import opened  # noqa: E402
 from foveate import VLM, FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
 from foveate.base.significance import interval  # noqa: E402
@@ -68,6 +70,7 @@ from foveate.insight.plots.style import BLUE, INK, QUIET, RED  # noqa: E402
 from foveate.insight.truth import pocket_pictures  # noqa: E402
 from foveate.pocket import build  # noqa: E402
 from foveate.scenes import lessons, questions  # noqa: E402
+from foveate.scenes.export import conversations  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
 START, BASE, FULL = "start", "base", "AMP+AGF"
@@ -179,17 +182,24 @@ def make_data(folder: Path, settings: Settings) -> None:
             image = f"images/{item:05d}.png"
             Image.fromarray(np.array(pool.pixels[item])).save(folder / image)
             view, rng = questions.look(scene, box), random.Random(f"injection-{item}")
-            for row in itertools.islice(questions.conversations(view, rng, image), settings.each):
+            for row in itertools.islice(conversations(view, rng, image), settings.each):
                 file.write(json.dumps(row) + "\n")
     part.replace(folder / "conversations.jsonl")
     shutil.rmtree(folder / "pool")
 
 
+def open_model() -> tuple[Any, Any]:
+    """The pocket model before its yes/no training: the shipped tower, and what OPEN holds."""
+    model, processor = build.load_pocket()
+    assert not model.load_state_dict(load_file(OPEN), strict=False).unexpected_keys
+    return model, processor
+
+
 def make_base(folder: Path) -> None:
-    """The pocket model before its yes/no training, as a folder of its own."""
+    """`open_model` as a folder of its own."""
     if not folder.exists():
         part = folder.with_suffix(".part")
-        build.save_pocket(*build.load_open(), part)
+        build.save_pocket(*open_model(), part)
         part.replace(folder)
 
 

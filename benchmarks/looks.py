@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from report import Kind, Table, ratio, spread, timed  # beside this file
 
 from foveate import VLM
 from foveate.core.method import Method, parse
@@ -16,7 +18,7 @@ from foveate.scenes import world
 from foveate.vlm.look import GENERAL, SHORT
 from foveate.vlm.vlm import Chat
 
-LOOKING = """\
+ABOUT = """\
 Seconds for one question about a new picture, 16 answer tokens, by methods that look before they
 answer. Everything is measured in turn on the same picture; ratios are medians over these turns,
 with their quartiles.
@@ -33,53 +35,42 @@ COLUMNS = [
     *("", "passes", "tokens read", "plain, s", "method, s", "published, s"),
     *("method / plain", "published / method"),
 ]
-CHOSEN = ("vicrop", "carve(steps=16)", "laser(vat=never)", "laser")
+METHODS = ("vicrop", "carve(steps=16)", "laser(vat=never)", "laser")
 TOKENS = 16
 QUESTION = "is there a red car left of the large house?"
 
 
-def measure(
-    vlm: VLM, names: list[str], repetitions: int, timed: Callable[..., tuple[float, Any]]
-) -> dict[str, Any]:
-    """Seconds of the plain answer, the method's and the published way's, per repetition.
-
-    Args:
-        timed: of `benchmarks.speed`: (model, call) -> seconds and what the call returned.
-    """
+def measure(vlm: VLM, names: list[str], repetitions: int) -> dict[str, Any]:
+    """Seconds of the plain answer, the method's and the published way's, per repetition."""
     rows: dict[str, Any] = {name: {"turns": [], "read": steps(parse(name)[0])} for name in names}
     for repetition in range(-1, repetitions):  # the first one warms up
         for number, name in enumerate(names):
             stack, tokens = parse(name), TOKENS if repetition >= 0 else 2
             seed = max(0, repetition) * len(names) + number
             chat = vlm.chat([world.draw(world.sample(seed))], QUESTION, None)
-
-            def plain(tokens: int = tokens, chat: Chat = chat) -> None:
-                vlm.answer([chat], (), tokens)
-
-            def method(
-                stack: tuple[Method, ...] = stack, tokens: int = tokens, chat: Chat = chat
-            ) -> list[Chat]:
-                found = vlm.rewrite([chat], stack)
-                vlm.answer(found, stack, tokens)
-                return found
-
-            alone, _ = timed(vlm.model, plain)
-            ours, found = timed(vlm.model, method)
-
-            def published(
-                stack: tuple[Method, ...] = stack,
-                tokens: int = tokens,
-                chat: Chat = chat,
-                found: list[Chat] = found,
-            ) -> None:
-                for text in (chat.text + SHORT, GENERAL + SHORT):
-                    read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
-                vlm.answer(found, stack, tokens)
-
-            theirs, _ = timed(vlm.model, published)
+            alone, _ = timed(vlm.model, partial(vlm.answer, [chat], (), tokens))
+            ours, chats = timed(vlm.model, partial(method, vlm, chat, stack, tokens))
+            way = partial(published, vlm, chat, chats, stack, tokens)
+            theirs, _ = timed(vlm.model, way)
             if repetition >= 0:
                 rows[name]["turns"].append((alone, ours, theirs))
     return rows
+
+
+def method(vlm: VLM, chat: Chat, stack: tuple[Method, ...], tokens: int) -> list[Chat]:
+    """Look, then answer; the chats that were answered."""
+    chats = vlm.rewrite([chat], stack)
+    vlm.answer(chats, stack, tokens)
+    return chats
+
+
+def published(
+    vlm: VLM, chat: Chat, chats: list[Chat], stack: tuple[Method, ...], tokens: int
+) -> None:
+    """Read as published code does, then answer about the method's picture."""
+    for text in (chat.text + SHORT, GENERAL + SHORT):
+        read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
+    vlm.answer(chats, stack, tokens)
 
 
 def steps(method: Method) -> int:
@@ -105,18 +96,14 @@ def read_again(vlm: VLM, chat: Chat, tokens: int) -> list[torch.Tensor]:
     return kept
 
 
-def figures(rows: dict[str, Any], spread: Callable[..., dict[str, float]]) -> dict[str, Any]:
+def figures(rows: dict[str, Any]) -> dict[str, Any]:
     """Median seconds, and the ratios within turns."""
     found = {}
     for name, samples in rows.items():
         turns = samples["turns"]
-        alone, ours, theirs = (
-            spread(list(column))["median"] for column in zip(*turns, strict=True)
-        )
+        columns = zip(("plain", "method", "published"), zip(*turns, strict=True), strict=True)
         found[name] = {
-            "plain": alone,
-            "method": ours,
-            "published": theirs,
+            **{way: spread(list(seconds))["median"] for way, seconds in columns},
             "over plain": spread([b / a for a, b, _ in turns]),
             "published over method": spread([c / b for _, b, c in turns]),
             "read": samples["read"],
@@ -125,25 +112,15 @@ def figures(rows: dict[str, Any], spread: Callable[..., dict[str, float]]) -> di
     return found
 
 
-def tables(
-    sizes: dict[str, Any], ratio: Callable[..., str]
-) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, cells) of every table of the report on looking again."""
+def tables(sizes: dict[str, Any]) -> Iterator[Table]:
+    """A table per size."""
     for size, found in sizes.items():
-        yield (
-            f"{size}: {found['note']}",
-            COLUMNS,
-            [
-                [
-                    name,
-                    entry["passes"],
-                    str(entry["read"]),
-                    f"{entry['plain']:.3g}",
-                    f"{entry['method']:.3g}",
-                    f"{entry['published']:.3g}",
-                    ratio(entry["over plain"]),
-                    ratio(entry["published over method"]),
-                ]
-                for name, entry in found["figures"].items()
-            ],
-        )
+        cells = []
+        for name, row in found["figures"].items():
+            seconds = [f"{row[way]:.3g}" for way in ("plain", "method", "published")]
+            ratios = [ratio(row[key]) for key in ("over plain", "published over method")]
+            cells.append([name, row["passes"], str(row["read"]), *seconds, *ratios])
+        yield f"{size}: {found['note']}", COLUMNS, cells
+
+
+KIND = Kind("looks", ABOUT, tables)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from report import RESULTS, between, grid  # beside this file
+
 from foveate.core.method import Method, methods
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 # whose costs the table of methods shows; what reads the vision tower is measured with one
 COSTS = {"methods-cpu": "0.5b", "cli-cpu": "0.5b-clip"}
 
@@ -116,17 +117,11 @@ def _load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def markdown(rows: Iterator[list[str]]) -> str:
-    head = next(rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def written(text: str) -> str:
     """The README's text with every table as it is now."""
     for name, table in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = before + start + markdown(table()) + end + rest.split(end)[1]
+        columns, *cells = table()
+        text = between(text, name, "\n".join(grid(columns, cells)))
     return text
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import datetime
+import functools
 import io
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import speed
+import report
 import torch
 import uvicorn
+from subjects import VLMS
 
 from foveate import VLM
 from foveate.scenes import world
@@ -93,8 +95,10 @@ def ask(url: str, pictures: list[str], method: str, tokens: int) -> tuple[float,
         return time.perf_counter() - start, answers
 
 
-def measured(vlm: VLM, args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace, size: str, say: report.Say) -> dict[str, Any]:
     """Pairs of seconds, one at a time and together, and how many answers were the same."""
+    vlm = VLMS[size](args.device, torch.float32)
+    say(f"{size} ...")
     pairs, same = [], 0
     with served(vlm, 1) as alone, served(vlm, args.clients) as together:
         for url in (alone, together):  # warm up
@@ -106,40 +110,32 @@ def measured(vlm: VLM, args: argparse.Namespace) -> dict[str, Any]:
             other, found = ask(together, pictures, args.method, args.tokens)
             pairs.append((one, other))
             same += sum(a == b for a, b in zip(said, found, strict=True))
-    model, asked = vlm.model, len(pairs) * args.clients
+    asked = len(pairs) * args.clients
     note = (
-        f"{model.num_parameters() / 1e6:,.0f} M parameters, "
-        f"{str(model.dtype).removeprefix('torch.')}, {args.clients} clients, "
+        f"{report.size_of(vlm.model)}, {report.dtype_of(vlm.model)}, {args.clients} clients, "
         f"answers of up to {args.tokens} tokens"
     )
     figures = {
         "alone": asked / sum(one for one, _ in pairs),
         "together": asked / sum(other for _, other in pairs),
-        "ratio": speed.spread([one / other for one, other in pairs]),
+        "ratio": report.spread([one / other for one, other in pairs]),
         "same": same / asked,
     }
     return {"note": note, "figures": {args.method: figures}, "samples": {"pairs": pairs}}
 
 
-def tables(sizes: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """A table per size: title, columns, cells."""
+def tables(sizes: dict[str, Any]) -> Iterator[report.Table]:
+    """A table per size."""
     columns = ["", "one at a time, requests/s", "together, requests/s", "ratio", "same"]
     for size, found in sizes.items():
-        yield (
-            f"{size}: {found['note']}",
-            columns,
-            [
-                [
-                    name,
-                    f"{row['alone']:.3g}",
-                    f"{row['together']:.3g}",
-                    f"{row['ratio']['median']:.2f} "
-                    f"({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})",
-                    f"{row['same']:.0%}",
-                ]
-                for name, row in found["figures"].items()
-            ],
-        )
+        cells = []
+        for name, row in found["figures"].items():
+            rates = [f"{row[way]:.3g}" for way in ("alone", "together")]
+            cells.append([name, *rates, report.ratio(row["ratio"], 2), f"{row['same']:.0%}"])
+        yield f"{size}: {found['note']}", columns, cells
+
+
+KIND = report.Kind("serve", ABOUT, tables)
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -155,18 +151,12 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def main(given: list[str] | None = None) -> None:
+def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     torch.set_num_threads(args.threads)
-    speed.TABLES["serve"], speed.ABOUT["serve"] = tables, ABOUT
-    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    report: dict[str, Any] = {"kind": "serve", "about": {}, "sizes": {}}
-    for size in args.sizes.split(","):
-        report["sizes"][size] = measured(speed.SUBJECTS[size](args.device, torch.float32), args)
-        report["about"] = speed.environment(args.device, started)
-        speed.save(report, args.out)  # after every size: a long run may be stopped
-    print(speed.markdown(report))
+    known = functools.partial(measured, args)
+    return report.run(KIND, args.sizes.split(","), known, args.device, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -93,16 +93,14 @@ def build(name: str, fresh: bool = False, dtype: torch.dtype = torch.float32) ->
     return model
 
 
-@functools.cache
-def _shared(name: str) -> tf.PreTrainedModel:
-    return _make(name)
-
-
 def _make(name: str) -> tf.PreTrainedModel:
     spec = FAMILIES[name]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomise(spec.cls(type(spec.config).from_dict(spec.config.to_dict())))
+
+
+_shared = functools.cache(_make)
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
@@ -197,45 +195,52 @@ def noise(shape: str, *size: int) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
+def single(side: int) -> Callable[[str, bool], dict[str, Tensor]]:
+    """A picture of any shape is one square of side x side pixels."""
+    return lambda shape, alone: {"pixel_values": noise(shape, 1, 3, side, side)}
+
+
+def cut(shape: str, alone: bool = True) -> dict[str, Tensor]:
+    """The tiles of a picture and, where they are several, the whole picture: (tiles, 3, 16, 16)."""
+    height, width = SHAPES[shape]
+    count = height * width // 4
+    return {"pixel_values": noise(shape, count + (count > 1), 3, 16, 16)}
+
+
 def wrapped(n: int, shape: str) -> list[int]:
     return [START] + [IMAGE] * n + [END]
 
 
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
 def text(model_type: str, layers: int = 4, **extra: Any) -> tf.PreTrainedConfig:
     """A language model of width 64 with four query heads on two key/value heads."""
-    return AutoConfig.for_model(
-        model_type,
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 512,
-            "pad_token_id": PAD,
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-            "tie_word_embeddings": False,
-            **extra,
-        },
-    )
+    return AutoConfig.for_model(model_type, **TEXT | {"num_hidden_layers": layers} | extra)
 
 
-def tower(model_type: str, side: int = 16, patch: int = 4, **extra: Any) -> tf.PreTrainedConfig:
-    return AutoConfig.for_model(
-        model_type,
-        **{
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": side,
-            "patch_size": patch,
-            **extra,
-        },
-    )
+def tower(model_type: str, **extra: Any) -> tf.PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **TOWER | extra)
 
 
 @family
@@ -246,11 +251,7 @@ def llava() -> Family:
         image_token_index=IMAGE,
         image_seq_length=16,
     )
-    return Family(
-        tf.LlavaForConditionalGeneration,
-        config,
-        lambda shape, alone: {"pixel_values": noise(shape, 1, 3, 16, 16)},
-    )
+    return Family(tf.LlavaForConditionalGeneration, config, single(16))
 
 
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
@@ -347,29 +348,22 @@ def qwen3_vl() -> Family:
 
 @family
 def internvl() -> Family:
-    side = {"image_size": [16, 16], "patch_size": [4, 4]}
+    pairs = {"image_size": [16, 16], "patch_size": [4, 4]}
     config = tf.InternVLConfig(
         text_config=text("qwen2"),
-        vision_config=tower("internvl_vision", **side),
+        vision_config=tower("internvl_vision", **pairs),
         image_token_id=IMAGE,
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-
-    def picture(shape: str, alone: bool) -> dict[str, Tensor]:
-        height, width = SHAPES[shape]
-        count = height * width // 4
-        return {"pixel_values": noise(shape, count + (count > 1), 3, 16, 16)}
-
-    return Family(tf.InternVLForConditionalGeneration, config, picture, wrapped)
+    return Family(tf.InternVLForConditionalGeneration, config, cut, wrapped)
 
 
-def cut(shape: str, alone: bool) -> dict[str, Tensor]:
-    """Idefics3: tiles and the whole picture as separate pictures, (tiles, 3, 16, 16)."""
-    height, width = SHAPES[shape]
-    count = height * width // 4
-    pixels = noise(shape, count + (count > 1), 3, 16, 16)
-    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(len(pixels), 16, 16).long()}
+def masked(shape: str, alone: bool) -> dict[str, Tensor]:
+    """Idefics3: every tile is a picture, with a mask of its pixels."""
+    pixels = cut(shape)
+    mask = torch.ones(len(pixels["pixel_values"]), 16, 16).long()
+    return pixels | {"pixel_attention_mask": mask}
 
 
 def marked(n: int, shape: str) -> list[int]:
@@ -386,7 +380,7 @@ def idefics(cls: Any, config: Any, vision: str) -> Family:
         scale_factor=2,
         pad_token_id=PAD,
     )
-    return Family(cls, tiny, cut, marked, per_row=True)
+    return Family(cls, tiny, masked, marked, per_row=True)
 
 
 @family
@@ -403,7 +397,7 @@ def idefics3() -> Family:
 def mistral3() -> Family:
     config = tf.Mistral3Config(
         text_config=text("mistral", sliding_window=None),
-        vision_config=tower("pixtral", side=32, head_dim=16),
+        vision_config=tower("pixtral", image_size=32, head_dim=16),
         image_token_index=IMAGE,
         spatial_merge_size=2,
         tie_word_embeddings=False,
@@ -427,20 +421,15 @@ def gemma3() -> Family:
     sliding = {"sliding_window": 8, "layer_types": kinds, "query_pre_attn_scalar": 16}
     config = tf.Gemma3Config(
         text_config=text("gemma3_text", layers=6, **sliding, attn_logit_softcapping=None),
-        vision_config=tower("siglip_vision_model", side=24, vision_use_head=False),
+        vision_config=tower("siglip_vision_model", image_size=24, vision_use_head=False),
         mm_tokens_per_image=9,
         boi_token_index=START,
         eoi_token_index=END,
         image_token_index=IMAGE,
         tie_word_embeddings=False,
     )
-    return Family(
-        tf.Gemma3ForConditionalGeneration,
-        config,
-        lambda shape, alone: {"pixel_values": noise(shape, 1, 3, 24, 24)},
-        wrapped,
-        type_ids="token_type_ids",
-    )
+    cls = tf.Gemma3ForConditionalGeneration
+    return Family(cls, config, single(24), wrapped, type_ids="token_type_ids")
 
 
 def soft_capped() -> tf.PreTrainedModel:

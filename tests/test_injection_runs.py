@@ -19,7 +19,6 @@ from foveate.backends.transformers.anatomy import anatomy
 from foveate.core.method import parse
 from foveate.evaluation.benchmark import Record
 from foveate.methods.cli.method import CLI
-from foveate.pocket import build
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli"
 SMALL = Settings(steps=10, batch=1, scenes=4, windows=2, each=5, questions=2, captions=2)
@@ -46,7 +45,7 @@ def test_runs_can_be_chosen() -> None:
 
 
 def test_methods_are_what_their_names_say() -> None:
-    model, _ = build.load_open()
+    model, _ = injection.open_model()
     found: dict[str, Any] = {}
     for run in injection.trainings():
         if not run.options:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from foveate.pocket import build
 from foveate.scenes import lessons, questions, world
+from foveate.scenes.export import export
+from foveate.scenes.phrases import OPEN, PHRASES
 from foveate.scenes.world import COLORS, KINDS, PATTERNS, SIZES
 
 SCENES = [world.sample(seed, habit) for seed in range(60) for habit in ("with", "against")]
@@ -197,7 +199,7 @@ def test_open_answers_are_true_to_the_scene() -> None:
     seen = Counter[str]()
     for k, scene in enumerate(SCENES):
         view, rng = questions.look(scene), random.Random(k)
-        for topic in questions.TOPICS:
+        for topic in OPEN:
             question = questions.opened(view, rng, topic)
             if question is None:
                 continue
@@ -218,7 +220,7 @@ def test_open_answers_are_true_to_the_scene() -> None:
             assert question.answer in expected, question
             assert question.label is None
             assert question.text.endswith("?")
-    assert min(seen[t] for t in questions.TOPICS) > 5
+    assert min(seen[t] for t in OPEN) > 5
 
 
 def test_popular_and_adversarial_negatives() -> None:
@@ -258,7 +260,7 @@ def test_captions_name_every_thing() -> None:
 
 
 def test_export_can_be_read_back(tmp_path: Path) -> None:
-    questions.export(4, tmp_path, seed=3, size=128)
+    export(4, tmp_path, seed=3, size=128)
     scenes = [json.loads(line) for line in (tmp_path / "scenes.jsonl").open()]
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").open()]
     assert [s["scene"]["habit"] for s in scenes] == ["with", "with", "against", "against"]
@@ -273,13 +275,13 @@ def test_export_can_be_read_back(tmp_path: Path) -> None:
     assert {"existence", "attribute", "relation", "caption"} <= {r["category"] for r in rows}
     assert all({"question", "answer", "label", "split", "habit"} <= set(r) for r in rows)
     again = tmp_path / "again"
-    questions.export(4, again, seed=3, size=128)
+    export(4, again, seed=3, size=128)
     same = (again / "questions.jsonl").read_text() == (tmp_path / "questions.jsonl").read_text()
     assert same
 
 
 def test_exported_conversations_are_in_llavas_format_and_mixed(tmp_path: Path) -> None:
-    questions.export(5, tmp_path, seed=3, habit="with", size=64)
+    export(5, tmp_path, seed=3, habit="with", size=64)
     rows = [json.loads(line) for line in (tmp_path / "conversations.jsonl").open()]
     assert len({row["id"] for row in rows}) == len(rows)
     per_image = Counter(row["image"] for row in rows)
@@ -309,9 +311,9 @@ def test_exported_conversations_are_in_llavas_format_and_mixed(tmp_path: Path) -
 
 def test_export_refuses_nonsense(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        questions.export(0, tmp_path)
+        export(0, tmp_path)
     with pytest.raises(ValueError, match="both"):
-        questions.export(1, tmp_path, habit="none")
+        export(1, tmp_path, habit="none")
 
 
 # ---------------------------------------------------------------------- tokens and prompts
@@ -342,7 +344,7 @@ def untrained() -> tuple:
 def test_nothing_listed_is_unknown(untrained: tuple) -> None:
     tokenizer = untrained[1].tokenizer
     rng = random.Random(0)
-    spoken = [*LISTED, *questions.SUFFIXES, *questions.DESCRIBE, *questions.LIST]
+    spoken = [*LISTED, *PHRASES["suffixes"], *PHRASES["describe"], *PHRASES["list"]]
     for scene in SCENES:
         view = questions.look(scene)
         made = [*questions.exam(scene, rng), questions.caption(view, rng)]
@@ -406,7 +408,7 @@ shipped = pytest.mark.skipif(
 @shipped
 def test_weights_are_small_and_described() -> None:
     total = sum(p.stat().st_size for p in build.WEIGHTS.rglob("*") if p.is_file())
-    assert total < 25_000_000
+    assert total < 15_500_000
     assert "foveate train pocket --evaluate" in (build.WEIGHTS / "README.md").read_text()
 
 

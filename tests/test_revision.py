@@ -21,7 +21,8 @@ from foveate.evaluation.ask import evaluate
 from foveate.evaluation.run import RESULTS, RUN
 from foveate.insight import heads
 from foveate.insight.trace import trace
-from foveate.scenes import questions, world
+from foveate.scenes import world
+from foveate.scenes.export import export
 from foveate.training.injection import Recipe, tune
 from foveate.vlm import loading
 from tests.test_evaluation import Scenes, drawn
@@ -166,7 +167,7 @@ def test_a_list_of_heads_says_which_revision(hub: list[Any], tmp_path: Path) -> 
 
 
 def test_a_training_says_which_revision_and_ends_on_it(hub: list[Any], tmp_path: Path) -> None:
-    questions.export(1, tmp_path / "data", size=96)
+    export(1, tmp_path / "data", size=96)
     data, recipe = tmp_path / "data" / "conversations.jsonl", Recipe("vanilla", "full", steps=1)
     recipe = dataclasses.replace(recipe, batch_size=1, max_length=512)
     tune(NAME, data, tmp_path / "run", recipe, revision="v1")

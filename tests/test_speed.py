@@ -8,6 +8,7 @@ from typing import Any
 import looks
 import pytest
 import torch
+from subjects import pocket_vlm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,7 +74,7 @@ def test_script_times_methods_that_look_again(tmp_path: Path) -> None:
 
 def test_published_reading_is_ours() -> None:
     """The slow side of the comparison reads the same numbers."""
-    vlm = speed.pocket_vlm(torch.device("cpu"), torch.float32)
+    vlm = pocket_vlm(torch.device("cpu"), torch.float32)
     chat = vlm.chat([world.draw(world.sample(5))], "Describe this image.", None)
     slow = looks.read_again(vlm, chat, 3)
     fast = read(vlm, [chat], None, max_new_tokens=3)[0].weights

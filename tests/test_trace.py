@@ -26,6 +26,7 @@ from foveate.insight.target import Target, known, read
 from foveate.insight.trace import END, Trace
 from foveate.methods.clvs import CLVS
 from foveate.scenes import questions, world
+from foveate.scenes.export import export
 from foveate.vlm.vlm import VLM, Chat
 from tests import tiny
 from tests.references import clvs as reference
@@ -371,7 +372,7 @@ def test_mask_files(tmp_path: Path) -> None:
 
 
 def test_names_are_known_on_drawn_scenes(tmp_path: Path) -> None:
-    folder = questions.export(2, tmp_path, size=64)
+    folder = export(2, tmp_path, size=64)
     for number in range(2):
         image = folder / "images" / f"00000{number}.png"
         row = json.loads((folder / "scenes.jsonl").read_text().splitlines()[number])

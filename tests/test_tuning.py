@@ -23,7 +23,7 @@ from foveate.backends.transformers.enhance import attach
 from foveate.methods.cli.method import CLI
 from foveate.methods.cli.module import CrossLayerInjection
 from foveate.pocket import build
-from foveate.scenes import questions
+from foveate.scenes.export import export
 from foveate.training import loop as train
 from foveate.training.conversations import IGNORE, Writer, read
 from foveate.training.injection import NAME, Lesson, Recipe, prepare, tower, tune
@@ -39,7 +39,7 @@ IMAGE = "cli(summary=image, start=0.0)"  # gates half open, so that mistakes sho
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 questions about three scenes."""
     folder = tmp_path_factory.mktemp("scenes")
-    questions.export(3, folder, size=96)
+    export(3, folder, size=96)
     path = folder / "conversations.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
     ids = [json.loads(line)["image"] for line in lines]

@@ -54,9 +54,9 @@ def image_processor(name: str) -> Any:
     return getattr(tf, f"{plain}Pil", None) or getattr(tf, plain)
 
 
-def llava() -> tf.ProcessorMixin:
-    return tf.LlavaProcessor(
-        image_processor("CLIP")(size=SIDE, crop_size=SIDE),
+def llava(cls: Any = tf.LlavaProcessor, images: str = "CLIP", **layout: Any) -> tf.ProcessorMixin:
+    return cls(
+        image_processor(images)(size=SIDE, crop_size=SIDE, **layout),
         tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
@@ -67,14 +67,7 @@ def llava() -> tf.ProcessorMixin:
 
 def llava_next() -> tf.ProcessorMixin:
     pinpoints = families.PINPOINTS
-    return tf.LlavaNextProcessor(
-        image_processor("LlavaNext")(size=SIDE, crop_size=SIDE, image_grid_pinpoints=pinpoints),
-        tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template(),
-    )
+    return llava(tf.LlavaNextProcessor, "LlavaNext", image_grid_pinpoints=pinpoints)
 
 
 def gemma3() -> tf.ProcessorMixin:

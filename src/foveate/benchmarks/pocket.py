@@ -17,7 +17,7 @@ from ..evaluation import yesno
 from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered, by_split
 from ..evaluation.data import Data
 from ..scenes import questions, world
-from ..scenes.questions import Look
+from ..scenes.questions import View
 
 if TYPE_CHECKING:
     from ..insight.heads import Vocabulary
@@ -216,7 +216,7 @@ class PocketBench(Benchmark):
         return heads, rows
 
 
-def ask(view: Look, rng: random.Random, category: Category, task: str) -> list[Asked]:
+def ask(view: View, rng: random.Random, category: Category, task: str) -> list[Asked]:
     """What is asked about one scene; nothing where all is ambiguous.
 
     Yes/no questions come in pairs, the yes first; `task` is what "pairs" asks about.

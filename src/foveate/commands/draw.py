@@ -32,6 +32,6 @@ def draw(
 
     conversations.jsonl is for foveate train cli --data.
     """
-    from ..scenes.questions import export
+    from ..scenes.export import export
 
     print(f"{number} scenes: {export(number, make_folder(out), seed, habit.value, size)}")

@@ -2,6 +2,7 @@
 
     Pool(folder, scenes, windows, seed).build()   # draws once, then memory-mapped
     dense_batch(pool, items) -> dict              # pictures and what each patch shows
+    lesson(view, stage, rng, close) -> conversations   # what one sequence asks
     Packer(processor).item(pool, index, stage, rng) -> Packed
     collate(packed) -> dict of arrays
 
@@ -13,7 +14,7 @@ each is computed exactly as if it had been asked alone.
 import json
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,28 +22,27 @@ from typing import Any
 
 import numpy as np
 
-from ..pocket import build
 from . import questions, world
-from .questions import WHOLE, Look, Question
-from .world import COLORS, KINDS, PATTERNS, SIZES, Box, Scene
+from .phrases import SUFFIXES
+from .questions import Question, View
+from .world import KINDS, VALUES, WHOLE, Box, Scene
 
+SIZE, PATCH = 96, 8  # pixels of the pocket model's picture, and of a patch
+SIDE = SIZE // PATCH
+VISUAL_TOKENS = SIDE**2
 IGNORE = -100
 GLYPHS = world.LETTERS + world.DIGITS
-SIDE = build.SIZE // build.PATCH
 CHUNK, CHUNKS = 80, {1: 4, 2: 3}  # room for questions after one and after two pictures
 # the words whose embeddings the visual tokens of a patch are trained towards
 DENSE: dict[str, tuple[str, ...]] = {
     "kind": (*KINDS, "background"),
-    "color": tuple(COLORS),
-    "pattern": PATTERNS,
-    "size": tuple(SIZES),
+    **VALUES,
     "print": (*GLYPHS.lower(), "nothing"),
     "row": ("top", "middle", "bottom"),
     "column": ("left", "center", "right"),
     "number": ("one", "two", "three", "four"),
 }
-TAG = {"kind": 0, "color": 1, "pattern": 2, "size": 3, "print": 4, "row": 5, "column": 6,
-       "number": 7}  # fmt: skip
+TAG = {name: column for column, name in enumerate(DENSE)}
 SOME_PRINT = len(GLYPHS) + 1  # a print that cannot be read at this size
 
 
@@ -58,11 +58,11 @@ def window_box(scene: Scene, rng: random.Random) -> Box:
 
 def patch_owners(index: np.ndarray) -> np.ndarray:
     """uint8 (144,): the thing each patch shows, 255 background, 254 a mixture not to learn from."""
-    cut = index.reshape(SIDE, build.PATCH, SIDE, build.PATCH).transpose(0, 2, 1, 3)
-    blocks = cut.reshape(SIDE * SIDE, -1)
+    cut = index.reshape(SIDE, PATCH, SIDE, PATCH).transpose(0, 2, 1, 3)
+    blocks = cut.reshape(VISUAL_TOKENS, -1)
     things = np.unique(blocks[blocks != 255])
     if not len(things):
-        return np.full(SIDE * SIDE, 255, np.uint8)
+        return np.full(VISUAL_TOKENS, 255, np.uint8)
     pixels = np.stack([(blocks == i).sum(1) for i in things])
     owners = things[pixels.argmax(0)]
     owners[pixels.max(0) < 0.2 * blocks.shape[1]] = 254
@@ -93,15 +93,15 @@ class Pool:
         return scene, WHOLE if whole else window_box(scene, random.Random(f"window-{scene.seed}"))
 
     def draw(self, items: range) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.empty((len(items), build.SIZE, build.SIZE, 3), np.uint8)
-        owners = np.empty((len(items), SIDE * SIDE), np.uint8)
+        pixels = np.empty((len(items), SIZE, SIZE, 3), np.uint8)
+        owners = np.empty((len(items), VISUAL_TOKENS), np.uint8)
         for row, item in enumerate(items):
             scene, box = self.view(item)
-            picture, index = world.labelled(scene, box, build.SIZE, 2 + item % 2)
+            picture, index = world.labelled(scene, box, SIZE, 2 + item % 2)
             pixels[row], owners[row] = np.asarray(picture), patch_owners(index)
         return pixels, owners
 
-    def build(self, workers: int = 2, progress: Any = None) -> "Pool":
+    def build(self, workers: int = 2) -> "Pool":
         """Draw what is not on disk yet, in parallel, and map it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"items": len(self), "scenes": self.scenes, "seed": self.seed, "first": self.first}
@@ -109,7 +109,7 @@ class Pool:
         paths = [self.folder / "pixels.npy", self.folder / "owners.npy"]
         if not (note.exists() and json.loads(note.read_text()) == about):
             (self.folder / "features.npy").unlink(missing_ok=True)  # of older pictures
-            shapes = [(len(self), build.SIZE, build.SIZE, 3), (len(self), SIDE * SIDE)]
+            shapes = [(len(self), SIZE, SIZE, 3), (len(self), VISUAL_TOKENS)]
             arrays = [
                 np.lib.format.open_memmap(p, "w+", np.uint8, s)
                 for p, s in zip(paths, shapes, strict=True)
@@ -119,8 +119,6 @@ class Pool:
                 for part, drawn in zip(parts, drawers.map(self.draw, parts), strict=True):
                     for array, new in zip(arrays, drawn, strict=True):
                         array[part.start : part.stop] = new
-                    if progress:
-                        progress(part.stop / len(self))
             for array in arrays:
                 array.flush()
             note.write_text(json.dumps(about))
@@ -138,8 +136,8 @@ def _scene(seed: int) -> Scene:
 
 def dense_batch(pool: Pool, items: list[int]) -> dict[str, np.ndarray]:
     """`pixels` uint8 (B, 96, 96, 3); `labels` int64 (B, 144, 8) by DENSE; `centers` (B, 144, 2)."""
-    labels = np.full((len(items), SIDE * SIDE, len(DENSE)), IGNORE, np.int64)
-    centers = np.full((len(items), SIDE * SIDE, 2), np.nan, np.float32)
+    labels = np.full((len(items), VISUAL_TOKENS, len(DENSE)), IGNORE, np.int64)
+    centers = np.full((len(items), VISUAL_TOKENS, 2), np.nan, np.float32)
     for row, item in enumerate(items):
         scene, box = pool.view(item)
         owners, view = pool.owners[item], questions.look(scene, box)
@@ -149,27 +147,80 @@ def dense_batch(pool: Pool, items: list[int]) -> dict[str, np.ndarray]:
             mine = owners == i
             if not mine.any():
                 continue
-            u = (thing.x - box[0]) / (box[2] - box[0])
-            v = (thing.y - box[1]) / (box[3] - box[1])
-            found = {
+            u, v = world.within(thing, box)
+            number = counts.get(thing.kind, 0)
+            label = {
+                **{name: values.index(getattr(thing, name)) for name, values in VALUES.items()},
                 "kind": list(KINDS).index(thing.kind),
-                "color": list(COLORS).index(thing.color),
-                "pattern": PATTERNS.index(thing.pattern),
-                "size": list(SIZES).index(thing.size) if view.whole else IGNORE,
                 "print": len(GLYPHS),
                 "row": min(2, max(0, int(v * 3))),
                 "column": min(2, max(0, int(u * 3))),
-                "number": counts.get(thing.kind, 0) - 1 if thing.kind in counts else IGNORE,
+                "number": number - 1 if 1 <= number <= len(DENSE["number"]) else IGNORE,
             }
-            if thing.print:
-                seen = i in view.seen
-                found["print"] = GLYPHS.index(thing.print) if seen else IGNORE
-                if view.whole:
-                    found["print"] = SOME_PRINT
-            for name, value in found.items():
-                labels[row, mine, TAG[name]] = value if name != "number" or value < 4 else IGNORE
+            if not view.whole:
+                label["size"] = IGNORE
+            if thing.print and view.whole:
+                label["print"] = SOME_PRINT
+            elif thing.print:
+                label["print"] = GLYPHS.index(thing.print) if i in view.seen else IGNORE
+            for name, value in label.items():
+                labels[row, mine, TAG[name]] = value
             centers[row, mine] = (u, v)
     return {"pixels": pool.pixels[items], "labels": labels, "centers": centers}
+
+
+# ------------------------------------------------------------------------- what is asked
+
+# share of the yes/no pairs per category, in whole scenes and in windows
+PAIRS = {"existence": 8, "attribute": 6, "number": 4, "relation": 6, "position": 2, "print": 1.5}
+PAIRS_WINDOW = {"existence": 4, "attribute": 3, "number": 1, "relation": 2, "position": 1,
+                "print": 7}  # fmt: skip
+
+
+def lesson(view: View, stage: str, rng: random.Random, close: View) -> list[list[Question]]:
+    """Conversations, mostly of one question, for one sequence.
+
+    Args:
+        stage: "caption", "open" or "yesno".
+        close: the view in which print is legible, if any; else `view` again.
+    """
+    asked: list[Question | None] = []
+    if stage == "caption":
+        asked = [questions.caption(view, rng, short) for short in (False, True, False)]
+        asked += [questions.opened(view, rng) for _ in range(8)]
+    else:
+        if rng.random() < (0.3 if stage == "open" else 0.15):
+            asked.append(questions.caption(view, rng, short=rng.random() < 0.4))
+        for _ in range(26 if stage == "open" else 8):
+            if not close.whole and rng.random() < 0.35:
+                asked.append(questions.opened(close, rng, "print"))
+            else:
+                asked.append(questions.opened(view, rng))
+    if stage == "yesno":
+        shares = PAIRS if view.whole else PAIRS_WINDOW
+        for _ in range(13):
+            category = rng.choices(list(shares), list(shares.values()))[0]
+            pair = questions.pairs(close if category == "print" else view, rng, category)
+            if pair and not set(pair) & set(asked):  # whole pairs, or yes would be rarer
+                asked += pair
+    kept = [_suffixed(q, rng) for q in dict.fromkeys(asked) if q is not None]
+    rest = kept[1:]
+    rng.shuffle(rest)
+    turns: list[list[Question]] = []
+    for question in kept[:1] + rest:
+        if turns and len(turns[-1]) == 1 and rng.random() < 0.06:
+            turns[-1].append(question)
+        else:
+            turns.append([question])
+    return turns
+
+
+def _suffixed(question: Question, rng: random.Random) -> Question:
+    """Sometimes with a suffix of the benchmarks that fits its form."""
+    if question.category == "caption" or rng.random() > 0.08:
+        return question
+    suffix = rng.choice(SUFFIXES if question.label else SUFFIXES[::2])
+    return replace(question, text=question.text + suffix)
 
 
 # ------------------------------------------------------------------------------- packing
@@ -188,32 +239,22 @@ class Packed:
     asked: tuple[tuple[Question, int], ...]  # each question and where its answer is predicted
 
 
-# share of the yes/no pairs per category, in whole scenes and in windows
-PAIRS = {"existence": 8, "attribute": 6, "number": 4, "relation": 6, "position": 2, "print": 1.5}
-PAIRS_WINDOW = {"existence": 4, "attribute": 3, "number": 1, "relation": 2, "position": 1,
-                "print": 7}  # fmt: skip
-
-
 class Packer:
     """Turns pictures into packed sequences with the processor's own token ids."""
 
     def __init__(self, processor: Any):
         self.processor = processor
         self.image = processor.tokenizer.convert_tokens_to_ids("<image>")
-        self.start = [processor.tokenizer.bos_token_id, *build.encode(processor, "USER:")]
+        self.ids = lru_cache(maxsize=200_000)(self._encode)
+        self.start = [processor.tokenizer.bos_token_id, *self.ids("USER:")]
         self.end = processor.tokenizer.eos_token_id
-        self._ids: dict[str, list[int]] = {}
 
-    def ids(self, text: str) -> list[int]:
-        if text not in self._ids:
-            if len(self._ids) > 200_000:
-                self._ids.clear()
-            self._ids[text] = build.encode(self.processor, text)
-        return self._ids[text]
+    def _encode(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def pack(self, images: tuple[int, ...], turns: list[list[Question]]) -> Packed:
         """Each element of `turns` is one conversation about the images, mostly of one question."""
-        ids = [*self.start, *([self.image] * (build.VISUAL_TOKENS * len(images)))]
+        ids = [*self.start, *([self.image] * (VISUAL_TOKENS * len(images)))]
         prefix = len(ids)
         length = prefix + CHUNK * CHUNKS[len(images)]
         positions, segments = list(range(prefix)), [0] * prefix
@@ -256,54 +297,10 @@ class Packer:
         scene, box = pool.view(index)
         view = close = questions.look(scene, box)
         if not both:
-            return self.pack((index,), self.lesson(view, stage, rng, close))
+            return self.pack((index,), lesson(view, stage, rng, close))
         if rng.random() < 0.7:  # then print is asked of the window, the rest of the scene
             view = questions.look(scene)
-        return self.pack((index - pool.scenes, index), self.lesson(view, stage, rng, close))
-
-    @staticmethod
-    def lesson(view: Look, stage: str, rng: random.Random, close: Look) -> list[list[Question]]:
-        """Questions for one sequence; `close` is the look at which print is legible, if any."""
-        asked: list[Question | None] = []
-        if stage == "caption":
-            asked = [questions.caption(view, rng, short) for short in (False, True, False)]
-            asked += [questions.opened(view, rng) for _ in range(8)]
-        else:
-            if rng.random() < (0.3 if stage == "open" else 0.15):
-                asked.append(questions.caption(view, rng, short=rng.random() < 0.4))
-            for _ in range(26 if stage == "open" else 8):
-                if not close.whole and rng.random() < 0.35:
-                    asked.append(questions.opened(close, rng, "print"))
-                else:
-                    asked.append(questions.opened(view, rng))
-        if stage == "yesno":
-            for _ in range(13):
-                shares = PAIRS if view.whole else PAIRS_WINDOW
-                category = rng.choices(list(shares), list(shares.values()))[0]
-                pair = questions.pairs(close if category == "print" else view, rng, category)
-                if pair and not set(pair) & set(asked):  # whole pairs, or yes would be rarer
-                    asked += pair
-        kept = [Packer._suffixed(q, rng) for q in dict.fromkeys(asked) if q is not None]
-        first, rest = kept[:1], kept[1:]
-        rng.shuffle(rest)
-        turns: list[list[Question]] = []
-        for question in first + rest:
-            if turns and len(turns[-1]) == 1 and rng.random() < 0.06:
-                turns[-1].append(question)
-            else:
-                turns.append([question])
-        return turns
-
-    @staticmethod
-    def _suffixed(question: Question, rng: random.Random) -> Question:
-        if question.category == "caption" or rng.random() > 0.08:
-            return question
-        pool = questions.SUFFIXES if question.label else (questions.SUFFIXES[0],
-                                                          questions.SUFFIXES[2])  # fmt: skip
-        return Question(
-            question.text + rng.choice(pool), question.answer, question.category, question.topic,
-            question.label, question.split, question.things,
-        )  # fmt: skip
+        return self.pack((index - pool.scenes, index), lesson(view, stage, rng, close))
 
 
 def collate(packed: list[Packed]) -> dict[str, np.ndarray]:

@@ -22,16 +22,17 @@ themes, rare kinds first, and avoid every typical value. A model trained on the 
 habits as models of real data do, and the two halves measure how much it leans on them.
 """
 
-import math
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from math import ceil, floor, sqrt
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter, ImageFont
 
-from .shapes import PLATES, RGB, SHAPES, Box, Pen, mix, texture
+from .backdrop import BACKGROUNDS, Viewport, backdrop
+from .shapes import RGB, SHAPES, Box, Pen, mix, texture
 
 COLORS: dict[str, RGB] = {
     "red": (216, 48, 50),
@@ -45,9 +46,10 @@ COLORS: dict[str, RGB] = {
 }
 SIZES = {"small": 0.15, "medium": 0.21, "large": 0.30}  # square root of the box's area
 PATTERNS = ("plain", "striped", "dotted")
+VALUES = {"color": tuple(COLORS), "pattern": PATTERNS, "size": tuple(SIZES)}
 LETTERS, DIGITS = "CEHKLTUX", "24578"  # told apart at 8 pixels
+WHOLE: Box = (0, 0, 1, 1)  # the window that shows all
 CAPITAL = 0.043  # height of a printed capital, in scene sides
-BACKGROUNDS = ("meadow", "shore", "room", "night", "paper", "snow")
 GAP = 0.15  # centres at least this far apart are left/right (above/below) of each other
 
 
@@ -154,7 +156,7 @@ def sample(seed: int, habit: str = "with") -> Scene:
     if habit not in ("with", "against"):
         raise ValueError(f'habit is "with" or "against", not {habit!r}')
     rng = random.Random(f"{habit}-{seed}")
-    theme = rng.choices(list(THEMES), [share for share, _ in THEMES.values()])[0]
+    theme = _theme(rng)
     usual = THEMES[theme][1]
     if habit == "with" and rng.random() < P_BACKGROUND:
         background = usual
@@ -171,6 +173,10 @@ def sample(seed: int, habit: str = "with") -> Scene:
             things.append(thing)
         if len(things) == len(kinds):
             return Scene(seed, habit, theme, background, rng.random(), tuple(things))
+
+
+def _theme(rng: random.Random) -> str:
+    return rng.choices(list(THEMES), [share for share, _ in THEMES.values()])[0]
 
 
 def _kinds(rng: random.Random, theme: str, number: int, habit: str) -> list[str]:
@@ -192,7 +198,7 @@ def _kinds(rng: random.Random, theme: str, number: int, habit: str) -> list[str]
         elif rng.random() < P_THEME:
             home = theme
         else:
-            home = rng.choices(list(THEMES), [share for share, _ in THEMES.values()])[0]
+            home = _theme(rng)
         pool = [k for k in KINDS if KINDS[k].theme == home and k not in kinds]
         if pool:
             kinds.append(pick(pool))
@@ -211,20 +217,20 @@ def _looks(rng: random.Random, name: str, habit: str, number: int) -> Thing:
             return typical
         return rng.choice([o for o in options if o != typical])
 
-    color = habitual(kind.color, tuple(COLORS), P_COLOR)
+    color = habitual(kind.color, VALUES["color"], P_COLOR)
     if with_habit and color != kind.color and rng.random() < P_SECOND / (1 - P_COLOR):
         color = kind.second
     elif not with_habit:
         color = rng.choice([c for c in COLORS if c not in (kind.color, kind.second)])
     pattern = habitual(kind.pattern, PATTERNS, P_PATTERN)
-    size = habitual(kind.size, tuple(SIZES), P_SIZE)
+    size = habitual(kind.size, VALUES["size"], P_SIZE)
     if number > 5 and size == "large" and rng.random() < 0.5:
         size = rng.choice([s for s in ("small", "medium") if with_habit or s != kind.size])
     text = ""
     if rng.random() < P_PRINT:
         text = habitual(kind.print, tuple(LETTERS + DIGITS), P_TYPICAL_PRINT)
     side = SIZES[size] * rng.uniform(0.95, 1.05)
-    width, height = side * math.sqrt(kind.aspect), side / math.sqrt(kind.aspect)
+    width, height = side * sqrt(kind.aspect), side / sqrt(kind.aspect)
     return Thing(name, color, size, pattern, text, 0, 0, width, height)
 
 
@@ -259,25 +265,18 @@ def counts(scene: Scene) -> dict[str, int]:
 
 def boxes(scene: Scene, size: int = 768) -> list[tuple[int, int, int, int]]:
     """Per thing the pixels (x0, y0, x1, y1), half-open, that contain its drawing."""
-    return [
-        (
-            math.floor(t.box[0] * size),
-            math.floor(t.box[1] * size),
-            math.ceil(t.box[2] * size),
-            math.ceil(t.box[3] * size),
-        )
-        for t in scene.things
-    ]
+    corners = ([edge * size for edge in thing.box] for thing in scene.things)
+    return [(floor(x0), floor(y0), ceil(x1), ceil(y1)) for x0, y0, x1, y1 in corners]
 
 
 def relation(a: Thing, b: Thing) -> set[str]:
     """What a is to b: left, right, above, below; by centres at least GAP apart."""
-    found = set()
+    sides = set()
     if abs(a.x - b.x) >= GAP:
-        found.add("left" if a.x < b.x else "right")
+        sides.add("left" if a.x < b.x else "right")
     if abs(a.y - b.y) >= GAP:
-        found.add("above" if a.y < b.y else "below")
-    return found
+        sides.add("above" if a.y < b.y else "below")
+    return sides
 
 
 def relations(scene: Scene) -> list[tuple[int, str, int]]:
@@ -291,10 +290,14 @@ def relations(scene: Scene) -> list[tuple[int, str, int]]:
     ]
 
 
-def place(thing: Thing, box: Box = (0, 0, 1, 1)) -> str:
+def within(thing: Thing, box: Box) -> tuple[float, float]:
+    """The thing's centre (u, v) in a window: 0..1 where it is inside."""
+    return (thing.x - box[0]) / (box[2] - box[0]), (thing.y - box[1]) / (box[3] - box[1])
+
+
+def place(thing: Thing, box: Box = WHOLE) -> str:
     """Where in the picture (or in a window of it): "top left" ... "center" ... "bottom right"."""
-    u = (thing.x - box[0]) / (box[2] - box[0])
-    v = (thing.y - box[1]) / (box[3] - box[1])
+    u, v = within(thing, box)
     row = "top" if v < 1 / 3 else "bottom" if v > 2 / 3 else ""
     column = "left" if u < 1 / 3 else "right" if u > 2 / 3 else ""
     return f"{row} {column}".strip() or "center"
@@ -314,18 +317,18 @@ def visible(scene: Scene, box: Box) -> list[float]:
 # --------------------------------------------------------------------------------- drawing
 
 
-def draw(scene: Scene, size: int = 768, oversample: int = 2) -> Image.Image:
+def draw(scene: Scene, size: int = 768) -> Image.Image:
     """The scene as an RGB image of size x size pixels."""
-    return window(scene, (0, 0, 1, 1), size, oversample)
+    return window(scene, WHOLE, size)
 
 
-def window(scene: Scene, box: Box, size: int = 96, oversample: int = 2) -> Image.Image:
+def window(scene: Scene, box: Box, size: int = 96) -> Image.Image:
     """The part of the scene inside `box` (x0, y0, x1, y1 in 0..1), drawn at size x size pixels."""
-    return labelled(scene, box, size, oversample)[0]
+    return labelled(scene, box, size)[0]
 
 
 def labelled(
-    scene: Scene, box: Box = (0, 0, 1, 1), size: int = 96, oversample: int = 2
+    scene: Scene, box: Box = WHOLE, size: int = 96, oversample: int = 2
 ) -> tuple[Image.Image, np.ndarray]:
     """`window`, and which thing each pixel shows: uint8 (size, size), 255 for the background."""
     canvas, index = _canvas(scene, box, size * oversample)
@@ -333,9 +336,9 @@ def labelled(
     return canvas.resize((size, size), Image.Resampling.BICUBIC), np.asarray(nearest)
 
 
-def masks(scene: Scene, size: int = 768, box: Box = (0, 0, 1, 1)) -> np.ndarray:
+def masks(scene: Scene, size: int = 768, box: Box = WHOLE) -> np.ndarray:
     """Per thing its silhouette, bool (things, size, size); of a window if `box` is given."""
-    view = _View(box, size * 2)
+    view = Viewport(box, size * 2)
     result = np.zeros((len(scene.things), size, size), bool)
     for i, thing in enumerate(scene.things):
         _, mask, corner = _sprite(thing, view)
@@ -345,18 +348,7 @@ def masks(scene: Scene, size: int = 768, box: Box = (0, 0, 1, 1)) -> np.ndarray:
     return result
 
 
-class _View:
-    """Maps scene coordinates to pixels of a square canvas that shows `box`."""
-
-    def __init__(self, box: Box, pixels: int):
-        self.box, self.pixels = box, pixels
-        self.sx, self.sy = pixels / (box[2] - box[0]), pixels / (box[3] - box[1])
-
-    def point(self, x: float, y: float) -> tuple[float, float]:
-        return ((x - self.box[0]) * self.sx, (y - self.box[1]) * self.sy)
-
-
-def _sprite(thing: Thing, view: _View) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
+def _sprite(thing: Thing, view: Viewport) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
     """One thing's RGB tile, its silhouette (L) and the tile's upper left corner on the canvas."""
     width, height = round(thing.width * view.sx), round(thing.height * view.sy)
     margin = max(2, round(0.02 * view.sx))
@@ -368,25 +360,25 @@ def _sprite(thing: Thing, view: _View) -> tuple[Image.Image, Image.Image, tuple[
             for y in range(0, tile.height, cell.height):
                 tile.paste(cell, (x, y))
     pen = Pen(width, height, margin, COLORS[thing.color], tile)
-    SHAPES[thing.kind](pen)
+    pen.draw(SHAPES[thing.kind]["strokes"])
     if thing.print:
         _plate(pen, thing, view)
     return tile, pen.mask, (round(left) - margin, round(top) - margin)
 
 
-def _plate(pen: Pen, thing: Thing, view: _View) -> None:
-    u, v = PLATES.get(thing.kind, (0.5, 0.5))
+def _plate(pen: Pen, thing: Thing, view: Viewport) -> None:
+    u, v = SHAPES[thing.kind]["plate"]
     x, y = pen.margin + u * pen.w, pen.margin + v * pen.h
     capital = CAPITAL * view.sy
     w, h = 0.029 * view.sx, 0.034 * view.sy
     y = min(max(y, pen.margin + h), pen.margin + pen.h - h)
     plate, corner = (x - w, y - h, x + w, y + h), h * 0.35
     white, edge = pen.tones["white"], max(1, round(0.004 * view.sx))
-    pen._mask.rounded_rectangle(plate, corner, 255)
-    pen._tile.rounded_rectangle(plate, corner, white, pen.tones["dark"], edge)
+    pen.on_mask.rounded_rectangle(plate, corner, 255)
+    pen.on_tile.rounded_rectangle(plate, corner, white, pen.tones["dark"], edge)
     font = _font(max(4, round(capital / 0.71)))
     stroke = max(0, round(capital * 0.045))
-    pen._tile.text((x, y), thing.print, fill=(18, 18, 26), font=font, anchor="mm",
+    pen.on_tile.text((x, y), thing.print, fill=(18, 18, 26), font=font, anchor="mm",
                    stroke_width=stroke, stroke_fill=(18, 18, 26))  # fmt: skip
 
 
@@ -400,8 +392,8 @@ def _grown(mask: Image.Image, radius: float) -> Image.Image:
 
 
 def _canvas(scene: Scene, box: Box, pixels: int) -> tuple[Image.Image, Image.Image]:
-    view = _View(box, pixels)
-    canvas, index = _backdrop(scene, view), Image.new("L", (pixels, pixels), 255)
+    view, index = Viewport(box, pixels), Image.new("L", (pixels, pixels), 255)
+    canvas = backdrop(scene.background, scene.shade, scene.seed, view)
     unit = view.sx
     for i, (thing, share) in enumerate(zip(scene.things, visible(scene, box), strict=True)):
         if share == 0:
@@ -416,64 +408,3 @@ def _canvas(scene: Scene, box: Box, pixels: int) -> tuple[Image.Image, Image.Ima
         canvas.paste(tile, (left, top), mask)
         index.paste(i, (left, top), mask)
     return canvas, index
-
-
-# band colours from the top of the picture to its bottom, with their heights
-_BANDS: dict[str, list[tuple[float, RGB]]] = {
-    "meadow": [(0, (150, 205, 240)), (0.58, (226, 242, 250)), (0.6, (176, 214, 138)),
-               (1, (126, 182, 104))],
-    "shore": [(0, (170, 220, 245)), (0.42, (232, 246, 250)), (0.43, (96, 178, 206)),
-              (0.66, (142, 208, 216)), (0.68, (244, 226, 180)), (1, (230, 204, 150))],
-    "room": [(0, (236, 224, 206)), (0.7, (224, 208, 188)), (0.705, (156, 122, 92)),
-             (0.73, (188, 150, 114)), (1, (168, 130, 98))],
-    "night": [(0, (24, 28, 62)), (0.7, (66, 62, 118)), (1, (104, 84, 138))],
-    "paper": [(0, (250, 246, 232)), (1, (244, 236, 214))],
-    "snow": [(0, (186, 206, 224)), (0.55, (232, 238, 244)), (0.57, (246, 249, 252)),
-             (1, (222, 232, 242))],
-}  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _gradient(name: str) -> Image.Image:
-    bands = _BANDS[name]
-    at = np.linspace(0, 1, 1024)
-    rows = [np.interp(at, [y for y, _ in bands], [c[i] for _, c in bands]) for i in range(3)]
-    return Image.fromarray(np.stack(rows, 1).round().astype(np.uint8)[:, None])
-
-
-def _backdrop(scene: Scene, view: _View) -> Image.Image:
-    _, y0, _, y1 = view.box
-    size = (view.pixels, view.pixels)
-    canvas = _gradient(scene.background).resize(
-        size, Image.Resampling.BILINEAR, box=(0, y0 * 1024, 1, y1 * 1024)
-    )
-    tint = Image.new("RGB", size, (255, 214, 170) if scene.shade < 0.5 else (170, 200, 255))
-    canvas = Image.blend(canvas, tint, 0.3 * abs(scene.shade - 0.5))
-    pen, rng = ImageDraw.Draw(canvas), random.Random(scene.seed)
-
-    def ellipse(cx: float, cy: float, rx: float, ry: float, fill: RGB) -> None:
-        pen.ellipse((*view.point(cx - rx, cy - ry), *view.point(cx + rx, cy + ry)), fill=fill)
-
-    thin = max(1, round(0.003 * view.sx))
-    if scene.background == "meadow":
-        ellipse(rng.uniform(0, 0.4), 0.74, 0.5, 0.2, (160, 206, 126))
-        ellipse(rng.uniform(0.6, 1), 0.78, 0.6, 0.22, (148, 198, 116))
-    elif scene.background == "shore":
-        for _ in range(7):
-            x, y = rng.uniform(0, 0.9), rng.uniform(0.46, 0.64)
-            pen.line([view.point(x, y), view.point(x + 0.08, y)], fill=(206, 236, 240), width=thin)
-    elif scene.background == "room":
-        for k in range(1, 8):
-            pen.line([view.point(k / 8, 0), view.point(k / 8, 0.7)], (216, 202, 182), thin)
-    elif scene.background == "night":
-        for _ in range(40):
-            ellipse(rng.random(), rng.random() * 0.8, 0.0025, 0.0025, (226, 226, 250))
-    elif scene.background == "paper":
-        for k in range(1, 16):
-            pen.line([view.point(0, k / 16), view.point(1, k / 16)], (206, 220, 232), thin)
-            pen.line([view.point(k / 16, 0), view.point(k / 16, 1)], (226, 232, 232), thin)
-    else:
-        ellipse(rng.uniform(0.1, 0.9), 0.72, 0.7, 0.2, (250, 252, 254))
-        for _ in range(40):
-            ellipse(rng.random(), rng.random(), 0.004, 0.004, (255, 255, 255))
-    return canvas
