@@ -50,6 +50,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.journal import Journal, write_json
 from foveate.base.significance import holm, interval, mcnemar
 from foveate.benchmarks.pocket import HABITS, SIZE
@@ -149,7 +150,7 @@ def by_layer(vlm: VLM, bench: FinePrint, console: Console) -> dict[str, Any]:
                         hits[name].append([held(sample.meta["boxes"], c) >= SEEN for c in crops])
     return {
         "questions": len(hits["question / general"]),
-        "published": list(method.resolve(vlm.model).layers or ()),
+        "published": list(method.resolve(anatomy(vlm.model)).layers or ()),
         "held": {name: (100 * np.mean(rows, 0)).tolist() for name, rows in hits.items()},
     }
 

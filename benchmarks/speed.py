@@ -52,6 +52,7 @@ from torch.nn.functional import linear
 
 import foveate
 from foveate import FoveateError, Method
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.core.method import methods, parse, text
 
@@ -189,7 +190,7 @@ def measure(subject: Subject, names: list[str], repetitions: int, tokens: int) -
 
 def trained(model: Any, methods: tuple[Method, ...]) -> int:
     """Parameters that methods add to the model."""
-    plans = [method.resolve(model).setup(model) for method in methods]
+    plans = [method.resolve(anatomy(model)).setup(anatomy(model)) for method in methods]
     modules = [plan for plan in plans if isinstance(plan, torch.nn.Module)]
     return sum(p.numel() for module in modules for p in module.parameters())
 
