@@ -1,4 +1,4 @@
-"""Reading passes: what they read, whatever they share, and how the chain of pictures is drawn."""
+"""Reading passes: what they read and what they share, and how the chain of pictures is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foveate import VLM, FoveateError, Method
 from foveate.commands import main
 from foveate.core.method import as_stack, registry
 from foveate.scenes import world
-from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_beside, the_image
+from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_with_general, the_image
 from foveate.vlm.vlm import Chat
 
 QUESTIONS = ["Is there a car?", GENERAL + SHORT, "Please describe this image in detail."]
@@ -122,8 +122,8 @@ def test_what_is_kept_of_a_reading_holds_no_picture(vlm: VLM) -> None:
         picture = world.draw(world.sample(2_100_000_001 + number)).resize((1500, 1000))
         images.append(weakref.ref(picture))
         chat = vlm.chat([picture], QUESTIONS[0], None)
-        general = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
-        again = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        general = read_with_general(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        again = read_with_general(vlm, [chat], (3,), GENERAL, SHORT)[1]
         assert again is general
     assert len(vlm.readings) == len(images)
     del picture, chat, general, again
@@ -151,7 +151,7 @@ class Looking(Method, register=False):
             Panel("the contrast", image, heat, frames=((0.0, 0.0, 0.5, 1.0),)),
             Panel("the crop", half),
         )
-        notes = {"crop": [0, 0, *half.size], "chain": Chain(panels)}
+        notes = {"crop": [0, 0, *half.size], "chain": Chain(lambda: panels)}
         return [replace(chat, images=[half], notes=notes) for chat in chats]
 
 
