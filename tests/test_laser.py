@@ -521,7 +521,7 @@ def test_notes_and_chain(small: VLM) -> None:
         instance: Any = as_stack(method)[0].resolve(small.model)
         (pair,) = instance.readings(small, about(image, ASKED[:1]))
         found = instance.evidence(*pair)
-        for panel, values in zip(panels, (found.asked, found.unasked, found.added), strict=False):
+        for panel, values in zip(panels, (found.a_q, found.a_0, found.c), strict=False):
             assert np.abs(panel.heat - values.reshape(4, 4).numpy()).max() < 1e-6
         (frame,) = panels[2].frames
         assert [round(f * s) for f, s in zip(frame, (80, 64) * 2, strict=True)] == notes["crop"]

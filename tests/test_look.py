@@ -17,9 +17,12 @@ from PIL import Image
 from foveate import VLM, FoveateError, Method
 from foveate.commands import main
 from foveate.core.method import as_stack, registry
+from foveate.evaluation.ask import Asker
 from foveate.scenes import world
 from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_with_general, the_image
 from foveate.vlm.vlm import Chat
+from tests.test_evaluation import Scenes
+from tests.test_evaluation import questions as questions_of
 
 QUESTIONS = ["Is there a car?", GENERAL + SHORT, "Please describe this image in detail."]
 
@@ -130,6 +133,58 @@ def test_what_is_kept_of_a_reading_holds_no_picture(vlm: VLM) -> None:
     gc.collect()
     assert [image() for image in images] == [None] * 3, "nothing kept refers to the pictures"
     assert len(pickle.dumps(list(vlm.readings.values()))) < 100_000, "a picture has 4.5 MB"
+
+
+@pytest.mark.parametrize(
+    ("method", "pictures"),
+    [
+        ("vicrop(window=90)", [1, 2]),  # the image for the reading, then beside its crop
+        ("carve(steps=2)", [1, 1]),
+        ("laser(floor=60)", [1, 1, 1]),  # the second stream's crop is another picture
+        ("laser(floor=60,vat=never)", [1, 1]),
+    ],
+)
+def test_every_pass_prepares_its_pictures_once(
+    vlm: VLM, method: str, pictures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    inputs = VLM.inputs
+
+    def counted(self: VLM, chats: list[Chat]) -> Any:
+        prepared.extend(len(chat.images) for chat in chats)
+        return inputs(self, chats)
+
+    monkeypatch.setattr(VLM, "inputs", counted)
+    image = world.draw(world.sample(2_100_000_009), 240)
+    vlm.readings.clear()
+    for question in ("Is there a car?", "What is red?"):  # the second time a reading is kept
+        prepared.clear()
+        vlm.ask(image, question, method, max_new_tokens=2)
+        assert prepared == pictures
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [(["vicrop"], False), (["carve(keep=1)"], True), (["laser", "vanilla"], True)],
+)
+def test_prompts_that_every_method_replaces_are_not_prepared(
+    vlm: VLM, methods: list[str], expected: bool
+) -> None:
+    asker = Asker(vlm, methods)
+    assert (asker.load(questions_of(Scenes())[0]).prompts is not None) == expected
+
+
+def test_a_chain_is_drawn_when_somebody_looks() -> None:
+    drawn: list[int] = []
+
+    def draw() -> list[Panel]:
+        drawn.append(1)
+        return [Panel("one", Image.new("RGB", (4, 4)))]
+
+    chain = Chain(draw)
+    assert not drawn
+    assert chain.panels is chain.panels
+    assert drawn == [1]
 
 
 @dataclass(frozen=True)
