@@ -52,34 +52,35 @@ def measure(
             stack, tokens = parse(name), TOKENS if repetition >= 0 else 2
             seed = max(0, repetition) * len(names) + number
             chat = vlm.chat([world.draw(world.sample(seed))], QUESTION, None)
-
-            def plain(tokens: int = tokens, chat: Chat = chat) -> None:
-                vlm.answer([chat], (), tokens)
-
-            def method(
-                stack: tuple[Method, ...] = stack, tokens: int = tokens, chat: Chat = chat
-            ) -> list[Chat]:
-                found = vlm.rewrite([chat], stack)
-                vlm.answer(found, stack, tokens)
-                return found
-
-            alone, _ = timed(vlm.model, plain)
-            ours, found = timed(vlm.model, method)
-
-            def published(
-                stack: tuple[Method, ...] = stack,
-                tokens: int = tokens,
-                chat: Chat = chat,
-                found: list[Chat] = found,
-            ) -> None:
-                for text in (chat.text + SHORT, GENERAL + SHORT):
-                    read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
-                vlm.answer(found, stack, tokens)
-
-            theirs, _ = timed(vlm.model, published)
+            seconds = _turn(vlm, stack, chat, tokens, timed)
             if repetition >= 0:
-                rows[name]["turns"].append((alone, ours, theirs))
+                rows[name]["turns"].append(seconds)
     return rows
+
+
+def _turn(
+    vlm: VLM,
+    stack: tuple[Method, ...],
+    chat: Chat,
+    tokens: int,
+    timed: Callable[..., tuple[float, Any]],
+) -> tuple[float, float, float]:
+    """Seconds of the plain answer, the method's and the published way's, about one picture."""
+
+    def method() -> list[Chat]:
+        rewritten = vlm.rewrite([chat], stack)
+        vlm.answer(rewritten, stack, tokens)
+        return rewritten
+
+    def published() -> None:
+        for text in (chat.text + SHORT, GENERAL + SHORT):
+            read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
+        vlm.answer(rewritten, stack, tokens)
+
+    alone, _ = timed(vlm.model, lambda: vlm.answer([chat], (), tokens))
+    ours, rewritten = timed(vlm.model, method)
+    theirs, _ = timed(vlm.model, published)
+    return alone, ours, theirs
 
 
 def steps(method: Method) -> int:
@@ -107,31 +108,31 @@ def read_again(vlm: VLM, chat: Chat, tokens: int) -> list[torch.Tensor]:
 
 def figures(rows: dict[str, Any], spread: Callable[..., dict[str, float]]) -> dict[str, Any]:
     """Median seconds, and the ratios within turns."""
-    found = {}
-    for name, samples in rows.items():
-        turns = samples["turns"]
+    summary = {}
+    for name, row in rows.items():
+        turns = row["turns"]
         alone, ours, theirs = (
             spread(list(column))["median"] for column in zip(*turns, strict=True)
         )
-        found[name] = {
+        summary[name] = {
             "plain": alone,
             "method": ours,
             "published": theirs,
             "over plain": spread([b / a for a, b, _ in turns]),
             "published over method": spread([c / b for _, b, c in turns]),
-            "read": samples["read"],
+            "read": row["read"],
             "passes": type(parse(name)[0]).passes,
         }
-    return found
+    return summary
 
 
 def tables(
     sizes: dict[str, Any], ratio: Callable[..., str]
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, cells) of every table of the report on looking again."""
-    for size, found in sizes.items():
+    for size, measured in sizes.items():
         yield (
-            f"{size}: {found['note']}",
+            f"{size}: {measured['note']}",
             COLUMNS,
             [
                 [
@@ -144,6 +145,6 @@ def tables(
                     ratio(entry["over plain"]),
                     ratio(entry["published over method"]),
                 ]
-                for name, entry in found["figures"].items()
+                for name, entry in measured["figures"].items()
             ],
         )
