@@ -30,7 +30,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
     "v3": {"time": "start", "rank": "attention", "smallest": 0.0},
     "v4": {"time": "full", "rank": "attention", "smallest": 0.0},
 }
-LEVEL = 1e-4  # contrasts that differ by less than this share count as equal
+LEVEL = 1e-4  # contrasts that exceed the least one by less than this share tie with it
 LARGEST = 4  # times the original's pixels that a magnified crop may have
 
 
@@ -48,9 +48,9 @@ class CARVE(Method):
       ``max(W / w, H / h)`` (LANCZOS). The original text is asked about this picture.
 
     What the paper leaves open: pixels that the model does not see (a centre crop) are never kept.
-    On a level map only strictly larger pixels are kept. Where nothing is kept, and where the
-    question is the general instruction, the whole image is asked about. A crop is magnified to at
-    most four times the original's pixels.
+    Where the threshold ties with the map's least value, only strictly larger pixels are kept. Where
+    nothing is kept, and where the question is the general instruction, the whole image is asked
+    about. A crop is magnified to at most four times the original's pixels.
 
     Notes: "crop", the box [left, top, right, bottom] in pixels of the original; "kept", the share
     of the image's pixels that are not black; "regions", [found, kept]; "steps", how many both
@@ -218,7 +218,7 @@ class CARVE(Method):
         if not s.size:
             return mask, [0, 0]
         level = float(s.min()) * (1 + LEVEL)
-        threshold = np.percentile(s, 100 * (1 - self.keep))
+        threshold = np.percentile(s, 100 * (1 - self.keep))  # keeps the share p of pixels
         stands_out = threshold > level or self.keep == 1
         labels, count = ndimage.label(s >= threshold if stands_out else s > level)  # 4-connected
         kept = labels > 0

@@ -17,8 +17,8 @@ from ..base.form import costly
 from ..core.method import Method
 from ..core.visual import WHOLE, Box, Pixels
 
-_FLAT = 1e-4  # a map whose values differ by less than this share of the largest says nothing
-_FINE = 2**40  # the largest value, as an integer: sums are then exact, and ties are ties
+_FLAT = 1e-4  # a map is flat if its values differ by less than this share of the largest
+_FINE = 2**40  # maps are scaled to integers up to this one, so that sums and ties are exact
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class ViCrop(Method):
     Relative attention: the last prompt row's attention on the image, mean over the heads of one
     layer (and over `layers` where several are given), for the question, divided by the same for a
     general instruction. `window_search` turns the map into a square crop, which is shown after the
-    whole image. The question is then asked as it came; the authors also leave `suffix` there, which
-    here is up to the benchmark.
+    whole image. The question is then asked as it came; the authors also keep `suffix` there, which
+    here the benchmark decides.
 
-    The two passes are plain and stop at the prompt. All questions about an image share its prefix,
-    and the general pass is kept for later ones. Where the window covers the whole image, as with
-    images smaller than it, and where the map is flat, as for the general instruction itself, there
-    is nothing to look at again: the prompt stays as it is (inferred; the authors would then show
-    the same image twice, or its upper left corner). ``notes["crop"]`` is the crop in pixels.
+    The two passes are plain and read the prompt only. All questions about an image share its
+    prefix, and the general pass is kept for later ones. The prompt stays as it is where the window
+    covers the whole image, as with small images, and where the map is flat, as for the general
+    instruction itself (inferred; the authors would then show the same image twice, or its upper
+    left corner). ``notes["crop"]`` is the crop in pixels.
 
     Attributes:
         window: side of the smallest window in pixels of the image. Published: the input side of
@@ -43,8 +43,8 @@ class ViCrop(Method):
             crop for, has visual tokens without a place on the image and is refused.
         ratios: sides of the windows tried, in units of `window`, rising. Published.
         final_input: "both" shows the image and the crop, as published; "crop" only the crop.
-        instruction: what is asked for the general pass. None: the published "Write a general
-            description of the image."
+        instruction: of the general pass. None: the published "Write a general description of the
+            image."
         suffix: follows question and instruction in both passes, unless they end with it. None:
             the published " Answer the question using a single word or phrase."
         layers: read, not edited. Published: 14 for LLaVA-1.5 and 22 for Qwen2.5-VL-3B; 14 for

@@ -33,9 +33,9 @@ from .vlm import VLM, Answer, Chat
 T = TypeVar("T")
 
 GENERAL = "Write a general description of the image."
-"""The general instruction of ViCrop and CARVE: it shows where a model looks for any question."""
+"""The general instruction of ViCrop and CARVE: its attention is what all questions share."""
 SHORT = " Answer the question using a single word or phrase."
-"""What their authors append to question and general instruction."""
+"""The authors of both append this to the question and to the general instruction."""
 
 _KEPT = 32  # readings that a VLM keeps
 
@@ -138,7 +138,7 @@ def read_with_general(
     def first() -> Reading:
         reading, *rest = read(vlm, [general, *questions], layers, max_new_tokens=max_new_tokens)
         readings.extend(rest)
-        return reading
+        return _light(reading)
 
     key = (layers, max_new_tokens, general.text, general.system)
     kept_reading = kept(vlm, chats[0].images[0], key, first)
@@ -179,17 +179,13 @@ def the_image(method: Method, chats: Sequence[Chat]) -> Image.Image | None:
 def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What `make` returns for this image, kept for the next questions about it.
 
-    A `Reading` is kept, and returned, without its pictures and its record: nothing of it is then
-    as large as the image.
-
     Args:
         key: what else the result depends on: the method, its parameters, the system prompt.
     """
     store = vlm.readings
     place = (key, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
     if place not in store:
-        made = make()
-        store[place] = _light(made) if isinstance(made, Reading) else made
+        store[place] = make()
         while len(store) > _KEPT:
             store.popitem(last=False)
     store.move_to_end(place)
@@ -197,6 +193,7 @@ def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], 
 
 
 def _light(reading: Reading) -> Reading:
+    """The reading without pictures and record, so that what is kept is small."""
     chat = replace(reading.answer.chat, images=[], contrast=None, notes={})
     return replace(reading, answer=replace(reading.answer, chat=chat, record=None))
 
