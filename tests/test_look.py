@@ -1,4 +1,4 @@
-"""Reading passes: what they read, whatever they share, and how the chain of pictures is drawn."""
+"""Reading passes: what they read and what they share, and how the chain of pictures is drawn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from foveate import VLM, FoveateError, Method
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.commands import main
 from foveate.core.method import as_stack, registry
+from foveate.evaluation.ask import Asker
 from foveate.scenes import world
-from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_beside, the_image
+from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_with_general, the_image
 from foveate.vlm.vlm import Chat
+from tests.references.carve import attention
+from tests.test_evaluation import Scenes
+from tests.test_evaluation import questions as questions_of
 
 QUESTIONS = ["Is there a car?", GENERAL + SHORT, "Please describe this image in detail."]
 
@@ -33,29 +37,6 @@ def vlm() -> VLM:
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
     return [world.draw(world.sample(2_100_000_001))]
-
-
-def by_hand(vlm: VLM, chat: Chat, steps: int) -> list[torch.Tensor]:
-    """(layers, H, N_v) per step: the whole sequence again for every token, full maps."""
-    inputs = dict(vlm.inputs([chat]))
-    visual = (inputs["input_ids"] == vlm.model.config.image_token_id)[0].nonzero()[:, 0]
-    ends, maps = vlm.model.generation_config.eos_token_id, []
-    before = vlm.model.config._attn_implementation
-    vlm.model.set_attn_implementation("eager")
-    for _ in range(steps):
-        with torch.no_grad():
-            out = vlm.model(**inputs, use_cache=False, output_attentions=True)
-        maps.append(torch.stack([a[0, :, -1, visual] for a in out.attentions]))
-        token = out.logits[:, -1:].argmax(-1)
-        if int(token) == ends:
-            break
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
-        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-            if name in inputs:
-                extra = torch.full_like(token, int(name == "attention_mask"))
-                inputs[name] = torch.cat([inputs[name], extra], 1)
-    vlm.model.set_attn_implementation(before)
-    return maps
 
 
 @pytest.mark.parametrize("heads", ["mean", "all"])
@@ -72,8 +53,7 @@ def test_rows_are_those_of_running_everything_again(
     for chat, reading in zip(
         chats, read(vlm, chats, layers, heads=heads, max_new_tokens=6), strict=True
     ):
-        maps = torch.stack([step[list(layers)] for step in by_hand(vlm, chat, 6)])
-        maps = maps if heads == "all" else maps.mean(2)
+        maps = torch.stack(attention(vlm, images[0], chat.text, layers, 6, heads))
         assert reading.layers == layers
         assert reading.weights.shape == maps.shape, "as many steps, the one of </s> included"
         assert (reading.weights - maps).abs().max() < 1e-5
@@ -123,14 +103,66 @@ def test_what_is_kept_of_a_reading_holds_no_picture(vlm: VLM) -> None:
         picture = world.draw(world.sample(2_100_000_001 + number)).resize((1500, 1000))
         images.append(weakref.ref(picture))
         chat = vlm.chat([picture], QUESTIONS[0], None)
-        general = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
-        again = read_beside(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        general = read_with_general(vlm, [chat], (3,), GENERAL, SHORT)[1]
+        again = read_with_general(vlm, [chat], (3,), GENERAL, SHORT)[1]
         assert again is general
     assert len(vlm.readings) == len(images)
     del picture, chat, general, again
     gc.collect()
     assert [image() for image in images] == [None] * 3, "nothing kept refers to the pictures"
     assert len(pickle.dumps(list(vlm.readings.values()))) < 100_000, "a picture has 4.5 MB"
+
+
+@pytest.mark.parametrize(
+    ("method", "pictures"),
+    [
+        ("vicrop(window=90)", [1, 2]),  # the image for the reading, then beside its crop
+        ("carve(steps=2)", [1, 1]),
+        ("laser(floor=60)", [1, 1, 1]),  # the second stream's crop is another picture
+        ("laser(floor=60,vat=never)", [1, 1]),
+    ],
+)
+def test_every_pass_prepares_its_pictures_once(
+    vlm: VLM, method: str, pictures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    inputs = VLM.inputs
+
+    def counted(self: VLM, chats: list[Chat]) -> Any:
+        prepared.extend(len(chat.images) for chat in chats)
+        return inputs(self, chats)
+
+    monkeypatch.setattr(VLM, "inputs", counted)
+    image = world.draw(world.sample(2_100_000_009), 240)
+    vlm.readings.clear()
+    for question in ("Is there a car?", "What is red?"):  # the second time a reading is kept
+        prepared.clear()
+        vlm.ask(image, question, method, max_new_tokens=2)
+        assert prepared == pictures
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [(["vicrop"], False), (["carve(keep=1)"], True), (["laser", "vanilla"], True)],
+)
+def test_prompts_that_every_method_replaces_are_not_prepared(
+    vlm: VLM, methods: list[str], expected: bool
+) -> None:
+    asker = Asker(vlm, methods)
+    assert (asker.load(questions_of(Scenes())[0]).prompts is not None) == expected
+
+
+def test_a_chain_is_drawn_when_somebody_looks() -> None:
+    drawn: list[int] = []
+
+    def draw() -> list[Panel]:
+        drawn.append(1)
+        return [Panel("one", Image.new("RGB", (4, 4)))]
+
+    chain = Chain(draw)
+    assert not drawn
+    assert chain.panels is chain.panels
+    assert drawn == [1]
 
 
 @dataclass(frozen=True)
@@ -152,7 +184,7 @@ class Looking(Method, register=False):
             Panel("the contrast", image, heat, frames=((0.0, 0.0, 0.5, 1.0),)),
             Panel("the crop", half),
         )
-        notes = {"crop": [0, 0, *half.size], "chain": Chain(panels)}
+        notes = {"crop": [0, 0, *half.size], "chain": Chain(lambda: panels)}
         return [replace(chat, images=[half], notes=notes) for chat in chats]
 
 

@@ -22,9 +22,15 @@ Pixel = tuple[int, int]
 
 
 def attention(
-    vlm: Any, image: Image.Image, text: str, layers: tuple[int, ...], limit: int
+    vlm: Any,
+    image: Image.Image,
+    text: str,
+    layers: tuple[int, ...],
+    limit: int,
+    heads: str = "mean",
 ) -> list[Tensor]:
-    """A of section 4 at each generated token: (layers, N_v), mean over heads."""
+    """A of section 4 at each generated token: (layers, N_v), mean over heads, or (layers, H, N_v)
+    of "all" heads."""
     prompt = dict(vlm.inputs([vlm.chat([image], text, None)]))
     ends = vlm.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -36,8 +42,8 @@ def attention(
         while len(steps) < limit:
             with torch.no_grad():
                 out = vlm.model(**prompt, output_attentions=True, use_cache=False)
-            maps = [out.attentions[layer][0].float().mean(0) for layer in layers]
-            steps.append(torch.stack([one[-1, columns] for one in maps]))
+            rows = torch.stack([out.attentions[layer][0, :, -1, columns] for layer in layers])
+            steps.append(rows if heads == "all" else rows.mean(1))
             token = int(out.logits[0, -1].argmax())
             if token in ends:
                 break

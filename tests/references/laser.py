@@ -46,25 +46,19 @@ def evidence(
     asked: list[Tensor],
     unasked: list[Tensor],
     heads: int,
-    renorm: bool = False,
-    per_layer_norm: bool = False,
     first_layer: int = 0,
 ) -> Found:
     """Equations (3) to (6), head by head; `asked` and `unasked` hold (H, N_v) per layer."""
     vaq, chosen = [], []
     for with_query, without in zip(asked, unasked, strict=True):
-        activations, sizes = [], []
+        activations = []
         for a, b in zip(with_query, without, strict=True):
-            if renorm:
-                a, b = a / a.sum(), b / b.sum()
             added = torch.tensor(
                 [max(x - y, 0.0) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
             )
             activations.append((math.sqrt(sum(x * x for x in added.tolist())), added, a, b))
-            sizes.append(math.sqrt(sum(x * x for x in a.tolist())))
         top = sorted(activations, key=lambda entry: -entry[0])[:heads]
-        value = sum(entry[0] for entry in top) / len(top)
-        vaq.append(value / (sum(sizes) / len(sizes)) if per_layer_norm else value)
+        vaq.append(sum(entry[0] for entry in top) / len(top))
         chosen.append(top)
     layer = max(range(first_layer, len(vaq)), key=lambda i: vaq[i])
     added, a, b = (sum(entry[i] for entry in chosen[layer]) / len(chosen[layer]) for i in (1, 2, 3))

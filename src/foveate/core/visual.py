@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are visual."""
+"""Which tokens of a prompt are visual, and parts of an image."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 from ..base.errors import FoveateError
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) as fractions of an image's width and height."""
+
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+Pixels = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels of an image, the last two exclusive."""
 
 
 def visual_token_ids(config: Any, image_token_id: int | None = None) -> tuple[int, ...]:

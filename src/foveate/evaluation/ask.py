@@ -165,7 +165,11 @@ class Asker:
             except FoveateError as error:
                 chats.append(str(error))
         prompts, good = None, [chat for chat in chats if isinstance(chat, Chat)]
-        if self.share and good:
+        kept = any(  # a method that looks again asks about other pictures
+            all(m.shares_prefix and (m.is_neutral or not m.wants("rewrite")) for m in stack)
+            for stack in self.stacks.values()
+        )
+        if self.share and kept and good:
             with contextlib.suppress(Exception):  # then it fails again where that is recorded
                 prompts = prepare(self.vlm, good)
         return Loaded(job, chats, prompts)

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from ..base.errors import FoveateError
 from ..base.form import load_plugins
-from ..core.visual import runs, visual_mask, visual_token_ids
-
-Box = tuple[float, float, float, float]
-"""(left, top, right, bottom) as fractions of an image's width and height."""
-
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+from ..core.visual import WHOLE, Box, runs, visual_mask, visual_token_ids
 
 
 @dataclass(frozen=True)

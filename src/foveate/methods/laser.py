@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import Method, Prompt, Sequences, costly
+from ..base.form import costly
+from ..core.method import Method
+from ..core.visual import Box, Pixels
 
 if TYPE_CHECKING:
-    from ..families.layout import Box
-    from ..vlm.look import Chain, Pixels, Reading
-    from ..vlm.vlm import VLM, Chat
+    from ..core.context import Context
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,19 @@ class Evidence:
 
     Attributes:
         layers: the layers that were read, 0-based.
-        vaq: (layers,) float32, how much the question adds in each of them, equation (5).
-        layer: where it adds most, 0-based, equation (6); None where it adds nothing anywhere.
-        asked, unasked: (N_v,) float32, attention with and without the question, and
-        added: (N_v,) float32, equation (3): all at `layer`, mean over the heads behind `vaq`.
+        vaq: (layers,) float32, VAQ of each of them, equation (5).
+        layer: the chosen one, 0-based, equation (6); None where the question adds nothing anywhere.
+        a_q, a_0: (N_v,) float32, attention with and without the question, and
+        c: (N_v,) float32, the map C of what the question adds: all three at `layer`, mean over the
+            heads behind its VAQ.
     """
 
     layers: tuple[int, ...]
     vaq: Tensor
     layer: int | None
-    asked: Tensor
-    unasked: Tensor
-    added: Tensor
+    a_q: Tensor
+    a_0: Tensor
+    c: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,23 @@ class LASER(Method):
     """Look again where the question drew attention, at the layer that it changed most.
 
     Reading: the prompt's last row gives a_q with the question and a_0 without it, per layer and
-    head, on the visual tokens, (3) max(a_q - a_0, 0). Its norm over the tokens is a head's visual
-    activation by the query, (4); the mean of the `heads` largest is the layer's, VAQ, (5); the
-    layer with the largest is chosen, (6), and the map C is the mean of (3) over those heads there.
+    head, on the visual tokens.
+
+    * (3) A_con = max(a_q - a_0, 0)
+    * (4) VAQ of a head = norm of A_con over the tokens
+    * (5) VAQ of a layer = mean over its `heads` largest
+    * (6) layer = argmax of VAQ; the map C is the mean of A_con over those heads there.
 
     Crop: `share` of the image in each dimension but at least `floor` pixels, cut from the original
     pixels where C says. An image that is not larger stays as it is.
 
     VAT: a second stream sees the same crop with the `patches` of the largest C filled, (7), and
-    reads the same answer; the logits become (1 + alpha) l - alpha l', (8) and (9), in the prompt
-    and at every decode step. It needs one batch, not a shared prefix.
+    reads the same answer. Logits z become
+
+    * (8) VAT = z - z_masked
+    * (9) s = z + alpha VAT, in the prompt and at every decode step.
+
+    It needs one batch, not a shared prefix.
 
     Where the question changes nothing (it is no other prompt than the one without it), the whole
     image is shown and there is no VAT. The notes of a chat hold ``crop`` (left, top, right,
@@ -92,9 +100,6 @@ class LASER(Method):
         suffix: follows the question in the reading pass, unless it ends with it; inferred. None:
             ViCrop's " Answer the question using a single word or phrase."
         first_layer: shallower layers are read but not chosen; inferred.
-        renorm: attention is divided by its sum over the image first, per layer and head. Reported:
-            it is not; one reader does it.
-        per_layer_norm: a layer's VAQ is divided by the mean norm of its heads' a_q; inferred.
         layers: to read and choose from. Reported: all.
     """
 
@@ -112,8 +117,6 @@ class LASER(Method):
     plausibility: float = 0.0
     suffix: str | None = costly(None, limit=300)
     first_layer: int = 0
-    renorm: bool = False
-    per_layer_norm: bool = False
 
     name: ClassVar[str] = "laser"
     paper: ClassVar[str] = "2602.04304"
@@ -149,52 +152,46 @@ class LASER(Method):
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def readings(self, vlm: VLM, chats: list[Chat]) -> list[tuple[Reading, Reading]]:
+    def readings(self, vlm: Any, chats: list[Any]) -> list[tuple[Any, Any]]:
         """Attention of all heads with and without the question, per chat about one image.
 
         Call it on a method that was resolved for the model. The image is read once, where the
         model allows it; equal prompts are read once, so their readings are equal to the bit.
+
+        Returns:
+            Two `foveate.vlm.look.Reading` per chat.
         """
-        from ..vlm.look import SHORT, followed, read  # imports transformers
+        from ..vlm.look import SHORT, plain, read
 
         suffix = SHORT if self.suffix is None else self.suffix
-        unasked = suffix.strip() if self.noq == "instruction_only" else ""
-        pairs = []
+        noq = suffix.strip() if self.noq == "instruction_only" else ""
+        prompts, pairs = dict[Any, Any](), []
         for chat in chats:
-            asked = followed(chat.text, suffix)
-            pairs.append(((chat.system, asked), (chat.system, unasked)))
-        prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
-        plain = [
-            replace(chats[0], system=system, text=text, notes={}, contrast=None)
-            for system, text in prompts
-        ]
-        found = dict(zip(prompts, read(vlm, plain, self.layers, heads="all"), strict=True))
-        return [(found[asked], found[unasked]) for asked, unasked in pairs]
+            asked = replace(chats[0], system=chat.system)
+            pair = plain(asked, chat.text, suffix), plain(asked, noq)
+            pairs.append([(one.system, one.text) for one in pair])
+            prompts |= zip(pairs[-1], pair, strict=True)
+        read_once = read(vlm, list(prompts.values()), self.layers, heads="all")
+        by_prompt = dict(zip(prompts, read_once, strict=True))
+        return [(by_prompt[q], by_prompt[empty]) for q, empty in pairs]
 
-    def evidence(self, asked: Reading, unasked: Reading) -> Evidence:
+    def evidence(self, asked: Any, unasked: Any) -> Evidence:
         """Equations (3) to (6) on two readings of all heads, with and without the question."""
-        with_query, without = asked.weights[0], unasked.weights[0]  # (layers, H, N_v)
-        if self.renorm:
-            with_query, without = (
-                w / w.sum(-1, keepdim=True).clamp(min=1e-12) for w in (with_query, without)
-            )
-        added = (with_query - without).relu()
-        strength = added.norm(dim=-1)
-        count = strength.shape[1] if self.heads == "all" else min(self.heads, strength.shape[1])
-        top = strength.topk(count, 1)
-        vaq = top.values.mean(1)
-        if self.per_layer_norm:
-            vaq = vaq / with_query.norm(dim=-1).mean(1).clamp(min=1e-12)
+        a_q, a_0 = asked.weights[0], unasked.weights[0]  # (layers, H, N_v)
+        a_con = (a_q - a_0).relu()  # (3)
+        vaq_heads = a_con.norm(dim=-1)  # (4), (layers, H)
+        heads = vaq_heads.shape[1]
+        top = vaq_heads.topk(heads if self.heads == "all" else min(self.heads, heads), 1)
+        vaq = top.values.mean(1)  # (5), (layers,)
         eligible = torch.tensor([layer >= self.first_layer for layer in asked.layers])
-        best = int(torch.where(eligible, vaq, -1.0).argmax())
-        heads = top.indices[best]
-        means = [maps[best, heads].mean(0) for maps in (with_query, without, added)]
+        best = int(torch.where(eligible, vaq, -1.0).argmax())  # (6)
         layer = asked.layers[best] if vaq[best] > 0 else None
+        means = [a[best, top.indices[best]].mean(0) for a in (a_q, a_0, a_con)]
         return Evidence(asked.layers, vaq, layer, *means)
 
     # -- the crop and the masked view --------------------------------------------------------------
 
-    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
+    def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
         from ..vlm.look import the_image
 
         image = the_image(self, chats)
@@ -203,31 +200,58 @@ class LASER(Method):
         depth = vlm.model.get_decoder().config.num_hidden_layers
         deep = depth / 2 + 2 if self.auto_depth is None else self.auto_depth
         shown: dict[Pixels, list[Image.Image]] = {(0, 0, *image.size): chats[0].images}
-        rewritten = []
-        for chat, (asked, unasked) in zip(chats, self.readings(vlm, chats), strict=True):
-            found = self.evidence(asked, unasked)
-            heat = _Heat(asked.map(found.added).double().numpy(), asked.box, image.size)
-            seen = found.layer is not None and bool(heat.cells.any())
-            crop = self.crop(heat) if seen else (0, 0, *image.size)
-            if crop not in shown:  # equal crops are one object, so that they share a prefix
-                part = image.crop(crop)
-                shown[crop] = [part] if self.answer_input == "crop" else [image, part]
-            contrast, masked = None, None
-            if seen and self.contrasts and (self.vat == "always" or cast(int, found.layer) > deep):
-                masked = self.masked(image, heat)
-                contrast = [*shown[crop][:-1], masked.crop(crop)]
-            notes = {
-                "crop": list(crop),
-                "layers": list(found.layers),
-                "vaq": [float(f"{value:.6g}") for value in found.vaq.tolist()],
-                "layer": found.layer,
-                "vat": contrast is not None,
-                "chain": _chain(image, asked, found, crop, masked, shown[crop][-1]),
-            }
-            notes = chat.notes | notes
-            new = replace(chat, images=shown[crop], notes=notes, contrast=contrast)
-            rewritten.append(new)
-        return rewritten
+        return [
+            self._look_again(chat, image, asked, unasked, deep, shown)
+            for chat, (asked, unasked) in zip(chats, self.readings(vlm, chats), strict=True)
+        ]
+
+    def _look_again(
+        self,
+        chat: Any,
+        image: Image.Image,
+        asked: Any,
+        unasked: Any,
+        deep: float,
+        shown: dict[Pixels, list[Image.Image]],
+    ) -> Any:
+        """The chat about the crop; `shown` has the pictures of the crops that earlier chats saw."""
+        from ..vlm.look import Chain, Panel, fractions
+
+        evidence, box = self.evidence(asked, unasked), asked.box
+        layer = evidence.layer
+        a_q, a_0, c = (asked.map(a).numpy() for a in (evidence.a_q, evidence.a_0, evidence.c))
+        heat = _Heat(c.astype(np.float64), box, image.size)
+        seen = layer is not None and bool(heat.cells.any())
+        crop = self.crop(heat) if seen else (0, 0, *image.size)
+        if crop not in shown:  # equal crops are one object, so that they share a prefix
+            part = image.crop(crop)
+            shown[crop] = [part] if self.answer_input == "crop" else [image, part]
+        vat = seen and self.contrasts and (self.vat == "always" or (layer or 0) > deep)
+        *whole, part = images = shown[crop]
+
+        def draw() -> list[Panel]:
+            frame, panels = fractions(crop, image.size), []
+            if layer is not None:
+                panels = [
+                    Panel(f"attention with the question, layer {layer}", image, a_q, box),
+                    Panel("attention without it", image, a_0, box),
+                    Panel("what the question adds", image, c, box, (frame,)),
+                ]
+            if vat:
+                hidden = self.masked(image, heat)
+                panels.append(Panel("hidden from the second stream", hidden, frames=(frame,)))
+            return [*panels, Panel("crop", part)]
+
+        notes = chat.notes | {
+            "crop": list(crop),
+            "layers": list(evidence.layers),
+            "vaq": [float(f"{value:.6g}") for value in evidence.vaq.tolist()],
+            "layer": layer,
+            "vat": vat,
+            "chain": Chain(draw),
+        }
+        contrast = [*whole, self.masked(image, heat).crop(crop)] if vat else None
+        return replace(chat, images=images, notes=notes, contrast=contrast)
 
     def crop(self, heat: _Heat) -> Pixels:
         """Where to look again; not all of `heat` is 0."""
@@ -274,12 +298,13 @@ class LASER(Method):
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         if other is None:
             return logits
-        own = logits.float()
-        contrasted = own + self.alpha * (own - other.float())
+        z = logits.float()
+        vat = z - other.float()  # (8)
+        s = z + self.alpha * vat  # (9)
         if self.plausibility > 0:
-            least = own.amax(-1, keepdim=True) + math.log(self.plausibility)
-            contrasted = contrasted.masked_fill(own < least, -math.inf)
-        return torch.where(seq.memory["vat"][:, None].to(own.device), contrasted, own)
+            least = z.amax(-1, keepdim=True) + math.log(self.plausibility)
+            s = s.masked_fill(z < least, -math.inf)
+        return torch.where(ctx.memory["vat"][:, None].to(z.device), s, z)
 
 
 class _Heat:
@@ -342,29 +367,3 @@ class _Heat:
             np.where(sums > sums.max() * (1 - 1e-9), away, np.inf).argmin(), sums.shape
         )
         return [float(starts[0][col]), float(starts[1][row])]
-
-
-def _chain(
-    image: Image.Image,
-    reading: Reading,
-    found: Evidence,
-    crop: Pixels,
-    masked: Image.Image | None,
-    part: Image.Image,
-) -> Chain:
-    """From both readings to what the model is shown."""
-    from ..vlm.look import Chain, Panel, fractions
-
-    frame, at, panels = fractions(crop, image.size), f"layer {found.layer}", []
-    if found.layer is not None:
-        maps = {
-            f"attention with the question, {at}": (found.asked, ()),
-            "attention without it": (found.unasked, ()),
-            "what the question adds": (found.added, (frame,)),
-        }
-        for title, (values, frames) in maps.items():
-            heat = reading.map(values).numpy()
-            panels.append(Panel(title, image, heat, reading.box, frames))
-    if masked is not None:
-        panels.append(Panel("hidden from the second stream", masked, frames=(frame,)))
-    return Chain((*panels, Panel("crop", part)))

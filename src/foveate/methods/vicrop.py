@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..base.form import costly
-from ..core import Anatomy, Method
+from ..core.method import Method
+from ..core.visual import WHOLE, Box, Pixels
 
-if TYPE_CHECKING:
-    from ..families.layout import Box
-    from ..vlm.look import Pixels
-    from ..vlm.vlm import VLM, Chat
-
-_FLAT = 1e-4  # a map whose values differ by less than this share of the largest says nothing
-_FINE = 2**40  # the largest value, as an integer: sums are then exact, and ties are ties
+_FLAT = 1e-4  # a map is flat if its values differ by less than this share of the largest
+_FINE = 2**40  # maps are scaled to integers up to this one, so that sums and ties are exact
 
 
 @dataclass(frozen=True)
@@ -32,14 +28,14 @@ class ViCrop(Method):
     Relative attention: the last prompt row's attention on the image, mean over the heads of one
     layer (and over `layers` where several are given), for the question, divided by the same for a
     general instruction. `window_search` turns the map into a square crop, which is shown after the
-    whole image. The question is then asked as it came; the authors also leave `suffix` there, which
-    here is up to the benchmark.
+    whole image. The question is then asked as it came; the authors also keep `suffix` there, which
+    here the benchmark decides.
 
-    The two passes are plain and stop at the prompt. All questions about an image share its prefix,
-    and the general pass is kept for later ones. Where the window covers the whole image, as with
-    images smaller than it, and where the map is flat, as for the general instruction itself, there
-    is nothing to look at again: the prompt stays as it is (inferred; the authors would then show
-    the same image twice, or its upper left corner). ``notes["crop"]`` is the crop in pixels.
+    The two passes are plain and read the prompt only. All questions about an image share its
+    prefix, and the general pass is kept for later ones. The prompt stays as it is where the window
+    covers the whole image, as with small images, and where the map is flat, as for the general
+    instruction itself (inferred; the authors would then show the same image twice, or its upper
+    left corner). ``notes["crop"]`` is the crop in pixels.
 
     Attributes:
         window: side of the smallest window in pixels of the image. Published: the input side of
@@ -47,8 +43,8 @@ class ViCrop(Method):
             crop for, has visual tokens without a place on the image and is refused.
         ratios: sides of the windows tried, in units of `window`, rising. Published.
         final_input: "both" shows the image and the crop, as published; "crop" only the crop.
-        instruction: what is asked for the general pass. None: the published "Write a general
-            description of the image."
+        instruction: of the general pass. None: the published "Write a general description of the
+            image."
         suffix: follows question and instruction in both passes, unless they end with it. None:
             the published " Answer the question using a single word or phrase."
         layers: read, not edited. Published: 14 for LLaVA-1.5 and 22 for Qwen2.5-VL-3B; 14 for
@@ -85,48 +81,57 @@ class ViCrop(Method):
             "instruction must not be empty",
         )
 
-    def resolve(self, anatomy: Anatomy) -> Method:
-        from ..vlm.look import GENERAL, SHORT  # imports transformers
-
-        values: dict[str, Any] = {"instruction": GENERAL, "suffix": SHORT}
-        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        return replace(super().resolve(anatomy), **missing)
-
-    def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
-        from ..vlm.look import Chain, Panel, Reading, fractions, read_beside, the_image
+    def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
+        from ..vlm.look import read_with_general, the_image
 
         image = the_image(self, chats)
         if image is None:
             return chats
-        window, instruction, suffix = cast(Any, (self.window, self.instruction, self.suffix))
-        readings, beside = read_beside(vlm, chats, self.layers, instruction, suffix)
+        readings, general = read_with_general(
+            vlm, chats, self.layers, self.instruction, self.suffix
+        )
+        crops: dict[Pixels, Image.Image] = {}  # one picture for equal crops: they share its prefix
+        return [
+            self._look_again(chat, image, reading, general, crops)
+            for chat, reading in zip(chats, readings, strict=True)
+        ]
 
-        def heat(reading: Reading) -> np.ndarray:
-            return reading.map(reading.weights[0].mean(0)).double().numpy()
+    def _look_again(
+        self,
+        chat: Any,
+        image: Image.Image,
+        reading: Any,
+        general: Any,
+        crops: dict[Pixels, Image.Image],
+    ) -> Any:
+        """The chat with the crop that its question's reading points at."""
+        from ..vlm.look import Chain, Panel, fractions
 
-        general, box = heat(beside), beside.box
-        cut: dict[Pixels, Image.Image] = {}  # one picture for equal crops: they share its prefix
-        found = []
-        for chat, reading in zip(chats, readings, strict=True):
-            asked = heat(reading)
-            relative = asked / general.clip(min=np.finfo(np.float32).tiny)
-            crop = whole = (0, 0, *image.size)
-            if np.ptp(relative) > _FLAT * relative.max():
-                crop = window_search(relative, image.size, window, self.ratios, box)
+        asked, described = (
+            one.map(one.weights[0].mean(0)).double().numpy() for one in (reading, general)
+        )
+        relative, box = asked / described.clip(min=np.finfo(np.float32).tiny), general.box
+        crop = whole = (0, 0, *image.size)
+        if np.ptp(relative) > _FLAT * relative.max():
+            assert self.window is not None  # resolved
+            crop = window_search(relative, image.size, self.window, self.ratios, box)
+        images, contrast = chat.images, chat.contrast
+        if crop != whole:
+            piece = crops.setdefault(crop, image.crop(crop))
+            images = self._shown(image, piece)
+            contrast = contrast and self._shown(contrast[0], contrast[0].crop(crop))
+
+        def draw() -> list[Panel]:
+            frame = fractions(crop, image.size)
             panels = [
-                Panel("attention to the general instruction", image, general, box),
+                Panel("attention to the general instruction", image, described, box),
                 Panel("attention to the question", image, asked, box),
-                Panel("question / general", image, relative, box, (fractions(crop, image.size),)),
+                Panel("question / general", image, relative, box, (frame,)),
             ]
-            images, contrast = chat.images, chat.contrast
-            if crop != whole:
-                piece = cut.setdefault(crop, image.crop(crop))
-                panels.append(Panel("crop", piece))
-                images = self._shown(image, piece)
-                contrast = contrast and self._shown(contrast[0], contrast[0].crop(crop))
-            notes = {**chat.notes, "crop": list(crop), "chain": Chain(tuple(panels))}
-            found.append(replace(chat, images=images, contrast=contrast, notes=notes))
-        return found
+            return panels if crop == whole else [*panels, Panel("crop", images[-1])]
+
+        notes = {**chat.notes, "crop": list(crop), "chain": Chain(draw)}
+        return replace(chat, images=images, contrast=contrast, notes=notes)
 
     def _shown(self, image: Image.Image, crop: Image.Image) -> list[Image.Image]:
         return [image, crop] if self.final_input == "both" else [crop]
@@ -137,7 +142,7 @@ def window_search(
     size: tuple[int, int],
     window: int,
     ratios: Sequence[float],
-    box: Box = (0.0, 0.0, 1.0, 1.0),
+    box: Box = WHOLE,
 ) -> Pixels:
     """The square crop around the sharpest window of a map, as the authors' code finds it.
 
@@ -163,7 +168,7 @@ def window_search(
     height = (box[3] - box[1]) * size[1] / rows
     whole = np.rint(heat * (_FINE / max(heat.max(), 1e-300))).astype(np.int64)
     summed = np.pad(whole.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    best, found = -np.inf, (0, 0, *size)
+    best, crop = -np.inf, (0, 0, *size)
     for ratio in ratios:
         side = window * ratio
         across, down = max(1, min(int(side / width), cols)), max(1, min(int(side / height), rows))
@@ -184,8 +189,8 @@ def window_search(
                 int(box[0] * size[0] + x * width + width * across / 2),
                 int(box[1] * size[1] + y * height + height * down / 2),
             )
-            found = square(centre, int(side // 2), size)
-    return found
+            crop = square(centre, int(side // 2), size)
+    return crop
 
 
 def _on_image(heat: np.ndarray, box: Box) -> tuple[np.ndarray, Box]:

@@ -13,6 +13,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch import Tensor
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..core.method import Method
-from ..families.layout import WHOLE, Box, Grid, grids, together
+from ..core.visual import WHOLE, Box, Pixels
+from ..families.layout import Grid, grids, together
 from .answering import answer_all, complete
 from .prefix import prepare
 from .vlm import VLM, Answer, Chat
@@ -31,14 +33,14 @@ from .vlm import VLM, Answer, Chat
 T = TypeVar("T")
 
 GENERAL = "Write a general description of the image."
-"""What is asked to see where a model looks whatever the question (ViCrop and CARVE)."""
+"""The general instruction of ViCrop and CARVE: its attention is what all questions share."""
 SHORT = " Answer the question using a single word or phrase."
-"""What their authors append to question and general instruction."""
-
-Pixels = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels of an image, the last two exclusive."""
+"""The authors of both append this to the question and to the general instruction."""
 
 _KEPT = 32  # readings that a VLM keeps
+
+
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,54 +94,14 @@ def read(
     """
     recorder, chats = Recorder(layers=layers, heads=heads), list(chats)
     prompts = prepare(vlm, chats)
-    inputs = vlm.inputs(chats[:1]).data if prompts is None else prompts.prefix
+    inputs: Any = vlm.inputs(chats[:1]) if prompts is None else prompts.prefix
     sizes = [[image.size for image in chats[0].images]]
-    where = grids(vlm.model, inputs, sizes, vlm.processor)[0]
-    answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens, prompts=prompts))
+    where = grids(vlm.model, dict(inputs), sizes, vlm.processor)[0]
+    if len(chats) == 1:
+        answers = vlm.answer(chats, (recorder,), max_new_tokens, inputs=inputs)
+    else:
+        answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens, prompts=prompts))
     return [_reading(answer, where, max_new_tokens) for answer in answers]
-
-
-def read_beside(
-    vlm: VLM,
-    chats: Sequence[Chat],
-    layers: tuple[int, ...] | None,
-    instruction: str,
-    suffix: str,
-    *,
-    max_new_tokens: int = 1,
-) -> tuple[list[Reading], Reading]:
-    """Readings of the chats' questions, and of a general instruction about their one image.
-
-    The instruction is read along with the first questions and kept for later ones.
-
-    Args:
-        suffix: follows the instruction and every question that does not end with it.
-    """
-
-    def plain(text: str) -> Chat:
-        return replace(chats[0], text=followed(text, suffix), notes={}, contrast=None)
-
-    questions, general = [plain(chat.text) for chat in chats], plain(instruction)
-    found: list[Reading] = []
-
-    def first() -> Reading:
-        reading, *rest = read(vlm, [general, *questions], layers, max_new_tokens=max_new_tokens)
-        found.extend(rest)
-        return reading
-
-    key = (layers, max_new_tokens, general.text, general.system)
-    beside = kept(vlm, chats[0].images[0], key, first)
-    return found or read(vlm, questions, layers, max_new_tokens=max_new_tokens), beside
-
-
-def followed(text: str, suffix: str) -> str:
-    """The text with the suffix behind it, where it does not end with it."""
-    return text if text.endswith(suffix.strip()) else text + suffix
-
-
-def fractions(crop: Pixels, size: tuple[int, int]) -> Box:
-    """A box in pixels as fractions of an image of (width, height)."""
-    return crop[0] / size[0], crop[1] / size[1], crop[2] / size[0], crop[3] / size[1]
 
 
 def _reading(answer: Answer, where: list[Grid], limit: int) -> Reading:
@@ -148,6 +110,52 @@ def _reading(answer: Answer, where: list[Grid], limit: int) -> Reading:
     steps = range(min(limit, len(answer.tokens) + 1))
     weights = [record.image(step)[0].float().cpu() for step in steps]
     return Reading(torch.stack(weights), record.layers, answer, where)
+
+
+def read_with_general(
+    vlm: VLM,
+    chats: Sequence[Chat],
+    layers: tuple[int, ...] | None,
+    instruction: str | None = None,
+    suffix: str | None = None,
+    *,
+    max_new_tokens: int = 1,
+) -> tuple[list[Reading], Reading]:
+    """Readings of the chats' questions, and of a general instruction about their one image.
+
+    The instruction is read along with the first questions and kept for later ones.
+
+    Args:
+        instruction: None = `GENERAL`.
+        suffix: follows the instruction and every question that does not end with it; None =
+            `SHORT`.
+    """
+    instruction = GENERAL if instruction is None else instruction
+    questions = [plain(chats[0], chat.text, suffix) for chat in chats]
+    general = plain(chats[0], instruction, suffix)
+    readings: list[Reading] = []
+
+    def first() -> Reading:
+        reading, *rest = read(vlm, [general, *questions], layers, max_new_tokens=max_new_tokens)
+        readings.extend(rest)
+        return _light(reading)
+
+    key = (layers, max_new_tokens, general.text, general.system)
+    kept_reading = kept(vlm, chats[0].images[0], key, first)
+    if not readings:
+        readings = read(vlm, questions, layers, max_new_tokens=max_new_tokens)
+    return readings, kept_reading
+
+
+def plain(chat: Chat, text: str, suffix: str | None = "") -> Chat:
+    """The chat as a reading pass asks it: with this text, which ends with the suffix.
+
+    Args:
+        suffix: None = `SHORT`.
+    """
+    suffix = SHORT if suffix is None else suffix
+    text = text if text.endswith(suffix.strip()) else text + suffix
+    return replace(chat, text=text, notes={}, contrast=None)
 
 
 def the_image(method: Method, chats: Sequence[Chat]) -> Image.Image | None:
@@ -171,17 +179,13 @@ def the_image(method: Method, chats: Sequence[Chat]) -> Image.Image | None:
 def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What `make` returns for this image, kept for the next questions about it.
 
-    A `Reading` is kept, and returned, without its pictures and its record: nothing of it is then
-    as large as the image.
-
     Args:
         key: what else the result depends on: the method, its parameters, the system prompt.
     """
     store = vlm.readings
     place = (key, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
     if place not in store:
-        made = make()
-        store[place] = _light(made) if isinstance(made, Reading) else made
+        store[place] = make()
         while len(store) > _KEPT:
             store.popitem(last=False)
     store.move_to_end(place)
@@ -189,8 +193,12 @@ def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], 
 
 
 def _light(reading: Reading) -> Reading:
+    """The reading without pictures and record, so that what is kept is small."""
     chat = replace(reading.answer.chat, images=[], contrast=None, notes={})
     return replace(reading, answer=replace(reading.answer, chat=chat, record=None))
+
+
+# -- pictures of what was read ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chain:
-    """How a method came from the image to what the model is shown; ``chat.notes["chain"]``."""
+    """How a method came from the image to what the model is shown; ``chat.notes["chain"]``.
 
-    panels: tuple[Panel, ...]
+    Attributes:
+        draw: makes the panels, once, when somebody looks at them.
+    """
+
+    draw: Callable[[], Sequence[Panel]]
+
+    @cached_property
+    def panels(self) -> tuple[Panel, ...]:
+        return tuple(self.draw())
+
+
+def fractions(crop: Pixels, size: tuple[int, int]) -> Box:
+    """A box in pixels as fractions of an image of (width, height)."""
+    return crop[0] / size[0], crop[1] / size[1], crop[2] / size[0], crop[3] / size[1]
