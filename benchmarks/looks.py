@@ -48,35 +48,29 @@ def measure(vlm: VLM, names: list[str], repetitions: int) -> dict[str, Any]:
             stack, tokens = parse(name), TOKENS if repetition >= 0 else 2
             seed = max(0, repetition) * len(names) + number
             chat = vlm.chat([world.draw(world.sample(seed))], QUESTION, None)
-            seconds = _turn(vlm, stack, chat, tokens, timed)
+            alone, _ = timed(vlm.model, partial(vlm.answer, [chat], (), tokens))
+            ours, chats = timed(vlm.model, partial(method, vlm, chat, stack, tokens))
+            way = partial(published, vlm, chat, chats, stack, tokens)
+            theirs, _ = timed(vlm.model, way)
             if repetition >= 0:
-                rows[name]["turns"].append(seconds)
+                rows[name]["turns"].append((alone, ours, theirs))
     return rows
 
 
-def _turn(
-    vlm: VLM,
-    stack: tuple[Method, ...],
-    chat: Chat,
-    tokens: int,
-    timed: Callable[..., tuple[float, Any]],
-) -> tuple[float, float, float]:
-    """Seconds of the plain answer, the method's and the published way's, about one picture."""
+def method(vlm: VLM, chat: Chat, stack: tuple[Method, ...], tokens: int) -> list[Chat]:
+    """Look, then answer; the chats that were answered."""
+    chats = vlm.rewrite([chat], stack)
+    vlm.answer(chats, stack, tokens)
+    return chats
 
-    def method() -> list[Chat]:
-        rewritten = vlm.rewrite([chat], stack)
-        vlm.answer(rewritten, stack, tokens)
-        return rewritten
 
-    def published() -> None:
-        for text in (chat.text + SHORT, GENERAL + SHORT):
-            read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
-        vlm.answer(rewritten, stack, tokens)
-
-    alone, _ = timed(vlm.model, lambda: vlm.answer([chat], (), tokens))
-    ours, rewritten = timed(vlm.model, method)
-    theirs, _ = timed(vlm.model, published)
-    return alone, ours, theirs
+def published(
+    vlm: VLM, chat: Chat, chats: list[Chat], stack: tuple[Method, ...], tokens: int
+) -> None:
+    """Read as published code does, then answer about the method's picture."""
+    for text in (chat.text + SHORT, GENERAL + SHORT):
+        read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
+    vlm.answer(chats, stack, tokens)
 
 
 def steps(method: Method) -> int:
@@ -104,43 +98,29 @@ def read_again(vlm: VLM, chat: Chat, tokens: int) -> list[torch.Tensor]:
 
 def figures(rows: dict[str, Any]) -> dict[str, Any]:
     """Median seconds, and the ratios within turns."""
-    summary = {}
-    for name, row in rows.items():
-        turns = row["turns"]
-        alone, ours, theirs = (
-            spread(list(column))["median"] for column in zip(*turns, strict=True)
-        )
-        summary[name] = {
-            "plain": alone,
-            "method": ours,
-            "published": theirs,
+    found = {}
+    for name, samples in rows.items():
+        turns = samples["turns"]
+        columns = zip(("plain", "method", "published"), zip(*turns, strict=True), strict=True)
+        found[name] = {
+            **{way: spread(list(seconds))["median"] for way, seconds in columns},
             "over plain": spread([b / a for a, b, _ in turns]),
             "published over method": spread([c / b for _, b, c in turns]),
-            "read": row["read"],
+            "read": samples["read"],
             "passes": type(parse(name)[0]).passes,
         }
-    return summary
+    return found
 
 
-def tables(
-    sizes: dict[str, Any], ratio: Callable[..., str]
-) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, cells) of every table of the report on looking again."""
-    for size, measured in sizes.items():
-        yield (
-            f"{size}: {measured['note']}",
-            COLUMNS,
-            [
-                [
-                    name,
-                    entry["passes"],
-                    str(entry["read"]),
-                    f"{entry['plain']:.3g}",
-                    f"{entry['method']:.3g}",
-                    f"{entry['published']:.3g}",
-                    ratio(entry["over plain"]),
-                    ratio(entry["published over method"]),
-                ]
-                for name, entry in measured["figures"].items()
-            ],
-        )
+def tables(sizes: dict[str, Any]) -> Iterator[Table]:
+    """A table per size."""
+    for size, found in sizes.items():
+        cells = []
+        for name, row in found["figures"].items():
+            seconds = [f"{row[way]:.3g}" for way in ("plain", "method", "published")]
+            ratios = [ratio(row[key]) for key in ("over plain", "published over method")]
+            cells.append([name, row["passes"], str(row["read"]), *seconds, *ratios])
+        yield f"{size}: {found['note']}", COLUMNS, cells
+
+
+KIND = Kind("looks", ABOUT, tables)

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base.form import costly
-from ..core.method import Method
+from ..core import Anatomy, Method, costly
 from ..core.visual import Box, Pixels
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -119,10 +118,10 @@ class CARVE(Method):
             "instruction must not be empty",
         )
 
-    def resolve(self, model: Any) -> Method:
+    def resolve(self, anatomy: Anatomy) -> Method:
         preset = VARIANTS[self.variant] | VERSIONS[self.version]
         missing = {k: v for k, v in preset.items() if getattr(self, k) is None}
-        return replace(super().resolve(model), **missing)
+        return replace(super().resolve(anatomy), **missing)
 
     def rewrite(self, vlm: Any, chats: list[Any]) -> list[Any]:
         from ..vlm.look import read_with_general, the_image

@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base.form import costly
-from ..core.method import Method
+from ..core import Method, Prompt, Sequences, costly
 from ..core.visual import Box, Pixels
-
-if TYPE_CHECKING:
-    from ..core.context import Context
 
 
 @dataclass(frozen=True)
@@ -291,9 +287,9 @@ class LASER(Method):
         seq.memory["vat"] = torch.tensor(on, device=visual.device)
 
     def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
-        return (
-            None if prompt.given is None else replace(prompt, pixels=prompt.pixels | prompt.given)
-        )
+        if prompt.given is None:
+            return None
+        return replace(prompt, pixels=prompt.pixels | prompt.given)
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         if other is None:
@@ -304,7 +300,7 @@ class LASER(Method):
         if self.plausibility > 0:
             least = z.amax(-1, keepdim=True) + math.log(self.plausibility)
             s = s.masked_fill(z < least, -math.inf)
-        return torch.where(ctx.memory["vat"][:, None].to(z.device), s, z)
+        return torch.where(seq.memory["vat"][:, None].to(z.device), s, z)
 
 
 class _Heat:

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from ..base.form import costly
-from ..core.method import Method
+from ..core import Method, costly
 from ..core.visual import WHOLE, Box, Pixels
 
 _FLAT = 1e-4  # a map is flat if its values differ by less than this share of the largest
