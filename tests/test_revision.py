@@ -22,7 +22,8 @@ from foveate.evaluation.run import RESULTS, RUN
 from foveate.insight import heads
 from foveate.insight.trace import trace
 from foveate.scenes import questions, world
-from foveate.training.injection import Recipe, tune
+from foveate.training.injection import tune
+from foveate.training.recipe import Recipe
 from foveate.vlm import loading
 from tests.test_evaluation import Scenes, drawn
 

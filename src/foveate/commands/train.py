@@ -126,7 +126,8 @@ def train_cli(
     For several processes: torchrun --nproc-per-node 2 -m foveate.commands train cli ..., or
     accelerate launch, which also does FSDP.
     """
-    from ..training.injection import Recipe, tune
+    from ..training.injection import tune
+    from ..training.recipe import Recipe
 
     quiet()
     recipe = Recipe(
