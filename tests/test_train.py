@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from foveate.base.errors import FoveateError
 from foveate.pocket import build
 from foveate.pocket import train as training
+from foveate.pocket.exam import evaluate_pocket, format_report
+from foveate.pocket.packed import LanguageLesson
 from foveate.scenes import lessons, questions
 from foveate.training import loop as train
 
@@ -133,10 +135,10 @@ def test_until_and_reuse(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "yesno").exists()
     with pytest.raises(FoveateError, match="resume"):
         training.train_pocket(tmp_path / "run", "open", resume=False, **RUN)
-    rows = training.evaluate_pocket(folder, n=1)
+    rows = evaluate_pocket(folder, n=1)
     assert set(rows) == {"with", "against"}
     assert {"existence", "existence, popular", "attribute", "open"} <= set(rows["with"])
-    table = training.format_report(rows)
+    table = format_report(rows)
     assert "| existence |" in table
     assert processor.tokenizer.padding_side == "left"
 
@@ -150,7 +152,7 @@ def test_packed_questions_equal_single_prompts(tmp_path: Path, both: bool) -> No
     packer = lessons.Packer(processor)
     one = packer.item(pool, 4, "yesno", random.Random(5), both)
     pixels = torch.from_numpy(np.stack([pool.pixels[i] for i in one.images]))
-    lesson = training.LanguageLesson(model, packer.image)
+    lesson = LanguageLesson(model, packer.image)
     with torch.no_grad():
         tower = model.model.vision_tower(training.normalised(pixels)).last_hidden_state[:, 1:]
         batch = {k: torch.from_numpy(v) for k, v in lessons.collate([one]).items()}

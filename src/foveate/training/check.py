@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,10 +15,8 @@ from ..evaluation.data import Problems
 from .conversations import Broken, Conversation
 from .writer import Example, Writer
 
-THREADS, MANY = 8, 256  # that decode pictures, and pictures between two reports
-
-Progress = Callable[[int, int, str], None]
-"""Called with what is done, of how much, and what it is."""
+THREADS, MANY = 8, 256  # threads that decode pictures, and pictures at a time
+EVERY = 10.0  # seconds between two reports
 
 
 @dataclass
@@ -47,29 +46,36 @@ def check(
     writer: Writer,
     max_length: int,
     pack: bool = False,
-    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Checked:
     """Read every row and every picture once, and group the good rows into sequences.
 
     Args:
         max_length: tokens of a sequence, visual ones included; longer rows are broken.
         pack: put conversations about one picture into one sequence, as many as `max_length` takes.
+        say: told now and then how much is done.
     """
-    tell = progress or (lambda done, total, what: None)
     checked = Checked()
     paths = list(
         dict.fromkeys(i for row in rows if isinstance(row, Conversation) for i in row.images)
     )
-    total = len(paths) + len(rows)
+    total, said = len(paths) + len(rows), time.monotonic()
+
+    def tell(done: int, what: str) -> None:
+        nonlocal said
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            say(f"looking at the data: {what}, {100 * done // total} %")
+
     sizes: dict[Path, tuple[int, int] | str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(paths), MANY):
             some = paths[at : at + MANY]
             sizes |= zip(some, pool.map(_size, some), strict=True)
-            tell(len(sizes), total, "pictures")
+            tell(len(sizes), "pictures")
     open_groups: dict[Any, tuple[list[int], int]] = {}  # the unit that still takes rows, its tokens
     for index, row in enumerate(rows):
-        tell(len(paths) + index + 1, total, "conversations")
+        tell(len(paths) + index + 1, "conversations")
         result = row if isinstance(row, Broken) else _looked(row, writer, sizes)
         if isinstance(result, Broken):
             checked.broken.append(result)

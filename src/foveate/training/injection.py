@@ -30,7 +30,7 @@ from ..base.journal import write_json
 from ..core.method import as_stack, text
 from ..methods.cli.method import CLI, SERVES
 from ..vlm.vlm import VLM
-from .check import Progress, check
+from .check import check
 from .conversations import read
 from .lesson import Lesson, make_optimizer, prepare
 from .loop import WARM_UP, drawn, drop_checkpoints, fit, start
@@ -44,14 +44,19 @@ MOST_TOKENS = 8192  # of a sequence, where the model takes more and nobody chose
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run left: `model` is None where the base is as it was."""
+    """What a run left.
+
+    Attributes:
+        injection: its folder; None where none was trained.
+        model: the folder of the whole model; None where the base is unchanged.
+        method: the text form to ask with.
+        main: whether this is the process that reports for all.
+    """
 
     injection: Path | None
     model: Path | None
     method: str
-    """Text form of what to ask with."""
     main: bool
-    """Whether this is the process that speaks for all."""
 
 
 def tune(
@@ -63,7 +68,6 @@ def tune(
     images: Path | str | None = None,
     revision: str | None = None,
     resume: bool = True,
-    progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
     """Train on the conversations in `data` and leave what was learnt in `out`.
@@ -75,8 +79,7 @@ def tune(
     Args:
         model, revision: as `VLM.load` takes them.
         images: folder of the pictures; default: the data's.
-        progress: told how far the look at the data is.
-        say: told what happens, a sentence at a time, in the main process only.
+        say: called with a sentence whenever something happens, in the main process only.
 
     Raises:
         FoveateError: on arguments that do not go together, on broken rows unless they may be
@@ -125,7 +128,7 @@ def tune(
     writer = Writer(vlm.processor, vlm.model.config, _ends(vlm.model))
     accelerator.wait_for_everyone()  # before the first writes what the others look for
     if main and not run:
-        checked = check(rows, writer, limit, recipe.packed, progress)
+        checked = check(rows, writer, limit, recipe.packed, say)
         report_broken(checked, len(rows), recipe.skip_broken, out, say)
         write_json(out / "units.json", {"units": checked.units, "tokens": checked.tokens})
         write_run(out, settings)

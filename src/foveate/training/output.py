@@ -65,12 +65,12 @@ def report_broken(
     say(f"{count} and left out: {kinds}")
 
 
-def draw_losses(out: Path, stage: str, title: str, say: Callable[[str], None]) -> float:
+def draw_losses(out: Path, stage: str, method: str, say: Callable[[str], None]) -> float:
     """Draw loss.png from log.jsonl; returns the last loss."""
     with (out / "log.jsonl").open(encoding="utf-8") as file:
         losses = [row["loss"] for row in map(json.loads, file) if row["stage"] == stage]
     try:
-        show_loss(title, losses, out / "loss.png")
+        show_loss(method, losses, out / "loss.png")
     except FoveateError as error:
         say(f"no loss.png: {error}")
     return losses[-1]
