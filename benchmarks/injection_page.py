@@ -114,6 +114,9 @@ def differences_figure(report: Report) -> Sheet:
         f"{base['captions']['n']} captions, which are not in `all`.",
     )
     y = np.arange(len(PARTS))[::-1]
+    others = [parts for name, parts in report["accuracy"].items() if name != BASE]
+    entries = [entry for parts in others for entry in parts.values()]
+    most = max(abs(v) for e in entries for v in (*e["differences"], *(e["over_pictures"] or ())))
     for name, parts in report["accuracy"].items():
         if name == BASE:
             continue
@@ -127,6 +130,7 @@ def differences_figure(report: Report) -> Sheet:
                 axes.plot(each, [place] * len(each), ".", color=QUIET, ms=5)
                 axes.plot(entry["difference"], place, "o", color=BLUE, ms=5)
             axes.axvline(0, color=QUIET, lw=0.8)
+            axes.set_xlim(-1.05 * most, 1.05 * most)
             axes.set_yticks(y, [name.split("-")[-1] for name in PARTS])
             axes.tick_params(axis="y", labelsize=7.5, length=0)
 
@@ -161,6 +165,8 @@ def loss_figure(report: Report) -> Sheet:
     def losses_panel(axes: Any) -> None:
         draw(axes, 0.0, list(means))
         axes.set_yscale("log")
+        axes.set_yticks(ticks := [0.3, 0.4, 0.6, 1, 2, 4], [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
 
     def against_base(axes: Any) -> None:
         draw(axes, means[BASE], [name for name in means if name != BASE])
