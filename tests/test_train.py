@@ -52,7 +52,8 @@ def line_batches(step: int) -> dict[str, Tensor]:
 
 def fitted(folder: Path, batches=line_batches, **options) -> dict[str, Tensor]:
     lesson = Line()
-    train.fit(lesson, batches, folder=folder, name="line", steps=8, precision="no", **options)
+    made = train.start("no"), training.make_optimizers(lesson, 2e-3)
+    train.fit(lesson, batches, *made, folder=folder, name="line", steps=8, **options)
     return {k: v.clone() for k, v in lesson.state_dict().items()}
 
 
@@ -93,7 +94,7 @@ def test_the_rate_warms_up_and_ends_at_nothing() -> None:
 
 def test_a_budget_is_one_thing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either minutes or steps"):
-        train.fit(Line(), line_batches, folder=tmp_path, name="line")
+        train.fit(Line(), line_batches, None, [], folder=tmp_path, name="line")
 
 
 def test_every_item_comes_once_per_epoch() -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..backends.transformers import compat
 from ..base.errors import FoveateError
 from ..scenes import lessons, questions, world
-from ..training.loop import drawn, drop_checkpoints, fit
+from ..training.loop import drawn, drop_checkpoints, fit, start
 from . import build
 from .packed import LanguageLesson
 
@@ -91,14 +91,14 @@ def train_pocket(
         fit(
             lesson,
             batches,
+            start(precision),
+            make_optimizers(lesson, (RATES | (rates or {}))[stage]),
             folder=out,
             name=stage,
             minutes=None if steps else (MINUTES | (minutes or {}))[stage],
             steps=steps[stage] if steps else None,
-            rate=(RATES | (rates or {}))[stage],
             seed=seed,
             resume=resume,
-            precision=precision,
             checkpoint_every=checkpoint_every,
             evaluate=evaluate,
             evaluate_every=evaluate_every,
@@ -112,6 +112,27 @@ def train_pocket(
     if until == "yesno":
         build.save_open(torch.load(out / "open.pt", weights_only=True), out / until)
     return out / until
+
+
+def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices between hidden layers, AdamW for embeddings, norms, biases, kernels."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in lesson.named_parameters():
+        if p.requires_grad:
+            flat = any(part in name for part in ("embed", "lm_head", "helper"))
+            (matrices if p.ndim == 2 and not flat else others).append(p)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
+    if matrices:
+        made.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = rate
+    return made
 
 
 def autocast(precision: str, device: torch.device) -> Any:

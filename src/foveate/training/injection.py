@@ -164,6 +164,8 @@ def tune(
         clock = fit(
             lesson,
             batches,
+            accelerator,
+            [make_optimizer(lesson, recipe)],
             folder=out,
             name=NAME,
             minutes=recipe.minutes,
@@ -173,8 +175,6 @@ def tune(
             resume=resume,
             checkpoint_every=60 * recipe.checkpoint_every,
             log_every=1,
-            accelerator=accelerator,
-            optimizers=[make_optimizer(lesson, recipe)],
             finish=finish,
         )
     if main:

@@ -20,7 +20,7 @@ from ...base.errors import FoveateError
 from ...base.form import costly, file
 from ...core.method import Method, shape
 from .files import read_config, read_module, weights_stamp
-from .module import CrossLayerInjection, ImageTokens, Settings, settings_in
+from .module import CrossLayerInjection, ImageFeatures, Settings, settings_in
 
 if TYPE_CHECKING:
     from ...core.context import Context
@@ -38,12 +38,12 @@ _loaded: weakref.WeakKeyDictionary[Any, dict[Any, CrossLayerInjection]] = (
 class CLI(Settings, Method):  # type: ignore[misc]
     """Cross-layer injection: decoder layers take from many vision layers, by a learnt gate.
 
-    Vision layer k becomes ``V_k' = P(V_k) + alpha / rank * B_k A_k V_k``: the model's own projector
-    P beside a low-rank path (AMP; reported). Entering decoder layer l, the residual stream of the
-    image's tokens gets ``sum_k g_lk V_k'``, and other tokens get nothing. The gate g_lk compares a
-    summary of V_k' with one of the hidden state, each by attention of a learnt query (AGF; the
-    summaries are reported, the inside of the gate is inferred). All of it happens in the prefill;
-    the vision states come from the ordinary forward, and tiles are packed as the model packs them.
+    The model's projector and a low-rank path bring each vision layer to the language model (AMP).
+    What enters a decoder layer at the image's tokens gets their sum, each times a gate that
+    compares a summary of the vision layer with one of the hidden state (AGF); other tokens get
+    nothing. The equations stand in `module`, with what is reported and what is inferred. All of it
+    happens in the prefill; the vision states come from the ordinary forward, and tiles are packed
+    as the model packs them.
 
     An answer never reaches the gate: in training the hidden summary sees the tokens before the
     first label. A prompt that holds earlier answers is summarised with them; train with
@@ -185,8 +185,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
         injection: CrossLayerInjection = ctx.plan
         mask = ctx.inputs["attention_mask"]
         visual = ctx.visual[:, -mask.shape[1] :]
-        columns, valid = _columns(visual)
-        total, features = int(valid.sum()), {}
+        total, features = int(visual.sum()), {}
         for k in map(int, injection.paths):
 
             def project(projector: nn.Module, states: Tensor, k: int = k) -> Tensor:
@@ -198,26 +197,24 @@ class CLI(Settings, Method):  # type: ignore[misc]
                     f"cli: the prompt has {total} image tokens and its images {len(packed)} "
                     "features: make the inputs with the model's own processor."
                 )
-            features[k] = _by_row(packed, valid)
+            empty = packed.new_zeros(*visual.shape, packed.shape[-1])
+            features[k] = empty.masked_scatter(visual.to(packed.device)[..., None], packed)
         summarised = visual if self.summary == "image" else mask.bool()
         if self.summary == "prompt" and "labels" in ctx.inputs:
             unanswered = (ctx.inputs["labels"] != -100).cumsum(1) == 0
             summarised = summarised & unanswered.to(summarised.device)
-        ctx.step[self.name] = ImageTokens(features, columns, valid, summarised)
+        ctx.step[self.name] = ImageFeatures(features, visual, summarised)
         ctx.memory["gates"] = {}
 
     def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
         """AGF (2), (3) and update (4)."""
         layer -= self.place == "after"
-        image: ImageTokens | None = ctx.step.get(self.name)
+        image: ImageFeatures | None = ctx.step.get(self.name)
         if image is None or layer not in (self.layers or ()):
             return hidden
         added, gates = ctx.plan(hidden, image, layer)
         ctx.memory["gates"] = {**ctx.memory["gates"], layer: gates}
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
-        places = (rows + image.columns.to(hidden.device)).flatten()
-        added = (self.strength * added).to(hidden.dtype).flatten(0, 1)
-        return hidden.flatten(0, 1).index_add(0, places, added).view_as(hidden)
+        return hidden + (self.strength * added).to(hidden.dtype)
 
     @staticmethod
     def gates(out: Any) -> Tensor:
@@ -266,19 +263,3 @@ def _device(module: nn.Module) -> torch.device:
     """Where a module computes; the CPU where its weights are offloaded."""
     device = next(module.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _columns(visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Image tokens (B, Q) bool -> their columns (B, N) int64, and which of these are real."""
-    counts = visual.sum(1)
-    width = int(counts.max())
-    columns = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return columns, torch.arange(width, device=visual.device) < counts[:, None]
-
-
-def _by_row(packed: Tensor, valid: Tensor) -> Tensor:
-    """Image tokens of all rows one after the other, (total, D), as (B, N, D)."""
-    counts = valid.sum(1)
-    offsets = counts.cumsum(0) - counts
-    index = offsets[:, None] + torch.arange(valid.shape[1], device=valid.device)
-    return packed[index.clamp(max=len(packed) - 1).to(packed.device)]

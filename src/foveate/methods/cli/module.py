@@ -105,19 +105,17 @@ def settings_in(values: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """The image's tokens in one piece of prompt. N is the most of any row; others are padded.
+class ImageFeatures:
+    """The image in one piece of prompt, as the gates see it.
 
     Attributes:
-        features: vision layer k -> V'_k (B, N, D).
-        columns: (B, N) int64, where they stand in the piece.
-        valid: (B, N) bool, False for padding.
+        features: vision layer k -> V'_k (B, Q, D) in the image's columns, 0 in all others.
+        visual: (B, Q) bool, the image's columns.
         summarised: (B, Q) bool, the columns that c_h sees.
     """
 
     features: dict[int, Tensor]
-    columns: Tensor
-    valid: Tensor
+    visual: Tensor
     summarised: Tensor
 
 
@@ -170,18 +168,18 @@ class CrossLayerInjection(
         features = projector(states) + self.paths[str(k)](states)
         return features if self.norm is None else self.norm(features)
 
-    def forward(self, hidden: Tensor, image: ImageTokens, layer: int) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, image: ImageFeatures, layer: int) -> tuple[Tensor, Tensor]:
         """The sum of (4) at a decoder layer, and its gates.
 
         Args:
             hidden: H^l (B, Q, D) of this piece of prompt. layer: one of `layers`.
 
         Returns:
-            (B, N, D) for the image's tokens, zero on padding; and g (B, vision layers) float32,
-            nan where the pair is not routed.
+            (B, Q, D), 0 outside the image's columns; and g (B, vision layers) float32, nan where
+            the pair is not routed.
         """
-        valid, summarised = image.valid.to(hidden.device), image.summarised.to(hidden.device)
-        total = hidden.new_zeros(*valid.shape, hidden.shape[-1])
+        visual, summarised = (m.to(hidden.device) for m in (image.visual, image.summarised))
+        total = torch.zeros_like(hidden)
         gates = torch.full((len(hidden), len(self.vision_layers)), math.nan, device=hidden.device)
         c_h: dict[str, Tensor] = {}  # by gate, which vision layers may share
         for column, k in enumerate(self.vision_layers):
@@ -192,12 +190,12 @@ class CrossLayerInjection(
             features = image.features[k].to(hidden.device)
             if name not in c_h:
                 c_h[name] = gate.hidden(hidden, summarised)
-            g = gate(features, valid, c_h[name])
+            g = gate(features, visual, c_h[name])
             total = total + g[..., None] * features
             gates[:, column] = g.detach().float()[:, 0]
         if self.settings.reduce == "mean":
             total = total / len(self.routes[layer])
-        return total * valid[..., None], gates
+        return total, gates
 
     # -- files, by the hub's mixin -----------------------------------------------------------------
 
@@ -293,9 +291,9 @@ class Gate(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.constant_(self.last.bias, settings.start)
 
-    def forward(self, features: Tensor, valid: Tensor, c_h: Tensor) -> Tensor:
-        """V'_k (B, N, D), its real tokens (B, N) bool and c_h (B, D) -> g (B, 1)."""
-        c_v = self.vision(features, valid)
+    def forward(self, features: Tensor, visual: Tensor, c_h: Tensor) -> Tensor:
+        """V'_k (B, Q, D), the image's columns (B, Q) bool and c_h (B, D) -> g (B, 1)."""
+        c_v = self.vision(features, visual)
         return self.last(F.gelu(self.from_vision(c_v) + self.from_hidden(c_h))).sigmoid()
 
 
@@ -309,5 +307,5 @@ class Static(nn.Module):
     def hidden(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return hidden.new_zeros(len(hidden), 0)
 
-    def forward(self, features: Tensor, valid: Tensor, c_h: Tensor) -> Tensor:
+    def forward(self, features: Tensor, visual: Tensor, c_h: Tensor) -> Tensor:
         return self.value[0].to(features.dtype).expand(len(features), 1)
