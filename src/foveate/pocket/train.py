@@ -35,9 +35,17 @@ MINUTES = {"tower": 25.0, "caption": 3.0, "open": 19.0, "yesno": 44.0}  # of two
 RATES = {"tower": 3e-3, "caption": 2e-3, "open": 2e-3, "yesno": 2e-3}
 BATCH = {"tower": 32, "caption": 16, "open": 16, "yesno": 16}
 
-# in the tower's loss: what matters most for answers, and comes last, weighs most
-LABEL_WEIGHTS = {"kind": 2.0, "color": 1.0, "pattern": 1.0, "size": 1.0, "print": 1.5, "row": 0.5,
-           "column": 0.5, "number": 0.1}  # fmt: skip
+# of the tower's loss: what answers need most, and what is learnt last, weighs most
+LABEL_WEIGHTS = {
+    "kind": 2.0,
+    "color": 1.0,
+    "pattern": 1.0,
+    "size": 1.0,
+    "print": 1.5,
+    "row": 0.5,
+    "column": 0.5,
+    "number": 0.1,
+}
 
 Batches = Callable[[int], dict[str, Tensor]]
 Evaluate = Callable[[], dict[str, float]]
