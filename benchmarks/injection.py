@@ -2,13 +2,13 @@
 
     python benchmarks/injection.py --out docs/cli
 
-Every run is a `foveate train cli` of its own, from the pocket model before its training on yes/no
-questions, on the same scenes with the same number of steps; then it answers pocket-bench. Two runs
-are under way at a time, with a thread each. A run that was stopped goes on where it was, and what
-is finished in ``--run`` is kept; the tables are made again every time.
+Every run is a `foveate train cli` from the pocket model before its training on yes/no questions, on
+the same scenes with the same number of steps, and then a `foveate eval` of pocket-bench. Two runs
+go on at a time, with a thread each. A stopped benchmark goes on with the same command, as these
+commands do; the tables are made again every time.
 
-* base: no injection; AMP only: a learned number per pair of layers; AMP+AGF: a gate that looks at
-  the content; one-to-one and one-to-many: fixed numbers again, with fewer pairs.
+* base: no injection; AMP only: a learned number per pair of layers; AMP+AGF: a gate that sees the
+  content; one-to-one and one-to-many: learned numbers again, with fewer pairs.
 * accuracy: the share of right answers, in percent, mean over the seeds.
 * interval of pictures: 95 % paired bootstrap interval of the difference from the base, whole
   pictures drawn; a question's difference is the mean over the seeds. It says what other pictures
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -31,51 +30,51 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
+from rich.progress import track
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-OPEN = ROOT / "benchmarks" / "weights" / "open.safetensors"
-if __name__ in ("__main__", "__mp_main__"):
+if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.crops import write  # noqa: E402
-from benchmarks.fineprint import opened  # noqa: E402
-from foveate import VLM, FoveateError  # noqa: E402
+from benchmarks.injection_page import (  # noqa: E402
+    BASE,
+    DENSITY,
+    FULL,
+    GRADED,
+    PARTS,
+    accuracy_table,
+    density_table,
+    differences_figure,
+    loss_figure,
+    seeds_table,
+)
+from foveate import FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
 from foveate.base.significance import interval  # noqa: E402
-from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
-from foveate.evaluation.ask import evaluate  # noqa: E402
-from foveate.evaluation.benchmark import Benchmark, Record, Sample  # noqa: E402
-from foveate.evaluation.data import Data  # noqa: E402
+from foveate.benchmarks.pocket import CATEGORIES, PocketBench  # noqa: E402
+from foveate.evaluation.benchmark import Record  # noqa: E402
 from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
-from foveate.insight.analysis import parse  # noqa: E402
-from foveate.insight.analysis import run as analyse  # noqa: E402
-from foveate.insight.plots.analysis import SERIES, Sheet  # noqa: E402
-from foveate.insight.plots.style import BLUE, INK, QUIET, RED  # noqa: E402
-from foveate.insight.truth import pocket_pictures  # noqa: E402
 from foveate.pocket import build  # noqa: E402
 from foveate.scenes import lessons, questions  # noqa: E402
 from foveate.scenes.export import conversations  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
-START, BASE, FULL = "start", "base", "AMP+AGF"
+START = "start"
 SHOWN = {FULL: "gates", "AMP only": "static"}  # whose gates are shown, and under what name
-CONFIGURATIONS = {
+CONFIGURATIONS = {  # options of the method; none = the base
     BASE: "",
     "AMP only": "gate=static",
     FULL: "gate=scalar",
@@ -89,22 +88,7 @@ ONCE = {  # variants of AMP+AGF with one seed
     "density 8": "layers=(0, 1, 3, 4, 6, 7, 9, 10)",
     "half open": "start=0.0",
 }
-DENSITY = {  # what is compared with one seed: decoder layers that are injected into, of 12
-    BASE: "0 (base)",
-    "density 1": "1",
-    "density 2": "2",
-    FULL: "4",
-    "density 8": "8",
-    "half open": "4, gates\nhalf open",
-}
-TOGETHER = 5  # steps of which the loss is shown as one mean
-GRADED = tuple(c for c in CATEGORIES if c != "captions")  # captions are graded in another way
-PARTS = {  # rows of the tables
-    **{name: name.replace("-", ", ") for name in GRADED},
-    "captions": "captions without an invention",
-    **{habit: f"all, {habit} the habit" for habit in HABITS},
-    "all": "all",
-}
+PLACE = ("--device", "cpu", "--dtype", "float32")
 
 
 @dataclass(frozen=True)
@@ -156,16 +140,16 @@ def trainings(only: Sequence[str] = (), seeds: int = len(SEEDS)) -> list[Trainin
     Args:
         only: configurations, the base among them; none = all, and the variants with one seed.
     """
-    found = []
+    runs = []
     for seed in SEEDS[:seeds]:
         chosen = {n: o for n, o in CONFIGURATIONS.items() if not only or n in only}
         if seed == SEEDS[0] and not only:
             chosen |= {n: f"{CONFIGURATIONS[FULL]}, {options}" for n, options in ONCE.items()}
-        found += [Training(name, options, seed) for name, options in chosen.items()]
-    return found
+        runs += [Training(name, options, seed) for name, options in chosen.items()]
+    return runs
 
 
-# -- what is trained on, and what is asked ---------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def make_data(folder: Path, settings: Settings) -> None:
@@ -188,136 +172,88 @@ def make_data(folder: Path, settings: Settings) -> None:
     shutil.rmtree(folder / "pool")
 
 
-def open_model() -> tuple[Any, Any]:
-    """The pocket model before its yes/no training: the shipped tower, and what OPEN holds."""
-    model, processor = build.load_pocket()
-    assert not model.load_state_dict(load_file(OPEN), strict=False).unexpected_keys
-    return model, processor
-
-
-def make_base(folder: Path) -> None:
-    """`open_model` as a folder of its own."""
-    if not folder.exists():
-        part = folder.with_suffix(".part")
-        build.save_pocket(*open_model(), part)
-        part.replace(folder)
-
-
-@dataclass(frozen=True)
-class Kept(PocketBench):
-    """pocket-bench with its pictures kept as files, as every run is asked about them.
-
-    Attributes:
-        pictures: their folder.
-    """
-
-    pictures: str = ""
-
-    def read(self, data: Data) -> Iterator[Sample]:
-        for sample in super().read(data):
-            path = Path(self.pictures) / f"{sample.image_name}.png"
-            assert callable(sample.image)
-            yield replace(sample, image=functools.partial(opened, path, sample.image, {}))
-
-
-def benches(run: Path, settings: Settings) -> list[Benchmark]:
+def benches(settings: Settings) -> list[PocketBench]:
     """Short answers, and fewer captions, which take longer."""
-    kept = functools.partial(Kept, pictures=str(run / "pictures"))
     return [
-        kept(categories=GRADED, questions=settings.questions),
-        kept(categories=("captions",), questions=settings.captions, max_new_tokens=64),
-    ]
-
-
-def draw(run: Path, settings: Settings, number: int, of: int) -> None:
-    """Draw every `of`-th picture of the questions."""
-    samples = {s.image_name: s for bench in benches(run, settings) for s in bench.samples()}
-    for sample in list(samples.values())[number::of]:
-        sample.load()
-
-
-# -- running ---------------------------------------------------------------------------------------
-
-
-def command(run: Path, training: Training, settings: Settings) -> list[str]:
-    """The training as a command line."""
-    return [
-        *("foveate", "train", "cli"),
-        *("--model", str(run / "open")),
-        *("--data", str(run / "data" / "conversations.jsonl")),
-        *("--out", str(run / training.name)),
-        *("--method", training.method),
-        *("--base", "full"),
-        *("--steps", str(settings.steps)),
-        *("--batch-size", str(settings.batch)),
-        "--packed",
-        *("--precision", settings.precision),
-        *("--seed", str(training.seed)),
-        *("--rate", f"{settings.rate:g}"),
-        *("--base-rate", f"{settings.base_rate:g}"),
+        PocketBench(categories=GRADED, questions=settings.questions),
+        PocketBench(categories=("captions",), questions=settings.captions, max_new_tokens=64),
     ]
 
 
 def stack(run: Path, training: Training) -> str:
     """The method that a trained model answers with."""
-    return (
-        f"cli(path={str(run / training.name / 'injection')!r})" if training.options else "vanilla"
-    )
+    path = str(run / training.name / "injection")
+    return f"cli(path={path!r})" if training.options else "vanilla"
 
 
-def work(run: Path, training: Training, settings: Settings) -> str:
-    """Train and ask, or go on with it; what was done, in words."""
-    torch.set_num_threads(1)
-    folder, began = run / training.name, time.monotonic()
-    folder.mkdir(exist_ok=True)
-    if not (folder / "trained").exists():
-        program = [sys.executable, "-m", "foveate.commands"]
-        with (folder / "train.txt").open("a") as log:
+def train(run: Path, training: Training, settings: Settings) -> list[str]:
+    """The training as a command line."""
+    line = ["foveate", "train", "cli", "--model", str(run / "open")]
+    line += ["--out", str(run / training.name)]
+    line += ["--data", str(run / "data" / "conversations.jsonl"), "--method", training.method]
+    line += ["--base", "full", "--steps", str(settings.steps), "--batch-size", str(settings.batch)]
+    line += ["--packed", "--precision", settings.precision, "--seed", str(training.seed)]
+    return [*line, "--rate", f"{settings.rate:g}", "--base-rate", f"{settings.base_rate:g}"]
+
+
+def ask(model: Path, method: str, out: Path, settings: Settings) -> list[str]:
+    """The questions as a command line."""
+    line = ["foveate", "eval", *map(str, benches(settings)), "--out", str(out / "eval")]
+    return [*line, "--model", str(model), "--method", method, *PLACE]
+
+
+def read_gates(run: Path, training: Training, pictures: int) -> list[str]:
+    """The analysis of gates as a command line."""
+    count = pictures if training.configuration == FULL else 2  # learned numbers never vary
+    folder = run / training.name
+    line = ["foveate", "analyze", "gates", "--limit", str(count), "--out", str(folder / "gates")]
+    return [*line, "--model", str(folder / "model"), "--method", stack(run, training), *PLACE]
+
+
+def work(folder: Path, commands: Sequence[Sequence[str]]) -> None:
+    """Run commands one after the other; each goes on where it was stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in commands:
+        with (folder / "log.txt").open("a") as log:
             done = subprocess.run(
-                program + command(run, training, settings)[1:],
+                [sys.executable, "-m", "foveate.commands", *line[1:]],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         if done.returncode:
-            last = (folder / "train.txt").read_text().strip().splitlines()[-1:]
-            raise FoveateError(f"{training.name} ended with {done.returncode}: {' '.join(last)}")
-        (folder / "trained").touch()
-    trained = time.monotonic() - began
-    ask(run, folder / "model", stack(run, training), folder / "eval", settings)
-    return f"{training.name}: trained in {trained:.0f} s, all in {time.monotonic() - began:.0f} s"
+            last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+            raise FoveateError(f"{folder.name} ended with {done.returncode}: {' '.join(last)}")
 
 
-def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> str:
-    """Put all questions to a model that has not answered them yet."""
-    if (out / RESULTS).exists():
-        return f"{model}: known"
-    torch.set_num_threads(1)
-    vlm = VLM.load(str(model), device="cpu", dtype=torch.float32)
-    evaluate(benches(run, settings), vlm, [method], out)
-    return f"{model}: asked"
+def complete(run: Path, runs: list[Training], settings: Settings, workers: int, limit: int) -> None:
+    """Bring every run to its end.
 
-
-def complete(
-    run: Path, known: list[Training], settings: Settings, workers: int, console: Console
-) -> None:
-    """Bring every training to its end."""
+    Args:
+        limit: pictures that gates are read of.
+    """
     run.mkdir(parents=True, exist_ok=True)
     begun = run / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != asdict(settings):
         raise FoveateError(f"{run} {difference(json.loads(begun.read_text()), asdict(settings))}.")
     write_json(begun, asdict(settings))
     make_data(run / "data", settings)
-    make_base(run / "open")
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, Progress() as bar:
-        list(pool.map(functools.partial(draw, run, settings, of=workers), range(workers)))
-        jobs = [pool.submit(work, run, training, settings) for training in known]
-        jobs.append(pool.submit(ask, run, run / "open", "vanilla", run / START / "eval", settings))
-        task = bar.add_task("runs", total=len(jobs))
+    if not (run / "open").exists():  # the pocket model before its yes/no training
+        build.save_pocket(*build.load_open(), run / "open.part")
+        (run / "open.part").replace(run / "open")
+    jobs = [(run / START, [ask(run / "open", "vanilla", run / START, settings)])]
+    for training in runs:
+        folder = run / training.name
+        commands = [train(run, training, settings)]
+        commands.append(ask(folder / "model", stack(run, training), folder, settings))
+        if training.configuration in SHOWN:
+            commands.append(read_gates(run, training, limit))
+        jobs.append((folder, commands))
+    with ThreadPoolExecutor(workers) as pool:
+        done = [pool.submit(work, folder, commands) for folder, commands in jobs]
         try:
-            for job in as_completed(jobs):
-                console.print(job.result())
-                bar.advance(task)
+            for job in track(done, "runs"):
+                job.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -328,7 +264,7 @@ def complete(
 
 def answers(run: Path, name: str, settings: Settings) -> list[Record]:
     """Every answer of a run, each with "right", in the order of the questions."""
-    asked = {str(bench): bench for bench in benches(run, settings)}
+    asked = {str(bench): bench for bench in benches(settings)}
     with contextlib.closing(Journal(run / name / "eval" / RECORDS, key)) as journal:
         rows = [r | {"right": asked[r["benchmark"]].correct(r)} for r in journal.rows.values()]
     failed = [r["error"] for r in rows if r["right"] is None]
@@ -356,298 +292,79 @@ def compared(runs: dict[int, list[Record]], base: dict[int, list[Record]]) -> di
     """
     from scipy import stats
 
-    found = {}
+    parts = {}
     for name in PARTS:
-        rows = {seed: part(own, name) for seed, own in runs.items()}
-        images = [r["image"] for r in next(iter(rows.values()))]
-        rights = np.array([[r["right"] for r in own] for own in rows.values()])
+        images = [r["image"] for r in part(next(iter(runs.values())), name)]
+        rights = np.array([[r["right"] for r in part(rows, name)] for rows in runs.values()])
         entry: dict[str, Any] = {
             "n": len(images),
             "pictures": len(set(images)),
             "seeds": (100 * rights.mean(1)).tolist(),
             "accuracy": 100 * float(rights.mean()),
-            "interval": percent(interval(rights.mean(0), images)),
+            "interval": _percent(interval(rights.mean(0), images)),
         }
         if runs is not base:
-            before = np.array([[r["right"] for r in part(base[seed], name)] for seed in runs])
-            change = rights - before
-            own = 100 * change.mean(1)
-            over = [percent(interval(change.mean(0), images)), None]
-            if len(own) > 1:
+            change = rights - np.array(
+                [[r["right"] for r in part(base[seed], name)] for seed in runs]
+            )
+            differences = 100 * change.mean(1)
+            over = [_percent(interval(change.mean(0), images)), None]
+            if len(differences) > 1:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # of equal differences
-                    ends = stats.ttest_1samp(own, 0).confidence_interval(0.95)
+                    ends = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
                 over[1] = [float(ends.low), float(ends.high)]
             entry |= {
                 "difference": 100 * float(change.mean()),
-                "differences": own.tolist(),
+                "differences": differences.tolist(),
                 "over_pictures": over[0],
                 "over_seeds": over[1],
                 "beyond": all(e is not None and e[0] * e[1] > 0 for e in over),
             }
-        found[name] = entry
-    return found
+        parts[name] = entry
+    return parts
 
 
-def percent(ends: tuple[float, float] | None) -> list[float] | None:
+def _percent(ends: tuple[float, float] | None) -> list[float] | None:
     return None if ends is None else [100 * end for end in ends]
 
 
-def about(run: Path, training: Training) -> dict[str, Any]:
+def about(run: Path, training: Training, settings: Settings) -> dict[str, Any]:
     """What a training left beside its model."""
     folder = run / training.name
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    settings = Settings(**json.loads((run / "settings.json").read_text()))
-    found = {
+    file = folder / "injection" / "model.safetensors"
+    tensors = load_file(file) if training.options else {}
+    return {
         "configuration": training.configuration,
-        "command": shlex.join(command(run, training, settings)),
+        "command": shlex.join(train(run, training, settings)),
         "seconds": json.loads((folder / "run.json").read_text())["seconds"],
         "losses": [row["loss"] for row in rows if "loss" in row],
-        "parameters": 0,
-        "static": [],
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "static": [t.item() for name, t in tensors.items() if name.endswith(".value")],
     }
-    if training.options:
-        tensors = load_file(folder / "injection" / "model.safetensors")
-        found["parameters"] = sum(t.numel() for t in tensors.values())
-        found["static"] = [t.item() for name, t in tensors.items() if name.endswith(".value")]
-    return found
 
 
-def gates(run: Path, known: list[Training], pictures: int) -> dict[str, dict[str, Any]]:
-    """`foveate analyze gates` of what injects into all pairs, by the training's name."""
-    found = {}
-    for training in known:
-        if training.configuration in SHOWN:
-            folder, method = run / training.name, stack(run, training)
-            count = pictures if training.configuration == FULL else 2  # the others never vary
-            (folder / "gates").mkdir(exist_ok=True)
-            told = ["foveate", "analyze", "gates", "--model", str(folder / "model")]
-            told += ["--method", method, "--limit", str(count)]
-            vlm = VLM.load(str(folder / "model"), device="cpu", dtype=torch.float32)
-            read = analyse(
-                parse("gates"),
-                vlm,
-                pocket_pictures(count),
-                folder / "gates",
-                methods=[method],
-                data="drawn scenes, half against the pocket model's habits",
-                command=shlex.join(told),
-            )
-            found[training.name] = read["numbers"]["methods"][method]
-    return found
-
-
-def collect(run: Path, known: list[Training], settings: Settings, pictures: int) -> dict[str, Any]:
+def collect(run: Path, runs: list[Training], settings: Settings) -> dict[str, Any]:
     """Everything that the page shows."""
-    right = {t.name: answers(run, t.name, settings) for t in known}
-    of = {
-        name: {t.seed: right[t.name] for t in known if t.configuration == name}
-        for name in dict.fromkeys(t.configuration for t in known)
-    }
-    base = of[BASE]
-    results = json.loads((run / known[0].name / "eval" / RESULTS).read_text())
+    by_name: dict[str, dict[int, list[Record]]] = {}
+    for t in runs:
+        by_name.setdefault(t.configuration, {})[t.seed] = answers(run, t.name, settings)
+    base, first = by_name[BASE], SEEDS[0]
+    gates = {}
+    for t in runs:
+        if t.configuration in SHOWN:
+            found = json.loads((run / t.name / "gates" / "gates.json").read_text())
+            gates[t.name] = found["numbers"]["methods"][stack(run, t)]
     return {
         "settings": asdict(settings),
-        "environment": results["environment"],
-        "runs": {t.name: about(run, t) for t in known},
-        "start": compared({SEEDS[0]: answers(run, START, settings)}, base),
-        "accuracy": {name: compared(of[name], base) for name in CONFIGURATIONS if name in of},
-        "density": {
-            name: compared({SEEDS[0]: of[name][SEEDS[0]]}, base) for name in DENSITY if name in of
-        },
-        "gates": gates(run, known, pictures),
+        "environment": json.loads((run / START / "eval" / RESULTS).read_text())["environment"],
+        "runs": {t.name: about(run, t, settings) for t in runs},
+        "start": compared({first: answers(run, START, settings)}, base),
+        "accuracy": {n: compared(by_name[n], base) for n in CONFIGURATIONS if n in by_name},
+        "density": {n: compared({first: by_name[n][first]}, base) for n in DENSITY if n in by_name},
+        "gates": gates,
     }
-
-
-# -- tables and figures ----------------------------------------------------------------------------
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown, the first row as heads."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def ends(found: list[float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.1f} to {found[1]:+.1f}"
-
-
-def accuracy_table(report: dict[str, Any]) -> str:
-    """Rows are categories, columns configurations."""
-    rows = [["", "n", "no training", *report["accuracy"]]]
-    for name, title in PARTS.items():
-        cells = [title, f"{report['accuracy'][BASE][name]['n']:,}"]
-        cells.append(f"{report['start'][name]['accuracy']:.1f}")
-        for found in report["accuracy"].values():
-            entry = found[name]
-            told = f"{entry['accuracy']:.1f}"
-            if "difference" in entry:
-                told += f", {entry['difference']:+.1f} ({ends(entry['over_pictures'])})"
-                told += "\\*" * entry["beyond"]
-            cells.append(told)
-        rows.append(cells)
-    return table(rows)
-
-
-def seeds_table(report: dict[str, Any]) -> str:
-    """Rows are configurations, of all questions but captions."""
-    seeds = [f"seed {seed}" for seed, _ in enumerate(report["accuracy"][BASE]["all"]["seeds"])]
-    rows = [["", *seeds, "difference", "over pictures", "over seeds"]]
-    rows[0] += ["last loss", "mean gate", "parameters added", "s per training"]
-    for name, found in report["accuracy"].items():
-        entry, versus = found["all"], ["", "", ""]
-        runs = [own for own in report["runs"].values() if own["configuration"] == name]
-        values = [abs(value) for own in runs for value in own["static"]]
-        if name == FULL:
-            values = [
-                report["gates"][run]["gate"]["mean"]
-                for run, own in report["runs"].items()
-                if own["configuration"] == FULL
-            ]
-        if "difference" in entry:
-            intervals = map(ends, (entry["over_pictures"], entry["over_seeds"]))
-            versus = [f"{entry['difference']:+.2f}", *intervals]
-        rows.append(
-            [
-                name,
-                *(f"{value:.1f}" for value in entry["seeds"]),
-                *versus,
-                f"{np.mean([np.mean(own['losses'][-TOGETHER:]) for own in runs]):.3f}",
-                f"{np.mean(values):.2g}" if values else "",
-                f"{runs[0]['parameters']:,}",
-                f"{np.mean([own['seconds'] for own in runs]):.0f}",
-            ]
-        )
-    return table(rows)
-
-
-def density_table(report: dict[str, Any]) -> str:
-    """Rows are numbers of decoder layers, with one seed."""
-    rows = [["decoder layers", "all", "difference", "over pictures", *HABITS]]
-    for name, found in report["density"].items():
-        entry, versus = found["all"], ["", ""]
-        if name != BASE:
-            versus = [f"{entry['difference']:+.2f}", ends(entry["over_pictures"])]
-        rows.append(
-            [
-                DENSITY[name].replace("\n", " "),
-                f"{entry['accuracy']:.1f}",
-                *versus,
-                *(f"{found[habit]['accuracy']:.1f}" for habit in HABITS),
-            ]
-        )
-    return table(rows)
-
-
-def differences_figure(report: dict[str, Any], path: Path) -> None:
-    """A panel per configuration: every category's difference with its interval, and the seeds."""
-    base = report["accuracy"][BASE]
-    caption = (
-        f"Right answers more than the base's, in points: mean of {len(base['all']['seeds'])} seeds "
-        "(large), their "
-        "95 % paired bootstrap interval over pictures (bar), and each seed (small). Random, "
-        "popular, adversarial: of existence. With, against: all, by the habit of the scenes. "
-        f"n = {base['all']['n']:,} questions about {base['all']['pictures']} pictures, and "
-        f"{base['captions']['n']} captions, which are not in `all`."
-    )
-    sheet = Sheet("Accuracy against the base", caption)
-    most = 1.05 * max(
-        abs(value)
-        for name, found in report["accuracy"].items()
-        if name != BASE
-        for entry in found.values()
-        for value in (*entry["differences"], *(entry["over_pictures"] or ()))
-    )
-    for name, own in report["accuracy"].items():
-        if name == BASE:
-            continue
-
-        def panel(axes: Any, found: dict[str, Any] = own) -> None:
-            y = np.arange(len(PARTS))[::-1]
-            for place, part_name in zip(y, PARTS, strict=True):
-                entry = found[part_name]
-                if entry["over_pictures"]:
-                    axes.hlines(place, *entry["over_pictures"], color=BLUE, alpha=0.5, lw=3)
-                axes.plot(entry["differences"], [place] * len(entry["differences"]), ".",
-                          color=QUIET, ms=5)  # fmt: skip
-                axes.plot(entry["difference"], place, "o", color=BLUE, ms=5)
-            axes.axvline(0, color=INK, lw=0.8)
-            axes.axhline(2.5, color=QUIET, lw=0.5, ls=":")
-            axes.set_yticks(y, [name.split("-")[-1] for name in PARTS])
-            axes.tick_params(axis="y", labelsize=7.5, length=0)
-            axes.set_xlim(-most, most)
-
-        sheet.add(name, "points against the base", "", panel)
-    sheet.save(path)
-
-
-def loss_figure(report: dict[str, Any], path: Path) -> None:
-    """The loss of every configuration, and its difference from the base's on the same batches."""
-    curves = {
-        name: np.array(
-            [own["losses"] for own in report["runs"].values() if own["configuration"] == name]
-        )
-        for name in report["accuracy"]
-    }
-    steps = curves[BASE].shape[1] // TOGETHER
-    bins = {
-        name: own[:, : steps * TOGETHER].reshape(len(own), steps, TOGETHER).mean(2)
-        for name, own in curves.items()
-    }
-    x = TOGETHER * (np.arange(steps) + 0.5)
-    caption = (
-        f"Training loss per answer token, mean over {TOGETHER} steps and {len(curves[BASE])} "
-        "seeds. Right: the difference from the base of the same seed, which learnt from the same "
-        "batches in the same order; bands reach from the lowest seed to the highest."
-    )
-    sheet = Sheet("Training loss", caption)
-
-    def losses(axes: Any) -> None:
-        for color, (name, own) in zip(SERIES, bins.items(), strict=False):
-            axes.plot(x, own.mean(0), color=color, lw=1.5, label=name)
-        axes.set_yscale("log")
-        axes.set_yticks(ticks := [0.3, 0.4, 0.6, 1, 2, 4, 6], [f"{tick:g}" for tick in ticks])
-        axes.set_ylim(0.9 * min(own.mean(0).min() for own in bins.values()))
-        axes.minorticks_off()
-
-    def against(axes: Any) -> None:
-        for color, own in list(zip(SERIES, bins.values(), strict=False))[1:]:
-            change = own - bins[BASE]
-            axes.plot(x, change.mean(0), color=color, lw=1.5)
-            axes.fill_between(x, change.min(0), change.max(0), color=color, alpha=0.15, lw=0)
-        axes.axhline(0, color=QUIET, lw=0.8)
-
-    sheet.add("", "step", "loss (nats)", losses)
-    sheet.add("Against the base", "step", "difference (nats)", against)
-    sheet.save(path)
-
-
-def density_figure(report: dict[str, Any], path: Path) -> None:
-    """Accuracy over the number of decoder layers that are injected into."""
-    found = report["density"]
-    caption = (
-        f"{FULL}, seed {SEEDS[0]}, all questions but captions (n = "
-        f"{next(iter(found.values()))['all']['n']:,}). Bars: the base's accuracy plus the 95 % "
-        "paired bootstrap interval of the difference from it, over pictures. Small: the other "
-        "seeds, where there are any."
-    )
-    sheet = Sheet("Accuracy by the number of decoder layers that are injected into", caption)
-
-    def panel(axes: Any) -> None:
-        base = found[BASE]["all"]["accuracy"]
-        for x, (name, parts) in enumerate(found.items()):
-            entry = parts["all"]
-            if name != BASE and entry["over_pictures"]:
-                low, high = entry["over_pictures"]
-                axes.vlines(x, base + low, base + high, color=BLUE, alpha=0.5, lw=3)
-            axes.plot(x, entry["accuracy"], "o", color=BLUE, ms=6)
-            others = report["accuracy"].get(name, parts)["all"]["seeds"][1:]
-            axes.plot([x] * len(others), others, ".", color=QUIET, ms=6)
-        axes.axhline(base, color=RED, dashes=(5, 3), lw=1.4)
-        axes.set_xticks(range(len(found)), [DENSITY[name] for name in found])
-
-    sheet.add("", "decoder layers", "right answers (%)", panel)
-    sheet.save(path)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -662,14 +379,12 @@ def publish(out: Path, run: Path, report: dict[str, Any], name: str = "") -> Non
             for ending in ("json", "png"):
                 made = run / first / "gates" / f"gates.{ending}"
                 shutil.copy(made, out / f"{name}{title}.{ending}")
-    differences_figure(report, out / f"{name}accuracy.png")
-    loss_figure(report, out / f"{name}loss.png")
-    common = {key: report[key] for key in ("command", "settings", "environment", "start")}
-    found = common | {"accuracy": report["accuracy"]}
-    write(out, f"{name}accuracy", found, accuracy_table(report))
+    differences_figure(report).save(out / f"{name}accuracy.png")
+    loss_figure(report).save(out / f"{name}loss.png")
+    common = ("command", "settings", "environment", "start", "accuracy")
+    write(out, f"{name}accuracy", {k: report[k] for k in common}, accuracy_table(report))
     write(out, f"{name}seeds", {k: report[k] for k in ("runs", "gates")}, seeds_table(report))
     if len(report["density"]) > 2:
-        density_figure(report, out / f"{name}density.png")
         write(out, f"{name}density", {"density": report["density"]}, density_table(report))
 
 
@@ -677,7 +392,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Trainings with cross-layer injection, and without."
     )
-    parser.add_argument("--run", type=Path, help="folder of the runs; default: runs/cli")
+    parser.add_argument("--run", type=Path, default=Path("runs/cli"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="folder for tables and figures; default: none")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--pictures", type=int, default=60, help="that gates are read of")
@@ -685,23 +400,22 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only so many")
     parser.add_argument("--name", default="", help="of tables and figures, before their own")
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
-                            default=field.default)  # fmt: skip
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(field.default), default=field.default)
     args, console = parser.parse_args(given), Console()
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    run = args.run or Path("runs") / "cli"
+    only = {BASE, FULL, *args.configuration} if args.configuration else ()
+    runs = trainings(sorted(only), args.seeds)
     try:
-        only = {BASE, FULL, *args.configuration} if args.configuration else ()
-        known = trainings(sorted(only), args.seeds)
-        complete(run, known, settings, args.workers, console)
-        report = collect(run, known, settings, args.pictures)
+        complete(args.run, runs, settings, args.workers, args.pictures)
+        report = collect(args.run, runs, settings)
     except FoveateError as error:
         console.print(str(error))
         return 2
     report["command"] = shlex.join(["python", "benchmarks/injection.py", *(given or sys.argv[1:])])
     console.print(Markdown(accuracy_table(report)), Markdown(seeds_table(report)))
     if args.out is not None:
-        publish(args.out, run, report, args.name)
+        publish(args.out, args.run, report, args.name)
         console.print(f"written: {args.out}")
     return 0
 

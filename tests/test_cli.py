@@ -21,7 +21,7 @@ from foveate.backends.transformers.compat import passing, start_checkpointing
 from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
 from foveate.evaluation.ask import evaluate
-from foveate.methods.cli import method as cli
+from foveate.methods.cli import files
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.methods.cli.module import CrossLayerInjection, Summary
 from foveate.vlm.prefix import next_position, suffix_batch
@@ -32,11 +32,11 @@ FAMILIES = [name for name in models.FAMILIES if name in SERVES]
 SMALL: dict[str, Any] = {"seed": 0, "rank": 4, "heads": 4}
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"gate": "tanh", "norm": "rms", "reduce": "mean"},
-    {"gate": "vector", "place": "after", "layers": (0, 3)},
-    {"gate": "token", "share": "pair"},
+    {"norm": "rms", "reduce": "mean"},
+    {"place": "after", "layers": (0, 3)},
+    {"share": "pair"},
     {"gate_norm": "rms"},
-    {"gate": "token", "gate_norm": "rms", "summary": "image"},
+    {"share": "pair", "gate_norm": "rms", "summary": "image"},
     {"gate": "static", "routes": "one-to-one", "vision_layers": (1, 2)},
     {"gate": "static", "routes": "one-to-many"},
     {"summary": "image", "vision_layers": (1, 2)},
@@ -54,8 +54,8 @@ def trained(model: Any, folder: Path, **settings: Any) -> CLI:
     return CLI(path=str(folder))
 
 
-def reference(model: Any, method: CLI, gate: float | None = None) -> Reference:
-    return Reference(model, CrossLayerInjection.from_pretrained(method.path), gate)
+def reference(model: Any, method: CLI) -> Reference:
+    return Reference(model, CrossLayerInjection.from_pretrained(method.path))
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
@@ -71,25 +71,18 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
                 **inputs, max_new_tokens=9, return_dict_in_generate=True, output_logits=True
             )
         gates = CLI.gates(out)
-        assert gates.shape == (3, len(own_layers(method)), len(own_vision_layers(method)))
+        config = json.loads((tmp_path / "config.json").read_text())
+        layers, vision_layers = config["layers"], config["vision_layers"]
+        assert gates.shape == (3, len(layers), len(vision_layers))
         for row in range(3):
             slow = reference(model, method)
             written = out.sequences[row, inputs["input_ids"].shape[1] : -1]
             want = slow.logits(models.inputs(family, kind, row=row), written)[-9:]
             got = torch.stack(out.logits)[:, row]
             assert (got - want).abs().max() < 1e-5 * max(1.0, float(want.abs().max()) / 10)
-            for (layer, k), gate in slow.found.items():
-                if gate.numel() == 1 and settings.get("gate") != "token":
-                    place = own_layers(method).index(layer), own_vision_layers(method).index(k)
-                    assert torch.allclose(gates[row][place], gate[0], atol=1e-5)
-
-
-def own_layers(method: CLI) -> list[int]:
-    return json.loads((Path(method.path) / "config.json").read_text())["layers"]
-
-
-def own_vision_layers(method: CLI) -> list[int]:
-    return json.loads((Path(method.path) / "config.json").read_text())["vision_layers"]
+            for (layer, k), gate in slow.gates.items():
+                place = layers.index(layer), vision_layers.index(k)
+                assert torch.allclose(gates[row][place], gate, atol=1e-5)
 
 
 # -- the specification's self-checks ---------------------------------------------------------------
@@ -100,17 +93,22 @@ def forward(model: Any, inputs: dict[str, Tensor], method: CLI | None = None, **
         return model(**inputs, **extra)
 
 
+def forced(method: CLI, model: Any, logit: float) -> CrossLayerInjection:
+    """The module with every gate at the sigmoid of `logit`: at -200 it is 0, at 200 it is 1."""
+    module = method.build(model)
+    for gate in module.gates.values():
+        gate.last.weight.data.zero_()
+        gate.last.bias.data.fill_(logit)
+    return module
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
     model, inputs = models.build(family), models.inputs(family, batch=3)
     plain = forward(model, inputs).logits
     method = trained(model, tmp_path)
     assert not torch.allclose(forward(model, inputs, method).logits, plain)
-    module = method.build(anatomy(model))
-    for gate in module.gates.values():
-        gate.last.weight.data.zero_()
-        gate.last.bias.data.fill_(-200.0)  # sigmoid underflows to 0
-    with torch.no_grad(), attach(model, (method,), plans={"cli": module}):
+    with torch.no_grad(), attach(model, (method,), plans={"cli": forced(method, model, -200.0)}):
         closed = model(**inputs)
     assert torch.equal(closed.logits, plain)
     assert CLI.gates(closed).max() == 0
@@ -124,8 +122,8 @@ def test_an_open_gate_gives_exactly_what_the_model_puts_in_itself(family: str) -
     model, inputs = models.build(family), models.inputs(family, "images", batch=3)
     got: list[Tensor] = []
     layer = model.get_decoder().layers[0]
-    method = CLI(seed=0, gate="open", routes="one-to-many", layers=(0,))
-    with enhance(model, method):
+    method = CLI(seed=0, routes="one-to-many", layers=(0,)).resolve(model)
+    with attach(model, (method,), plans={"cli": forced(method, model, 200.0)}):
         hook = layer.register_forward_hook(
             lambda module, args, out: got.append(args[0]), prepend=True
         )
@@ -277,13 +275,13 @@ def test_gradients_reach_every_part_also_through_checkpoints(family: str) -> Non
 
 def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
     model, inputs = models.build("llava"), models.inputs("llava", batch=3)
-    method = trained(model, tmp_path / "one", gate="vector", layers=(1, 3))
+    method = trained(model, tmp_path / "one", share="pair", layers=(1, 3))
     settings = json.loads((tmp_path / "one" / "config.json").read_text())
     assert settings["kind"] == "cross-layer injection"
     assert settings["base"]["hidden_size"] == 64
     assert (tmp_path / "one" / "model.safetensors").is_file()
-    resolved = method.resolve(anatomy(model))
-    assert (resolved.layers, resolved.gate, resolved.rank) == ((1, 3), "vector", 4)
+    resolved = method.resolve(model)
+    assert (resolved.layers, resolved.share, resolved.rank) == ((1, 3), "pair", 4)
     first = forward(model, inputs, method).logits
     module = CrossLayerInjection.from_pretrained(tmp_path / "one")
     module.save_pretrained(tmp_path / "two")
@@ -335,8 +333,8 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> li
     def elsewhere(*args: Any, **rest: Any) -> Any:
         raise AssertionError("asked again")
 
-    cli._fetched.cache_clear()
-    monkeypatch.setattr("foveate.methods.cli.method.snapshot_download", download)
+    files._fetched.cache_clear()
+    monkeypatch.setattr("foveate.methods.cli.files.snapshot_download", download)
     for module in ("foveate.methods.cli.module", "huggingface_hub.hub_mixin"):
         monkeypatch.setattr(f"{module}.hf_hub_download", elsewhere)
     return asked
@@ -417,7 +415,7 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
         "cli(seed=0, layers=(9,))": "layer 9 does not exist",
         "cli(seed=0, layers=())": "layers is empty",
         "cli(seed=0, path='x')": "give path",
-        "cli(seed=0, gate=sigmoid)": "gate must be",
+        "cli(seed=0, gate=tanh)": "gate must be 'scalar' or 'static'",
     }
     for text, sentence in cases.items():
         with pytest.raises(FoveateError, match=sentence), enhance(llava, text):

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError
-from foveate.training.conversations import IGNORE, Broken, Row, Writer, check, read
+from foveate.training.check import check
+from foveate.training.conversations import Broken, Conversation, read
+from foveate.training.writer import IGNORE, Writer
 from tests import tiny
 
 
@@ -52,9 +54,9 @@ def written(folder: Path, *rows: object, name: str = "data.jsonl") -> Path:
     return path
 
 
-def rows_of(folder: Path, *rows: object) -> list[Row]:
+def rows_of(folder: Path, *rows: object) -> list[Conversation]:
     found = read(written(folder, *rows))
-    assert all(isinstance(row, Row) for row in found), found
+    assert all(isinstance(row, Conversation) for row in found), found
     return found  # type: ignore[return-value]
 
 
@@ -74,7 +76,7 @@ def test_lines_and_a_list_are_read_alike(folder: Path) -> None:
     assert lines == read(path)
     assert [row.line for row in lines] == [1, 2, 3]
     elsewhere = read(written(folder / "..", ONE, name="data2.jsonl"), folder)
-    assert isinstance(elsewhere[0], Row)
+    assert isinstance(elsewhere[0], Conversation)
     assert elsewhere[0].images == (folder / "red.png",)
 
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import injection
-from benchmarks.injection import Settings, Training
+from benchmarks.injection import Settings
 from foveate import VLM, FoveateError
-from foveate.backends.transformers.anatomy import anatomy
+from foveate.benchmarks.pocket import CATEGORIES
 from foveate.core.method import parse
 from foveate.evaluation.benchmark import Record
 from foveate.methods.cli.method import CLI
@@ -72,7 +72,7 @@ def test_runs_differ_in_nothing_but_method_and_seed() -> None:
     """Everything else, steps, data and rates, is the same in each command."""
     rest = set()
     for run in injection.trainings():
-        line = injection.command(Path("runs"), run, Settings())
+        line = injection.train(Path("runs"), run, Settings())
         for option in ("--method", "--seed", "--out"):
             at = line.index(option)
             del line[at : at + 2]
@@ -96,10 +96,11 @@ def test_data_are_training_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     injection.make_data(tmp_path, SMALL)  # what is there is kept
 
 
-def test_a_finished_training_is_not_repeated_and_a_failed_one_is_told(
+def test_commands_follow_each_other_and_a_failed_one_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, started, asked = Training("base", "", 0), [], []
+    started: list[list[str]] = []
+    line = ["foveate", "train", "cli"]
 
     def train(line: list[str], stdout: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         started.append(line)
@@ -107,22 +108,20 @@ def test_a_finished_training_is_not_repeated_and_a_failed_one_is_told(
         return subprocess.CompletedProcess(line, int(len(started) == 1))
 
     monkeypatch.setattr(subprocess, "run", train)
-    monkeypatch.setattr(injection, "ask", lambda *given: asked.append(given))
     with pytest.raises(FoveateError, match=r"base-0 ended with 1: The disk is full\."):
-        injection.work(tmp_path, run, SMALL)
-    assert not asked
-    injection.work(tmp_path, run, SMALL)
-    injection.work(tmp_path, run, SMALL)
-    assert len(started) == 2
-    assert len(asked) == 2  # the evaluation itself knows what is there
-    assert started[0][1:3] == ["-m", "foveate.commands"]
-    assert started[0][3:] == injection.command(tmp_path, run, SMALL)[1:]
+        injection.work(tmp_path / "base-0", [line, ["foveate", "eval"]])
+    assert len(started) == 1
+    injection.work(tmp_path / "base-0", [line, ["foveate", "eval"]])
+    assert [command[1:] for command in started[1:]] == [
+        ["-m", "foveate.commands", "train", "cli"],
+        ["-m", "foveate.commands", "eval"],
+    ]
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps(dataclasses.asdict(SMALL)))
     with pytest.raises(FoveateError, match=r"other settings \(steps: 10, now 11\)"):
-        injection.complete(tmp_path, [], dataclasses.replace(SMALL, steps=11), 1, None)  # type: ignore[arg-type]
+        injection.complete(tmp_path, [], dataclasses.replace(SMALL, steps=11), 1, 1)
 
 
 # -- what is counted -------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def answered(rights: dict[str, list[float]]) -> list[Record]:
 
 def everything(attribute: list[float]) -> list[Record]:
     """A right and a wrong answer, twice, in every category but one."""
-    same = {name: [1.0, 0.0, 1.0, 0.0] for name in injection.CATEGORIES}
+    same = {name: [1.0, 0.0, 1.0, 0.0] for name in CATEGORIES}
     return answered({**same, "attribute": attribute})
 
 
@@ -225,7 +224,7 @@ def test_from_nothing_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     given = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--pictures=2", *small]
     assert injection.main(given) == 0
-    for name in ("accuracy.png", "loss.png", "density.png", "gates.png", "gates.json"):
+    for name in ("accuracy.png", "loss.png", "gates.png", "gates.json"):
         assert (tmp_path / "out" / name).stat().st_size
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| no training | base | AMP+AGF |" in page

@@ -439,7 +439,7 @@ print(model.dtype, processor.decode(out[0, inputs["input_ids"].shape[1]:],
 @shipped
 def test_weights_see() -> None:
     """Far above chance on a few fresh scenes; the card has the real figures."""
-    from foveate.pocket.train import evaluate_pocket
+    from foveate.pocket.exam import evaluate_pocket
 
     report = evaluate_pocket(n=5, seed=99)["with"]
     assert report["existence"]["accuracy"] > 0.75

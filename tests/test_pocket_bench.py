@@ -19,7 +19,7 @@ from foveate import FoveateError
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, TASKS, YES_NO, PocketBench
 from foveate.evaluation.benchmark import Problems, Record, Sample, parse
 from foveate.insight.heads import FIRST_SCENE as FIRST_OF_HEADS
-from foveate.pocket.train import EXAM_SEED
+from foveate.pocket.exam import EXAM_SEED
 from foveate.scenes import lessons, questions, world
 from foveate.scenes.world import COLORS, KINDS, PATTERNS, SIZES, Scene, Thing
 from tests.goldens import records

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from foveate.base.errors import FoveateError
 from foveate.pocket import build
 from foveate.pocket import train as training
+from foveate.pocket.exam import evaluate_pocket, format_report
+from foveate.pocket.packed import LanguageLesson
 from foveate.scenes import lessons, questions
 from foveate.training import loop as train
 
@@ -50,7 +52,8 @@ def line_batches(step: int) -> dict[str, Tensor]:
 
 def fitted(folder: Path, batches=line_batches, **options) -> dict[str, Tensor]:
     lesson = Line()
-    train.fit(lesson, batches, folder=folder, name="line", steps=8, precision="no", **options)
+    made = train.start("no"), training.make_optimizers(lesson, 2e-3)
+    train.fit(lesson, batches, *made, folder=folder, name="line", steps=8, **options)
     return {k: v.clone() for k, v in lesson.state_dict().items()}
 
 
@@ -91,7 +94,7 @@ def test_the_rate_warms_up_and_ends_at_nothing() -> None:
 
 def test_a_budget_is_one_thing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either minutes or steps"):
-        train.fit(Line(), line_batches, folder=tmp_path, name="line")
+        train.fit(Line(), line_batches, None, [], folder=tmp_path, name="line")
 
 
 def test_every_item_comes_once_per_epoch() -> None:
@@ -133,10 +136,10 @@ def test_until_and_reuse(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "yesno").exists()
     with pytest.raises(FoveateError, match="resume"):
         training.train_pocket(tmp_path / "run", "open", resume=False, **RUN)
-    rows = training.evaluate_pocket(folder, n=1)
+    rows = evaluate_pocket(folder, n=1)
     assert set(rows) == {"with", "against"}
     assert {"existence", "existence, popular", "attribute", "open"} <= set(rows["with"])
-    table = training.format_report(rows)
+    table = format_report(rows)
     assert "| existence |" in table
     assert processor.tokenizer.padding_side == "left"
 
@@ -150,7 +153,7 @@ def test_packed_questions_equal_single_prompts(tmp_path: Path, both: bool) -> No
     packer = lessons.Packer(processor)
     one = packer.item(pool, 4, "yesno", random.Random(5), both)
     pixels = torch.from_numpy(np.stack([pool.pixels[i] for i in one.images]))
-    lesson = training.LanguageLesson(model, packer.image)
+    lesson = LanguageLesson(model, packer.image)
     with torch.no_grad():
         tower = model.model.vision_tower(training.normalised(pixels)).last_hidden_state[:, 1:]
         batch = {k: torch.from_numpy(v) for k, v in lessons.collate([one]).items()}

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from foveate import VLM, FoveateError
-from foveate.backends.transformers.anatomy import anatomy
+from foveate.backends.transformers.compat import image_encoder
 from foveate.backends.transformers.enhance import attach
 from foveate.methods.cli.method import CLI
 from foveate.methods.cli.module import CrossLayerInjection
 from foveate.pocket import build
 from foveate.scenes.export import export
 from foveate.training import loop as train
-from foveate.training.conversations import IGNORE, Writer, read
-from foveate.training.injection import NAME, Lesson, Recipe, prepare, tower, tune
+from foveate.training.conversations import read
+from foveate.training.injection import NAME, tune
+from foveate.training.lesson import Lesson, prepare
+from foveate.training.recipe import Recipe
+from foveate.training.writer import IGNORE, Writer
 from tests import models, tiny
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
@@ -81,7 +84,7 @@ def lesson_on(vlm: VLM, recipe: Recipe, method: str = IMAGE) -> tuple[Lesson, CL
     injection = asked.build(anatomy(vlm.model))
     prepare(vlm.model, recipe)
     lesson = Lesson(vlm.model, injection).train()
-    tower(vlm.model).eval()
+    image_encoder(vlm.model).eval()
     return lesson, asked
 
 
@@ -301,7 +304,7 @@ SHARDED = """
 import sys
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from foveate import tuning
+from foveate.training import injection as tuning
 
 plain, drawn = tuning.start, tuning.drawn
 

@@ -6,6 +6,7 @@ formed; the prompt and what was generated go through the model together, again f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,16 +25,13 @@ class CLI:
 
     Args:
         module: read for its weights and settings only.
-        gate: a number in the place of every gate, or None for the learnt ones.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, module: CrossLayerInjection, gate: float | None = None
-    ) -> None:
-        self.model, self.module, self.forced = model, module, gate
-        self.settings: dict[str, Any] = module._hub_mixin_config
+    def __init__(self, model: PreTrainedModel, module: CrossLayerInjection) -> None:
+        self.model = model
+        self.settings: dict[str, Any] = dataclasses.asdict(module.settings)
         self.weights = {k: v.detach() for k, v in module.state_dict().items()}
-        self.found: dict[tuple[int, int], Tensor] = {}
+        self.gates: dict[tuple[int, int], Tensor] = {}
 
     def logits(self, inputs: dict[str, Tensor], written: Tensor | None = None) -> Tensor:
         """(S, V) of a prompt (1, Q) and what was written after it (n,)."""
@@ -121,37 +119,25 @@ class CLI:
             prompt = before[self.image]
         ks = self.routed(self.settings["layers"].index(layer))
         for k in ks:
+            gate = self.gate(layer, k, brought[k], prompt)
+            share = 1 / len(ks) if self.settings["reduce"] == "mean" else 1.0
             for n, column in enumerate(self.image):
-                gate = self.gate(layer, k, brought[k], prompt, n)
-                share = 1 / len(ks) if self.settings["reduce"] == "mean" else 1.0
                 hidden[column] += share * gate * brought[k][n]
         return hidden
 
-    def gate(self, layer: int, k: int, features: Tensor, prompt: Tensor, n: int) -> Tensor:
-        """g of one visual token: (1,) or (D,)."""
-        kind = self.settings["gate"]
-        if self.forced is not None or kind == "open":
-            return torch.tensor([1.0 if self.forced is None else self.forced])
-        if kind == "static":
-            return self.weights[f"gates.{layer}-{k}.value"].flatten()
-        name = f"gates.{layer}-{k}" if self.settings["share"] == "pair" else f"gates.{layer}"
-        own = (
-            self.normed(features[n])
-            if kind == "token"
-            else self.summary(f"{name}.vision", features)
-        )
-        held = self.summary(f"{name}.hidden", prompt)
-        first = torch.cat(
-            [
-                self.weights[f"{name}.from_vision.weight"],
-                self.weights[f"{name}.from_hidden.weight"],
-            ],
-            1,
-        )
-        inner = GELU(first @ torch.cat([own, held]) + self.weights[f"{name}.from_vision.bias"])
-        out = self.weights[f"{name}.last.weight"] @ inner + self.weights[f"{name}.last.bias"]
-        gate = out.tanh() if kind == "tanh" else out.sigmoid()
-        self.found[layer, k] = gate
+    def gate(self, layer: int, k: int, features: Tensor, prompt: Tensor) -> Tensor:
+        """g of a pair, ()."""
+        if self.settings["gate"] == "static":
+            gate = self.weights[f"gates.{layer}-{k}.value"].squeeze()
+        else:
+            name = f"gates.{layer}-{k}" if self.settings["share"] == "pair" else f"gates.{layer}"
+            w = {n: v for n, v in self.weights.items() if n.startswith(f"{name}.")}
+            c_v = self.summary(f"{name}.vision", features)
+            c_h = self.summary(f"{name}.hidden", prompt)
+            first = torch.cat([w[f"{name}.from_{n}.weight"] for n in ("vision", "hidden")], 1)
+            inner = GELU(first @ torch.cat([c_v, c_h]) + w[f"{name}.from_vision.bias"])
+            gate = (w[f"{name}.last.weight"] @ inner + w[f"{name}.last.bias"]).sigmoid()[0]
+        self.gates[layer, k] = gate
         return gate
 
     def summary(self, name: str, x: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
-"""The pocket model's training: four stages on `foveate.training.loop`, and the exam of its card.
+"""The pocket model's training, in four stages on `foveate.training.loop`.
 
     train_pocket(out, until="yesno", seed=0, resume=True, ...) -> Path   # the last stage's folder
-    evaluate_pocket(folder=WEIGHTS, n=100, seed=0) -> dict               # the card's table
-    format_report(report) -> str
 
 Stages: "tower" (every patch learns to say what it shows, in the words of the language model),
 "caption", "open" (captions and open questions), "yesno" (pairs of yes/no questions on the same
@@ -11,10 +9,11 @@ leaves `out/<stage>/`, a folder that plain transformers loads. A run that is kil
 its last checkpoint as if nothing had happened.
 """
 
-import math
+from __future__ import annotations
+
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,177 +26,29 @@ from torch.nn import functional as F
 from ..backends.transformers import compat
 from ..base.errors import FoveateError
 from ..scenes import lessons, questions, world
-from ..training.loop import drawn, drop_checkpoints, fit
+from ..training.loop import drawn, drop_checkpoints, fit, start
 from . import build
+from .packed import LanguageLesson
 
 STAGES = ("tower", "caption", "open", "yesno")
 MINUTES = {"tower": 25.0, "caption": 3.0, "open": 19.0, "yesno": 44.0}  # of two CPU cores
 RATES = {"tower": 3e-3, "caption": 2e-3, "open": 2e-3, "yesno": 2e-3}
 BATCH = {"tower": 32, "caption": 16, "open": 16, "yesno": 16}
 
-# ----------------------------------------------------------------------- what is minimised
+# of the tower's loss: what answers need most, and what is learnt last, weighs most
+LABEL_WEIGHTS = {
+    "kind": 2.0,
+    "color": 1.0,
+    "pattern": 1.0,
+    "size": 1.0,
+    "print": 1.5,
+    "row": 0.5,
+    "column": 0.5,
+    "number": 0.1,
+}
 
-# what matters most for answers, and comes last, weighs most
-WEIGHTS = {"kind": 2.0, "color": 1.0, "pattern": 1.0, "size": 1.0, "print": 1.5, "row": 0.5,
-           "column": 0.5, "number": 0.1}  # fmt: skip
-
-
-class TowerLesson(nn.Module):
-    """Every patch says what it shows: scores are products with the words' own embeddings.
-
-    The projected features thereby start out in the language model's space, which is what lets
-    its attention find things by name as soon as it starts to learn.
-    """
-
-    def __init__(self, model: nn.Module, processor: Any):
-        super().__init__()
-        core: Any = model
-        self.tower, self.projector = compat.image_tower(core), compat.projector(core)
-        self.embed = core.get_decoder().get_input_embeddings()
-        self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
-        for p in self.helper.parameters():
-            nn.init.zeros_(p)
-        words = [w for group in lessons.DENSE.values() for w in group]
-        ids = [build.encode(processor, word) for word in words]
-        assert all(len(i) == 1 for i in ids)
-        self.register_buffer("words", torch.tensor(ids).flatten(), persistent=False)
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        values, scores = self.scores(batch["pixels"])
-        loss = scores.new_zeros(())
-        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
-        for k, (name, part) in enumerate(zip(lessons.DENSE, parts, strict=True)):
-            target = batch["labels"][..., k].flatten()
-            part = part.flatten(0, 1)
-            weight = WEIGHTS[name]
-            if name == "print":
-                some = target == lessons.SOME_PRINT
-                target = target.masked_fill(some, lessons.IGNORE)
-                nothing = F.log_softmax(part[some], -1)[:, -1]
-                missed = -torch.log1p(-nothing.exp().clamp(max=1 - 1e-6)).sum()
-                loss = loss + missed / max(1, len(some) // 4)
-            valid = (target != lessons.IGNORE).sum().clamp(min=1)
-            total = F.cross_entropy(part, target, ignore_index=lessons.IGNORE, reduction="sum")
-            loss = loss + weight * total / valid
-        centers = batch["centers"]
-        there = ~centers.isnan().any(-1)
-        loss = loss + 10 * F.mse_loss(self.helper(values)[there].float(), centers[there])
-        return loss, torch.ones_like(loss)
-
-    def scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features (B, 144, D) and word scores (B, 144, words) in fp32."""
-        hidden = self.tower(normalised(pixels)).last_hidden_state[:, 1:]
-        values = self.projector(hidden)
-        return values, 16 * (values @ self.embed(self.words).T).float()
-
-
-class LanguageLesson(nn.Module):
-    """Packed questions on frozen features: cross-entropy of the answers' tokens."""
-
-    def __init__(self, model: nn.Module, image_token: int):
-        super().__init__()
-        core: Any = model
-        self.projector, self.decoder = compat.projector(core), core.get_decoder()
-        self.image_token = image_token
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(batch)
-        chosen = batch["labels"] != lessons.IGNORE
-        logits = F.linear(hidden[chosen], self.decoder.embed_tokens.weight).float()
-        losses = F.cross_entropy(logits, batch["labels"][chosen], reduction="none")
-        weights = batch["weights"][chosen]
-        return (losses * weights).sum(), weights.sum()
-
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Final hidden states (B, S, D) of packed sequences."""
-        ids, segments = batch["ids"], batch["segments"]
-        seen = self.projector(batch["features"].to(self.projector.linear_1.weight.dtype))
-        embeds = self.decoder.embed_tokens(ids)
-        embeds = embeds.masked_scatter((ids == self.image_token)[..., None], seen.to(embeds.dtype))
-        prefix = int((segments[0] == 0).sum())
-        unseen = ~chunk_mask(segments, prefix).flatten(0, 1)
-        bias = torch.zeros(unseen.shape, device=ids.device).masked_fill(unseen, -1e4)
-        config = self.decoder.config
-        with compat.attending(config, PACKED):
-            return self.decoder(
-                inputs_embeds=embeds,
-                position_ids=batch["positions"],
-                use_cache=False,
-                packed=(prefix, bias),
-            ).last_hidden_state
-
-
-# Attention of packed sequences. A mask over all pairs would do; but a question sees the shared
-# start and itself, so questions are cut into chunks that see the start, the chunk before and
-# their own. Plain products, because the CPU's fused kernel takes longer to differentiate when
-# heads are this small.
-PACKED = "pocket_packed"  # "foveate_..." are stacks of methods
-CHUNK = lessons.CHUNK
-
-
-def chunk_mask(segments: Tensor, prefix: int) -> Tensor:
-    """bool (B, chunks, CHUNK, prefix + 2 CHUNK), True = attend."""
-    own = segments[:, prefix:].unflatten(1, (-1, CHUNK))
-    before = F.pad(own[:, :-1], (0, 0, 1, 0), value=-2)
-    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=segments.device).tril()
-    return torch.cat(
-        [
-            own.new_ones(*own.shape, prefix, dtype=torch.bool),
-            own[..., None] == before[:, :, None],
-            (own[..., None] == own[:, :, None]) & causal,
-        ],
-        dim=-1,
-    )
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float = 1.0,
-    packed: tuple[int, Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Exact attention for `Packer` sequences; query (B, H, S, D), key and value (B, Hkv, S, D)."""
-    assert packed is not None
-    prefix, bias = packed
-    query, key = query.to(value.dtype) * scaling, key.to(value.dtype)
-    group = query.shape[1] // key.shape[1]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """q (N, H, R, D), k and v (N, Hkv, K, D), bias (N | 1, R, K): one product per group."""
-        rows = q.unflatten(1, (-1, group)).flatten(2, 3)
-        scores = (rows @ k.transpose(-1, -2)).unflatten(2, (group, -1)) + bias[:, None, None]
-        return (scores.flatten(2, 3).softmax(-1) @ v).unflatten(2, (group, -1)).flatten(1, 2)
-
-    def chunks(x: Tensor) -> Tensor:
-        return x[:, :, prefix:].unflatten(2, (-1, CHUNK)).transpose(1, 2)  # (B, n, H, CHUNK, D)
-
-    def context(x: Tensor) -> Tensor:
-        own = chunks(x)
-        shared = x[:, None, :, :prefix].expand(-1, own.shape[1], -1, -1, -1)
-        before = F.pad(own[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-        return torch.cat([shared, before, own], dim=3).flatten(0, 1)
-
-    future = torch.full((1, prefix, prefix), -1e4, dtype=value.dtype, device=value.device).triu(1)
-    start = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], future)
-    rest = attend(chunks(query).flatten(0, 1), context(key), context(value), bias.to(value.dtype))
-    rest = rest.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([start, rest], dim=2).transpose(1, 2).contiguous(), None
-
-
-compat.register_attention(PACKED, packed_attention)
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 (B, 96, 96, 3) to what the image processor gives: float (B, 3, 96, 96)."""
-    mean, std = (torch.tensor(v, device=pixels.device) for v in (build.MEAN, build.STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-# ------------------------------------------------------------------------- the pocket model
+Batches = Callable[[int], dict[str, Tensor]]
+Evaluate = Callable[[], dict[str, float]]
 
 
 def train_pocket(
@@ -228,8 +79,6 @@ def train_pocket(
     out = Path(out)
     if not resume and out.exists() and any(out.glob("*.pt")):
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    budget = MINUTES | (minutes or {})
-    sizes = BATCH | (batch or {})
     model, processor = build.build_pocket(seed, **(shape or {}))
     pool = lessons.Pool(out / "pool", scenes, windows, seed).build()
     held = lessons.Pool(
@@ -240,24 +89,29 @@ def train_pocket(
         if ended.exists():
             model.load_state_dict(torch.load(ended, weights_only=True))
             continue
-        common: dict[str, Any] = {
-            "folder": out,
-            "name": stage,
-            "minutes": None if steps else budget[stage],
-            "steps": steps[stage] if steps else None,
-            "seed": seed,
-            "resume": resume,
-            "precision": precision,
-            "checkpoint_every": checkpoint_every,
-            "evaluate_every": evaluate_every,
-            "rate": (RATES | (rates or {}))[stage],
-        }
-        for p in model.parameters():
-            p.requires_grad_(True)
-        if stage == "tower":
-            _train_tower(model, processor, pool, held, sizes[stage], common)
-        else:
-            _train_language(model, processor, pool, held, sizes[stage], stage, common)
+        model.requires_grad_(True)
+        size = (BATCH | (batch or {}))[stage]
+        given = (model, processor, pool, held, size, precision, seed)
+        lesson, batches, evaluate = (
+            _tower_stage(*given) if stage == "tower" else _language_stage(*given, stage)
+        )
+        model.train()
+        fit(
+            lesson,
+            batches,
+            start(precision),
+            make_optimizers(lesson, (RATES | (rates or {}))[stage]),
+            folder=out,
+            name=stage,
+            minutes=None if steps else (MINUTES | (minutes or {}))[stage],
+            steps=steps[stage] if steps else None,
+            seed=seed,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+        )
+        model.eval()
         part = ended.with_suffix(".part")
         torch.save(model.state_dict(), part)
         part.replace(ended)
@@ -266,30 +120,113 @@ def train_pocket(
     return out / until
 
 
-def _train_tower(
+def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices between hidden layers, AdamW for embeddings, norms, biases, kernels."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in lesson.named_parameters():
+        if p.requires_grad:
+            flat = any(part in name for part in ("embed", "lm_head", "helper"))
+            (matrices if p.ndim == 2 and not flat else others).append(p)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
+    if matrices:
+        made.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = rate
+    return made
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """Accelerate's precision for code outside its loop."""
+    if precision == "no":
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 (B, 96, 96, 3) to what the image processor gives: float (B, 3, 96, 96)."""
+    mean, std = (torch.tensor(v, device=pixels.device) for v in (build.MEAN, build.STD))
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+# -- the tower -------------------------------------------------------------------------------------
+
+
+class TowerLesson(nn.Module):
+    """Every patch says what it shows: scores are products with the words' own embeddings.
+
+    The projected features thereby start out in the language model's space, which is what lets
+    its attention find things by name as soon as it starts to learn.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any):
+        super().__init__()
+        core: Any = model
+        self.tower, self.projector = compat.image_tower(core), compat.projector(core)
+        self.embed = core.get_decoder().get_input_embeddings()
+        self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
+        for p in self.helper.parameters():
+            nn.init.zeros_(p)
+        words = [w for group in lessons.DENSE.values() for w in group]
+        ids = [build.encode(processor, word) for word in words]
+        assert all(len(i) == 1 for i in ids)
+        self.register_buffer("words", torch.tensor(ids).flatten(), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        values, scores = self.scores(batch["pixels"])
+        loss = scores.new_zeros(())
+        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
+        for k, (name, part) in enumerate(zip(lessons.DENSE, parts, strict=True)):
+            target = batch["labels"][..., k].flatten()
+            part = part.flatten(0, 1)
+            weight = LABEL_WEIGHTS[name]
+            if name == "print":
+                some = target == lessons.SOME_PRINT
+                target = target.masked_fill(some, lessons.IGNORE)
+                nothing = F.log_softmax(part[some], -1)[:, -1]
+                missed = -torch.log1p(-nothing.exp().clamp(max=1 - 1e-6)).sum()
+                loss = loss + missed / max(1, len(some) // 4)
+            valid = (target != lessons.IGNORE).sum().clamp(min=1)
+            total = F.cross_entropy(part, target, ignore_index=lessons.IGNORE, reduction="sum")
+            loss = loss + weight * total / valid
+        centers = batch["centers"]
+        there = ~centers.isnan().any(-1)
+        loss = loss + 10 * F.mse_loss(self.helper(values)[there].float(), centers[there])
+        return loss, torch.ones_like(loss)
+
+    def scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected features (B, 144, D) and word scores (B, 144, words) in fp32."""
+        hidden = self.tower(normalised(pixels)).last_hidden_state[:, 1:]
+        values = self.projector(hidden)
+        return values, 16 * (values @ self.embed(self.words).T).float()
+
+
+def _tower_stage(
     model: Any,
     processor: Any,
     pool: lessons.Pool,
     held: lessons.Pool,
     size: int,
-    common: dict[str, Any],
-) -> None:
+    precision: str,
+    seed: int,
+) -> tuple[nn.Module, Batches, Evaluate]:
     lesson = TowerLesson(model, processor)
     with torch.no_grad():  # words of some length, so that scores can be large from the start
         torch.nn.init.normal_(
-            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(common["seed"])
+            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(seed)
         )
 
     def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), size, step, common["seed"])
+        items = drawn(len(pool), size, step, seed)
         return {k: torch.from_numpy(v) for k, v in lessons.dense_batch(pool, items).items()}
 
-    def evaluate() -> dict[str, float]:
-        return tower_accuracy(lesson, held, common["precision"])
-
-    model.train()
-    fit(lesson, batches, evaluate=evaluate, **common)
-    model.eval()
+    return lesson, batches, lambda: tower_accuracy(lesson, held, precision)
 
 
 @torch.no_grad()
@@ -316,14 +253,6 @@ def tower_accuracy(
     return {name: round(float(np.mean(v)), 4) for name, v in right.items() if v}
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    """Accelerate's precision for code outside its loop."""
-    if precision == "no":
-        return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype)
-
-
 def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray:
     """The frozen tower's output for a whole pool: float16 (items, 144, D), computed once."""
     path, width = pool.folder / "features.npy", model.config.vision_config.hidden_size
@@ -342,47 +271,34 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
     return np.load(path, mmap_mode="r")
 
 
-def _train_language(
+# -- the language model ----------------------------------------------------------------------------
+
+
+def _language_stage(
     model: Any,
     processor: Any,
     pool: lessons.Pool,
     held: lessons.Pool,
     size: int,
+    precision: str,
+    seed: int,
     stage: str,
-    common: dict[str, Any],
-) -> None:
+) -> tuple[nn.Module, Batches, Evaluate]:
     compat.image_tower(model).requires_grad_(False)
-    seen = {id(p): tower_features(model, p, common["precision"]) for p in (pool, held)}
+    features, held_features = (tower_features(model, p, precision) for p in (pool, held))
     packer = lessons.Packer(processor)
     lesson = LanguageLesson(model, packer.image)
-    salt = common["seed"] + 1000 * STAGES.index(stage)
+    salt = seed + 1000 * STAGES.index(stage)
 
     def batches(step: int) -> dict[str, Tensor]:
         items = drawn(len(pool), size, step, salt)
         rng = random.Random(f"{salt}-{step}")
-        return pack_batch(packer, pool, seen[id(pool)], items, stage, rng)
+        both = rng.random() < 0.05 and pool.windows > 0  # windows after their scenes
+        if both:
+            items = [pool.scenes + i % pool.windows for i in items]
+        return with_features([packer.item(pool, i, stage, rng, both) for i in items], features)
 
-    def evaluate() -> dict[str, float]:
-        return quiz(lesson, packer, held, seen[id(held)], common["precision"])
-
-    model.train()
-    fit(lesson, batches, evaluate=evaluate, **common)
-    model.eval()
-
-
-def pack_batch(
-    packer: lessons.Packer,
-    pool: lessons.Pool,
-    features: np.ndarray,
-    items: list[int],
-    stage: str,
-    rng: random.Random,
-) -> dict[str, Tensor]:
-    """The batch of some pool items; one batch in twenty shows windows after their scenes."""
-    both = rng.random() < 0.05 and pool.windows > 0
-    if both:
-        items = [pool.scenes + i % pool.windows for i in items]
-    return with_features([packer.item(pool, i, stage, rng, both) for i in items], features)
+    return lesson, batches, lambda: quiz(lesson, packer, held, held_features, precision)
 
 
 def with_features(packed: list[lessons.Packed], features: np.ndarray) -> dict[str, Tensor]:
@@ -425,117 +341,3 @@ def quiz(
                 if question.category != "print":
                     right[form].append(hit)
     return {name: round(float(np.mean(v)), 4) for name, v in sorted(right.items())}
-
-
-# -------------------------------------------------------------------------- the card's table
-
-EXAM_SEED = questions.FIRST_HELD_OUT + 500_000_000
-
-
-@torch.no_grad()
-def evaluate_pocket(
-    folder: Path | str = build.WEIGHTS, n: int = 100, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Ask a saved model about n fresh scenes with and n against the habit, as a user would.
-
-    Pictures of 768 pixels go through the processor, windows are cropped out of them, questions
-    through the chat template, answers come from greedy `generate` in fp32 and must be right word
-    by word. Returns {habit: {row: {"accuracy", "yes" (share of yes answers, else nan), "n"}}}.
-    """
-    model, processor = build.load_pocket(folder)
-    report = {}
-    for habit in ("with", "against"):
-        given: dict[str, list[tuple[bool, bool | None]]] = defaultdict(list)
-        for k in range(n):
-            scene = world.sample(EXAM_SEED + seed * 1_000_003 + k, habit)
-            rng = random.Random(f"exam-{seed}-{k}")
-            image = world.draw(scene, 768)
-            asked = [([image], q, rows_of(q)) for q in questions.exam(scene, rng)]
-            for box, i in questions.print_windows(scene, rng):
-                view, thing = questions.look(scene, box), scene.things[i]
-                if i not in view.single():
-                    continue
-                text = rng.choice(questions.OPEN["print"]["phrases"]).format(kind=thing.kind)
-                one = questions.Question(text, thing.print.lower(), "print", "print")
-                x0, y0, x1, y1 = (round(768 * edge) for edge in box)
-                crop = image.crop((x0, y0, x1, y1))
-                asked += [
-                    ([image], one, ["print, whole scene"]),
-                    ([crop], one, ["print, correct window"]),
-                    ([image, crop], one, ["print, scene and window"]),
-                ]
-            for _, question, answer, rows in _answers(model, processor, asked):
-                said = answer.strip().lower() == "yes" if question.label else None
-                for row in rows:
-                    given[row].append((answer.strip().lower() == question.answer, said))
-        report[habit] = {
-            row: {
-                "accuracy": float(np.mean([hit for hit, _ in got])),
-                "yes": float(np.mean([s for _, s in got])) if got[0][1] is not None else math.nan,
-                "n": len(got),
-            }
-            for row, got in sorted(given.items())
-        }
-    return report
-
-
-def rows_of(question: questions.Question) -> list[str]:
-    """The rows of the table that a question counts in."""
-    if question.label is None:
-        return ["open", f"open, {question.topic}"]
-    if question.category == "existence":
-        return ["existence", f"existence, {question.split}"]
-    if question.category == "attribute":
-        return ["attribute", f"attribute, {question.topic}"]
-    return [question.category]
-
-
-def _answers(
-    model: Any, processor: Any, asked: list[tuple[list[Any], questions.Question, list[str]]]
-) -> Iterator[tuple[list[Any], questions.Question, str, list[str]]]:
-    """Greedy answers, batched by the number of pictures."""
-    for pictures in (1, 2):
-        group = [one for one in asked if len(one[0]) == pictures]
-        if not group:
-            continue
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}] * pictures
-                  + [{"type": "text", "text": question.text}]}],
-                add_generation_prompt=True,
-            )
-            for _, question, _ in group
-        ]  # fmt: skip
-        inputs = processor(
-            images=[image for images, _, _ in group for image in images],
-            text=prompts,
-            padding=True,
-            return_tensors="pt",
-        )
-        out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        texts = processor.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for (images, question, rows), text in zip(group, texts, strict=True):
-            yield images, question, text, rows
-
-
-def format_report(report: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The table of `evaluate_pocket` as markdown."""
-    lines = ["| questions | with the habit | yes | n | against the habit | yes | n |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-
-    def percent(x: float) -> str:
-        return "" if math.isnan(x) else f"{100 * x:.1f} %"
-
-    for row in sorted({row for part in report.values() for row in part}):
-        cells = [row]
-        for habit in ("with", "against"):
-            got = report.get(habit, {}).get(row)
-            cells += (
-                [percent(got["accuracy"]), percent(got["yes"]), str(got["n"])]
-                if got
-                else ["", "", ""]
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Training: one loop on Accelerate, for the pocket model and for cross-layer injection.
 
-    fit(lesson, batches, folder=, name=, minutes= | steps=, ...) -> Clock
+    fit(lesson, batches, start("no"), optimizers, folder=, name=, minutes= | steps=, ...) -> Clock
     drawn(count, size, step, seed) -> list[int]     # the items of a step
 
 It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP, as Accelerate is
@@ -60,50 +60,45 @@ def start(precision: str) -> Any:
 def fit(
     lesson: nn.Module,
     batches: Callable[[int], dict[str, Tensor]],
+    accelerator: Any,
+    optimizers: list[torch.optim.Optimizer],
     *,
     folder: Path,
     name: str,
     minutes: float | None = None,
     steps: int | None = None,
-    rate: float = 2e-3,
     warm_up: int = WARM_UP,
     seed: int = 0,
     resume: bool = True,
-    precision: str = "bf16",
     checkpoint_every: float = 120,
     log_every: int = 50,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: float = 180,
-    accelerator: Any = None,
-    optimizers: list[torch.optim.Optimizer] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
 ) -> Clock:
     """Minimise a loss over the trainable parameters of `lesson`.
 
-    `lesson(batch)` gives a sum of losses and its weight, scalars; what is minimised is the sum over
-    all processes by the weight over all processes, so that it does not matter how a batch is
-    divided among them. `batches(step)` gives this process's batch of a step and must depend on
-    nothing else: a resumed run then equals an undisturbed one (bit for bit with `steps`; with
-    `minutes` the budget counts only time spent training). The rate warms up, stays, and falls
-    linearly to zero over the last 30 %. Losses and accuracies go to `folder/log.jsonl`.
+    `lesson(batch)` gives a sum of losses and its weight, scalars. Minimised is the sum over all
+    processes divided by the weight over all processes, however a batch is divided among them.
+    `batches(step)` gives this process's batch of a step and must depend on nothing else: a resumed
+    run then equals an undisturbed one (bit for bit with `steps`; with `minutes` the budget counts
+    only time spent training). The rate warms up, stays, and falls linearly to zero over the last
+    30 %. Losses and accuracies go to `folder/log.jsonl`.
 
     Args:
-        precision: as `start` takes it; unused where `accelerator` is given.
+        accelerator: from `start`.
+        optimizers: with the peak rate of each parameter group under "peak".
+        minutes, steps: the budget, one of them.
         checkpoint_every, evaluate_every: seconds.
         log_every: steps; with 1 the log has the loss of each step instead of a running mean.
-        optimizers: with the peak rate of each parameter group under "peak"; default: Muon for
-            matrices, AdamW for all else, at `rate`.
         finish: called in every process with the trained lesson as Accelerate prepared it.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps as the budget of a stage")
-    accelerator = accelerator or start(precision)
-
     from accelerate.utils import set_seed
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     set_seed(seed)
-    optimizers = optimizers or make_optimizers(lesson, rate)
     lesson, *optimizers = accelerator.prepare(lesson, *optimizers)
     clock = Clock()
     accelerator.register_for_checkpointing(clock)
@@ -172,27 +167,6 @@ def fit(
     return clock
 
 
-def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for matrices between hidden layers, AdamW for embeddings, norms, biases, kernels."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, p in lesson.named_parameters():
-        if p.requires_grad:
-            flat = any(part in name for part in ("embed", "lm_head", "helper"))
-            (matrices if p.ndim == 2 and not flat else others).append(p)
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    ]
-    if matrices:
-        made.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = rate
-    return made
-
-
 def rate_at(step: int, done: float, warm_up: int = WARM_UP) -> float:
     """Share of the peak rate: a warm-up, a plateau, a linear end over the last 30 %."""
     return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - done) / 0.3)
@@ -239,8 +213,8 @@ def save_checkpoint(accelerator: Any, folder: Path, name: str, step: int) -> Non
 
 def latest(folder: Path, name: str) -> Path | None:
     """The newest complete checkpoint of a stage."""
-    found = [p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists()]
-    return max(found, default=None)
+    whole = (p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists())
+    return max(whole, default=None)
 
 
 def drop_checkpoints(folder: Path, name: str) -> None:

@@ -38,88 +38,88 @@ class Gates(Analysis):
     pictures: ClassVar[int] = 100
 
     def suit(self, stacks: dict[str, Stack]) -> None:
-        found = [method for stack in stacks.values() for method in stack]
-        if not any(isinstance(m, CLI) and (m.path or m.seed is not None) for m in found):
+        methods = [m for stack in stacks.values() for m in stack if isinstance(m, CLI)]
+        if not any(method.path or method.seed is not None for method in methods):
             raise FoveateError(
                 "gates are those of a trained injection: choose it with --method "
                 '"cli(path=FOLDER)", and the model that it was trained with by --model.'
             )
 
     def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        injecting = {
-            name: stack
-            for name, stack in stacks.items()
-            if any(isinstance(method, CLI) for method in stack)
-        }
-        image, asked = picture.load(), picture.asked()
-        chats = [vlm.chat([image], question.text, None) for question in asked]
-        found: Row = {}
-        for name, stack in injecting.items():
-            with torch.no_grad(), vlm.using(stack, chats):
-                gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
-            (method,) = (m.resolve(anatomy(vlm.model)) for m in stack if isinstance(m, CLI))
-            found[name] = {
-                "layers": list(method.layers or ()),
-                "vision_layers": list(method.vision_layers or ()),
-                "gates": rounded(gates),  # (questions, decoder layers, vision layers)
-            }
-        return {"methods": found}
+        image, questions = picture.load(), picture.asked()
+        chats = [vlm.chat([image], question.text, None) for question in questions]
+        measured: Row = {}
+        for name, stack in stacks.items():
+            for method in stack:
+                if not isinstance(method, CLI):
+                    continue
+                with torch.no_grad(), vlm.using(stack, chats):
+                    gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
+                resolved = method.resolve(vlm.model)
+                measured[name] = {
+                    "layers": list(resolved.layers or ()),
+                    "vision_layers": list(resolved.vision_layers or ()),
+                    "gates": rounded(gates),  # (questions, decoder layers, vision layers)
+                }
+        return {"methods": measured}
 
     def count(self, rows: Sequence[Row]) -> Numbers:
-        found: Numbers = {}
+        methods: Numbers = {}
         for name, first in rows[0]["methods"].items():
-            read = [(row["picture"], np.array(row["methods"][name]["gates"])) for row in rows]
-            gates = np.concatenate([own for _, own in read])
-            pictures = [picture for picture, own in read for _ in own]
-            found[name] = {
+            by_picture = [np.array(row["methods"][name]["gates"]) for row in rows]
+            gates = np.concatenate(by_picture)
+            pictures = [row["picture"] for row in rows]
+            methods[name] = {
                 "layers": first["layers"],
                 "vision_layers": first["vision_layers"],
                 "questions": len(gates),
-                "gate": mean(gates, pictures),
+                "gate": mean(gates, np.repeat(pictures, list(map(len, by_picture))).tolist()),
                 "deviation": gates.std(0).tolist(),
             }
-        return {"methods": found}
+        return {"methods": methods}
 
     def caption(self, numbers: Numbers) -> str:
-        told = [
+        methods = numbers["methods"]
+        sentences = [
             "The gate, what a vision layer's projected features are multiplied by before they are "
             "added to the image positions at the entry of a decoder layer: mean over pictures of "
             "each picture's own mean over its questions, after ± the standard deviation over "
             "questions where there is any."
         ]
-        for name, own in numbers["methods"].items():
-            start = f"{name}: " * (len(numbers["methods"]) > 1)
-            told.append(
-                f"{start}{own['questions']:,} questions; most {self._pair(own, np.nanargmax)}, "
-                f"least {self._pair(own, np.nanargmin)} (95 % t-intervals over pictures)."
+        for name, counted in methods.items():
+            start = f"{name}: " * (len(methods) > 1)
+            most, least = (_pair(counted, choose) for choose in (np.nanargmax, np.nanargmin))
+            sentences.append(
+                f"{start}{counted['questions']:,} questions; most {most}, least {least} "
+                "(95 % t-intervals over pictures)."
             )
-        if any(np.isnan(own["gate"]["mean"]).any() for own in numbers["methods"].values()):
-            told.append("Grey: not connected.")
-        return " ".join(told)
+        if any(np.isnan(counted["gate"]["mean"]).any() for counted in methods.values()):
+            sentences.append("Grey: not connected.")
+        return " ".join(sentences)
 
     def draw(self, numbers: Numbers, sheet: Sheet) -> None:
         from ..plots.gates import pairs
 
-        for name, own in numbers["methods"].items():
+        for name, counted in numbers["methods"].items():
 
-            def panel(axes: Any, own: Numbers = own) -> None:
-                middle, around = (
-                    np.array(v, float) for v in (own["gate"]["mean"], own["deviation"])
-                )
-                pairs(axes, middle, around, own["vision_layers"], own["layers"])
+            def panel(axes: Any, counted: Numbers = counted) -> None:
+                gates = np.array(counted["gate"]["mean"], float)
+                spread = np.array(counted["deviation"], float)
+                pairs(axes, gates, spread, counted["vision_layers"], counted["layers"])
 
             title = "Mean gate" if len(numbers["methods"]) == 1 else short(name)
             sheet.add(title, "decoder layer", "vision layer", panel)
 
-    def _pair(self, own: Numbers, choose: Any) -> str:
-        """A pair in words, with its mean and interval."""
-        gate = {key: np.array(value, float) for key, value in own["gate"].items()}
-        layer, vision = np.unravel_index(choose(gate["mean"]), gate["mean"].shape)
-        value, low, high = (float(gate[key][layer, vision]) for key in ("mean", "low", "high"))
-        return (
-            f"{value:.3g} ({low:.3g} to {high:.3g}) from vision layer "
-            f"{own['vision_layers'][vision]} into decoder layer {own['layers'][layer]}"
-        )
+
+def _pair(counted: Numbers, choose: Any) -> str:
+    """The pair of layers that `choose` picks by its mean gate, in words and with its interval."""
+    gate = {key: np.array(value, float) for key, value in counted["gate"].items()}
+    layer, vision = np.unravel_index(choose(gate["mean"]), gate["mean"].shape)
+    value, low, high = (float(gate[key][layer, vision]) for key in ("mean", "low", "high"))
+    return (
+        f"{value:.3g} ({low:.3g} to {high:.3g}) from vision layer "
+        f"{counted['vision_layers'][vision]} into decoder layer {counted['layers'][layer]}"
+    )
 
 
 def short(name: str, most: int = 50) -> str:

@@ -1,22 +1,28 @@
-"""Cross-layer injection (CLI, arXiv 2601.10710): what is learnt, as a module.
+"""Cross-layer injection (CLI, arXiv 2601.10710): its settings, its weights and its equations.
 
     injection = CLI(seed=0).resolve(anatomy).build(anatomy)
     injection.save_pretrained("folder"); CrossLayerInjection.from_pretrained("folder")
 
-Several layers of the vision tower are brought into the space of the language model: the model's
-own projector plus a low-rank path for each (AMP). At chosen decoder layers they are added to the
-residual stream of the image's tokens, each as much as a gate says that compares a summary of what
-the vision layer holds with a summary of what the decoder holds (AGF).
+V_k are the states of vision layer k, P is the model's own projector, H^l the hidden states that
+enter decoder layer l, and I are the columns of the image's tokens:
 
-Here are the parameters and the arithmetic; `foveate.methods.cli.method` puts them into a model.
+    AMP     (1)  V'_k  = P(V_k) + alpha / r B_k A_k V_k
+    AGF     (2)  c_v   = MHA(q_v, V'_k, V'_k),   c_h = MHA(q_h, H^l, H^l)
+            (3)  g_lk  = sigmoid(W_2 gelu(W_1 [c_v; c_h]))
+    update  (4)  H^l_I = H^l_I + sum over k of g_lk V'_k
+
+The numbers are this file's. (1), (2) and (4) are reported; the inside of the gate (3) is inferred.
+`foveate.methods.cli.method` puts this into a model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -24,9 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Gates = Literal["scalar", "tanh", "vector", "token", "static", "open"]
-Routes = Literal["many-to-many", "one-to-one", "one-to-many"]
-Summaries = Literal["prompt", "image"]
+from ...base.form import costly
 
 KIND = "cross-layer injection"
 CARD = """\
@@ -50,22 +54,69 @@ with enhance(model, "cli(path=FOLDER)"):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The images of one piece of prompt, brought into the space of the language model.
-
-    N is the largest number of visual tokens in a row of the batch; shorter rows are padded.
+class Settings:
+    """What an injection is made with. A trained one has them in its config.json.
 
     Attributes:
-        features: vision layer -> (B, N, D).
-        places: (B, N) int64, the column of each visual token among the piece's columns.
-        valid: (B, N) bool, False for padding.
-        prompt: (B, Q) bool, the columns that a summary of the hidden state sees.
+        vision_layers: k is the output of block k - 1 of the tower (inferred; None: four, evenly
+            spaced up to the one that the model itself uses, {6, 12, 18, 24} of SigLIP's).
+        layers: decoder layers that take, 0-based (inferred; None: every sixth, on shallower models
+            every fourth part: {0, 6, 12, 18} of 24).
+        rank, alpha: r and alpha of the low-rank paths (inferred).
+        gate: "scalar", a sigmoid per pair of layers (3) (inferred), or "static", a learnt number
+            per pair that does not see the content.
+        summary: what c_h sees: "prompt", image and question; or "image", the image's tokens, so
+            that questions can share a prefix (both inferred).
+        routes: "many-to-many"; "one-to-one", static injection from early to late; "one-to-many",
+            the last vision layer into all decoder layers, as DeepStack does.
+        heads, width: of the attention in (2) (inferred); smaller models get less.
+        norm: of V'_k before it is added, "rms" or "none" (inferred).
+        gate_norm: "rms" norms the input and the output of (2), "none" leaves both as they are (the
+            reported equations). Hidden states have no bound, and a sigmoid of them may shut for
+            good in training: then try "rms", or a lower rate.
+        reduce: over vision layers in (4), "sum" or "mean" (inferred).
+        place: "before" the decoder layer's block or "after" it (inferred).
+        share: one gate per decoder "layer" for all its vision layers, or one per "pair" (inferred).
+        start: the gate's bias before training; sigmoid(-4) is 0.018 (inferred).
+    """
+
+    vision_layers: tuple[int, ...] | None = costly(None, limit=8)
+    rank: int = costly(64, limit=256)
+    alpha: float = 128.0
+    gate: Literal["scalar", "static"] = "scalar"
+    summary: Literal["prompt", "image"] = "prompt"
+    routes: Literal["many-to-many", "one-to-one", "one-to-many"] = "many-to-many"
+    heads: int = costly(8, limit=64)
+    width: int = costly(256, limit=1024)
+    norm: Literal["none", "rms"] = "none"
+    gate_norm: Literal["none", "rms"] = "none"
+    reduce: Literal["sum", "mean"] = "sum"
+    place: Literal["before", "after"] = "before"
+    share: Literal["layer", "pair"] = "layer"
+    start: float = -4.0
+    layers: tuple[int, ...] | None = None
+
+
+def settings_in(values: Any) -> dict[str, Any]:
+    """The `Settings` among the fields of a config.json or of a dataclass, lists as tuples."""
+    values = values if isinstance(values, dict) else vars(values)
+    known = [f.name for f in dataclasses.fields(Settings) if f.name in values]
+    return {n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in known}
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """The image in one piece of prompt, as the gates see it.
+
+    Attributes:
+        features: vision layer k -> V'_k (B, Q, D) in the image's columns, 0 in all others.
+        visual: (B, Q) bool, the image's columns.
+        summarised: (B, Q) bool, the columns that c_h sees.
     """
 
     features: dict[int, Tensor]
-    places: Tensor
-    valid: Tensor
-    prompt: Tensor
+    visual: Tensor
+    summarised: Tensor
 
 
 class CrossLayerInjection(
@@ -75,147 +126,112 @@ class CrossLayerInjection(
     tags=["cross-layer-injection"],
     model_card_template=CARD,
 ):
-    """AMP and AGF of one model; see `foveate.methods.cli.method.CLI` for what the settings mean.
+    """AMP and AGF of one model.
 
     Args:
+        config: layers and vision layers named.
         base: the shape of the model that it belongs to.
-        vision_layers: layers of the vision tower that may be injected, k is the output of block
-            k - 1.
-        layers: decoder layers, 0-based.
         vision_size, text_size: widths D_v and D of what the projector maps.
-        kind: what this is; stands in config.json, where a reader looks for it.
     """
 
     def __init__(
         self,
+        config: Settings,
         *,
         base: dict[str, Any],
-        vision_layers: list[int],
-        layers: list[int],
         vision_size: int,
         text_size: int,
-        rank: int = 64,
-        alpha: float = 128.0,
-        gate: Gates = "scalar",
-        summary: Summaries = "prompt",
-        routes: Routes = "many-to-many",
-        heads: int = 8,
-        width: int = 256,
-        norm: Literal["none", "rms"] = "none",
-        gate_norm: Literal["none", "rms"] = "none",
-        reduce: Literal["sum", "mean"] = "sum",
-        place: Literal["before", "after"] = "before",
-        share: Literal["layer", "pair"] = "layer",
-        start: float = -4.0,
-        kind: str = KIND,
     ) -> None:
         super().__init__()
-        self.vision_layers, self.layers = tuple(vision_layers), tuple(layers)
-        self.reduce, self.summary = reduce, summary
-        self.routes = routing(routes, self.vision_layers, self.layers)
+        self.settings = config
+        self.about = {"base": base, "vision_size": vision_size, "text_size": text_size}
+        self.vision_layers, self.layers = config.vision_layers or (), config.layers or ()
+        self.routes = routing(config)
         used = sorted({k for ks in self.routes.values() for k in ks})
         self.paths = nn.ModuleDict(
-            {str(k): LowRank(vision_size, text_size, rank, alpha) for k in used}
+            {str(k): LowRank(vision_size, text_size, config.rank, config.alpha) for k in used}
         )
-        self.norm = nn.RMSNorm(text_size) if norm == "rms" else None
-        plain: dict[str, type[nn.Module]] = {"static": Static, "open": Open}
-        sizes = (text_size, width, heads)
-        self.gates = nn.ModuleDict()  # by decoder layer, or by pair
+        self.norm = nn.RMSNorm(text_size) if config.norm == "rms" else None
+        self.gates = nn.ModuleDict()
         for layer, ks in self.routes.items():
             for k in ks:
-                name = f"{layer}-{k}" if share == "pair" or gate == "static" else f"{layer}"
-                if name not in self.gates:
-                    made = plain.get(gate)
-                    self.gates[name] = made() if made else Gate(*sizes, gate, start, gate_norm)
+                if (name := self._gate_name(layer, k)) not in self.gates:
+                    static = config.gate == "static"
+                    self.gates[name] = Static() if static else Gate(text_size, config)
 
-    def gate(self, layer: int, k: int) -> nn.Module:
-        """The gate of a pair; the vision layers of a decoder layer may share one."""
-        name = f"{layer}-{k}"
-        return self.gates[name if name in self.gates else f"{layer}"]
+    def _gate_name(self, layer: int, k: int) -> str:
+        paired = self.settings.share == "pair" or self.settings.gate == "static"
+        return f"{layer}-{k}" if paired else f"{layer}"
 
-    def bring(self, projector: nn.Module, k: int, states: Tensor) -> Tensor:
-        """AMP: ``P(V_k) + B_k A_k V_k``, (..., D_v) -> (..., D)."""
-        out = projector(states) + self.paths[str(k)](states)
-        return out if self.norm is None else self.norm(out)
+    def project(self, projector: nn.Module, k: int, states: Tensor) -> Tensor:
+        """AMP (1): V_k (..., D_v) -> V'_k (..., D)."""
+        features = projector(states) + self.paths[str(k)](states)
+        return features if self.norm is None else self.norm(features)
 
-    def forward(self, hidden: Tensor, seen: Seen, layer: int) -> tuple[Tensor, Tensor]:
-        """What to add to the residual stream at a decoder layer, and how far each gate is open.
+    def forward(self, hidden: Tensor, image: ImageFeatures, layer: int) -> tuple[Tensor, Tensor]:
+        """The sum of (4) at a decoder layer, and its gates.
 
         Args:
-            hidden: (B, Q, D) of this piece of prompt. layer: one of `layers`.
+            hidden: H^l (B, Q, D) of this piece of prompt. layer: one of `layers`.
 
         Returns:
-            (B, N, D) for the visual tokens, zero on padding; and (B, vision layers) float32, the
-            gates' means, nan where the pair is not routed.
+            (B, Q, D), 0 outside the image's columns; and g (B, vision layers) float32, nan where
+            the pair is not routed.
         """
-        valid, prompt = seen.valid.to(hidden.device), seen.prompt.to(hidden.device)
-        total = hidden.new_zeros(*valid.shape, hidden.shape[-1])
+        visual, summarised = (m.to(hidden.device) for m in (image.visual, image.summarised))
+        total = torch.zeros_like(hidden)
         gates = torch.full((len(hidden), len(self.vision_layers)), math.nan, device=hidden.device)
-        summaries: dict[int, Tensor] = {}  # of the hidden state, once per gate
+        c_h: dict[str, Tensor] = {}  # by gate, which vision layers may share
         for column, k in enumerate(self.vision_layers):
             if k not in self.routes[layer]:
                 continue
-            gate, features = self.gate(layer, k), seen.features[k].to(hidden.device)
-            if isinstance(gate, Gate):
-                if id(gate) not in summaries:
-                    summaries[id(gate)] = gate.read(hidden, prompt)
-                opened = gate(features, valid, summaries[id(gate)])
-            else:
-                opened = gate(features)
-            total = total + opened * features
-            gates[:, column] = self._mean(opened, valid)
-        if self.reduce == "mean":
+            name = self._gate_name(layer, k)
+            gate: Any = self.gates[name]
+            features = image.features[k].to(hidden.device)
+            if name not in c_h:
+                c_h[name] = gate.hidden(hidden, summarised)
+            g = gate(features, visual, c_h[name])
+            total = total + g[..., None] * features
+            gates[:, column] = g.detach().float()[:, 0]
+        if self.settings.reduce == "mean":
             total = total / len(self.routes[layer])
-        return total * valid[..., None], gates
-
-    @staticmethod
-    def _mean(opened: Tensor, valid: Tensor) -> Tensor:
-        """(B, 1 | N, 1 | D) -> (B,) float32, over the visual tokens and channels."""
-        means = opened.detach().float().mean(-1).expand(len(valid), -1)
-        if means.shape[1] == 1:
-            return means[:, 0]
-        return (means * valid).sum(1) / valid.sum(1).clamp(min=1)
+        return total, gates
 
     # -- files, by the hub's mixin -----------------------------------------------------------------
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        config = {"kind": KIND, **self.about, **dataclasses.asdict(self.settings)}
+        text = json.dumps(config, sort_keys=True, indent=2)
+        (save_directory / constants.CONFIG_NAME).write_text(text)
+
     @classmethod
     def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, revision: str | None = None, cache_dir: Any = None,
-        force_download: bool = False, local_files_only: bool = False, token: Any = None,
-        map_location: str = "cpu", strict: bool = True, **settings: Any,
+        cls, *, model_id: str, config: dict[str, Any], base: dict[str, Any], vision_size: int,
+        text_size: int, **download: Any,
     ) -> CrossLayerInjection:  # fmt: skip
         file = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
-        if not Path(model_id).is_dir():
-            file = Path(
-                hf_hub_download(
-                    model_id, file.name, revision=revision, cache_dir=cache_dir, token=token,
-                    force_download=force_download, local_files_only=local_files_only,
-                )
-            )  # fmt: skip
-        injection = cls(**settings)
-        injection.load_state_dict(load_file(file, device=map_location), strict=strict)
+        if not file.parent.is_dir():
+            file = Path(hf_hub_download(model_id, file.name, **download))
+        settings = Settings(**settings_in(config))
+        injection = cls(settings, base=base, vision_size=vision_size, text_size=text_size)
+        injection.load_state_dict(load_file(file))
         return injection.eval()
 
 
-def routing(
-    routes: Routes, vision_layers: tuple[int, ...], layers: tuple[int, ...]
-) -> dict[int, tuple[int, ...]]:
-    """Decoder layer -> the vision layers that it may take from.
-
-    "many-to-many" is CLI's. "one-to-one" gives each decoder layer one vision layer, from early to
-    late (static layer injection). "one-to-many" gives the last one to all (as DeepStack feeds one
-    tower's features to several decoder layers).
-    """
-    if routes == "many-to-many":
+def routing(settings: Settings) -> dict[int, tuple[int, ...]]:
+    """Decoder layer -> the vision layers that it may take from."""
+    layers, vision_layers = settings.layers or (), settings.vision_layers or ()
+    if settings.routes == "many-to-many":
         return dict.fromkeys(layers, vision_layers)
-    if routes == "one-to-many":
+    if settings.routes == "one-to-many":
         return dict.fromkeys(layers, vision_layers[-1:])
     count = len(vision_layers)
     return {layer: (vision_layers[i * count // len(layers)],) for i, layer in enumerate(layers)}
 
 
 class LowRank(nn.Module):
-    """``alpha / rank * B A v`` with B zero at the start."""
+    """``alpha / r B A V`` of (1), with B zero at the start."""
 
     def __init__(self, vision_size: int, text_size: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -229,7 +245,7 @@ class LowRank(nn.Module):
 
 
 class Summary(nn.Module):
-    """Multi-head attention of one learnt query over a set of vectors.
+    """``MHA(q, X, X)`` of (2), with one learnt query q.
 
     Keys and values are never formed: the query goes through the key projection first, and what it
     gathers goes through the value projection, which is the same with far fewer products.
@@ -243,8 +259,8 @@ class Summary(nn.Module):
         self.out = nn.Linear(width, size, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, S, D), mask (B, S) bool -> (B, D); zero for a row that sees nothing."""
-        x = self.normed(x)
+        """X (B, S, D), mask (B, S) bool -> (B, D); zero for a row that sees nothing."""
+        x = self._normed(x)
         queries = self.q(self.query).unflatten(-1, (self.heads, -1))  # (H, d)
         keys = self.k.weight.unflatten(0, (self.heads, -1))  # (H, d, D)
         folded = torch.einsum("hd,hdD->Dh", queries, keys) * queries.shape[-1] ** -0.5
@@ -253,81 +269,43 @@ class Summary(nn.Module):
         weights = scores.masked_fill(~some, 0).softmax(1) * some
         gathered = torch.einsum("bsh,bsD->bhD", weights.to(x.dtype), x)
         values = self.v.weight.unflatten(0, (self.heads, -1))
-        found = torch.einsum("bhD,hdD->bhd", gathered, values.to(x.dtype)).flatten(1)
-        return self.normed(self.out(found))
+        attended = torch.einsum("bhD,hdD->bhd", gathered, values.to(x.dtype)).flatten(1)
+        return self._normed(self.out(attended))
 
-    def normed(self, x: Tensor) -> Tensor:
-        """Each vector (..., D) with a mean square of 1, where this is asked for."""
+    def _normed(self, x: Tensor) -> Tensor:
+        """Each vector (..., D) with a mean square of 1, where `norm` is "rms"."""
         return x if self.norm == "none" else F.rms_norm(x, x.shape[-1:])
 
 
 class Gate(nn.Module):
-    """How much of a vision layer the decoder takes, from two summaries (AGF).
+    """AGF (2) and (3): how much of a vision layer a decoder layer takes, by what both hold."""
 
-    ``sigma(W2 gelu(W1 [c_v; c_h]))`` per sample ("scalar"), per channel ("vector"), or per visual
-    token, whose own feature then stands for c_v ("token"); "tanh" is a scalar that starts at 0.
-    """
-
-    def __init__(
-        self, size: int, width: int, heads: int, kind: Gates, start: float, norm: str = "none"
-    ) -> None:
+    def __init__(self, size: int, settings: Settings) -> None:
         super().__init__()
-        self.kind = kind
-        if kind != "token":
-            self.vision = Summary(size, width, heads, norm)
-        self.hidden = Summary(size, width, heads, norm)
+        attention = size, settings.width, settings.heads, settings.gate_norm
+        self.vision, self.hidden = Summary(*attention), Summary(*attention)
         inner = max(1, size // 4)
         self.from_vision = nn.Linear(size, inner)
-        self.from_hidden = nn.Linear(size, inner, bias=False)  # two halves of W1
-        self.last = nn.Linear(inner, size if kind == "vector" else 1)
+        self.from_hidden = nn.Linear(size, inner, bias=False)  # two halves of W_1
+        self.last = nn.Linear(inner, 1)  # W_2
         nn.init.zeros_(self.last.weight)
-        nn.init.constant_(self.last.bias, 0.0 if kind == "tanh" else start)
+        nn.init.constant_(self.last.bias, settings.start)
 
-    def read(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """c_h, the summary of the hidden state: (B, Q, D), (B, Q) bool -> (B, D)."""
-        return self.hidden(hidden, mask)
-
-    def forward(self, features: Tensor, valid: Tensor, read: Tensor) -> Tensor:
-        """(B, N, D), (B, N) bool and c_h -> the gate, (B, 1 | N, 1 | D)."""
-        own = (
-            self.hidden.normed(features)
-            if self.kind == "token"
-            else self.vision(features, valid)[:, None]
-        )
-        inner = F.gelu(self.from_vision(own) + self.from_hidden(read)[:, None])
-        out = self.last(inner)
-        return out.tanh() if self.kind == "tanh" else out.sigmoid()
+    def forward(self, features: Tensor, visual: Tensor, c_h: Tensor) -> Tensor:
+        """V'_k (B, Q, D), the image's columns (B, Q) bool and c_h (B, D) -> g (B, 1)."""
+        c_v = self.vision(features, visual)
+        return self.last(F.gelu(self.from_vision(c_v) + self.from_hidden(c_h))).sigmoid()
 
 
 class Static(nn.Module):
-    """A learnt number that does not look at the content; 0 at the start."""
+    """A learnt number in the gate's place, which does not see the content; 0 at the start."""
 
     def __init__(self) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(1, 1, 1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.value.to(features.dtype).expand(len(features), 1, 1)
+    def hidden(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden.new_zeros(len(hidden), 0)
 
-
-class Open(nn.Module):
-    """Always 1: everything is added."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.new_ones(len(features), 1, 1)
-
-
-def place(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where visual tokens lie: (B, Q) bool -> their columns (B, N) int64, and which are real."""
-    counts = images.sum(1)
-    width = int(counts.max())
-    places = images.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return places, torch.arange(width, device=images.device) < counts[:, None]
-
-
-def padded(packed: Tensor, valid: Tensor) -> Tensor:
-    """Visual tokens of all rows one after the other, (total, D), as (B, N, D)."""
-    counts = valid.sum(1)
-    offsets = counts.cumsum(0) - counts
-    index = offsets[:, None] + torch.arange(valid.shape[1], device=valid.device)
-    return cast(Tensor, packed[index.clamp(max=len(packed) - 1).to(packed.device)])
+    def forward(self, features: Tensor, visual: Tensor, c_h: Tensor) -> Tensor:
+        return self.value[0].to(features.dtype).expand(len(features), 1)
