@@ -95,7 +95,7 @@ def forward(model: Any, inputs: dict[str, Tensor], method: CLI | None = None, **
 
 def forced(method: CLI, model: Any, logit: float) -> CrossLayerInjection:
     """The module with every gate at the sigmoid of `logit`: at -200 it is 0, at 200 it is 1."""
-    module = method.build(model)
+    module = method.build(anatomy(model))
     for gate in module.gates.values():
         gate.last.weight.data.zero_()
         gate.last.bias.data.fill_(logit)
@@ -122,7 +122,7 @@ def test_an_open_gate_gives_exactly_what_the_model_puts_in_itself(family: str) -
     model, inputs = models.build(family), models.inputs(family, "images", batch=3)
     got: list[Tensor] = []
     layer = model.get_decoder().layers[0]
-    method = CLI(seed=0, routes="one-to-many", layers=(0,)).resolve(model)
+    method = CLI(seed=0, routes="one-to-many", layers=(0,)).resolve(anatomy(model))
     with attach(model, (method,), plans={"cli": forced(method, model, 200.0)}):
         hook = layer.register_forward_hook(
             lambda module, args, out: got.append(args[0]), prepend=True
@@ -280,7 +280,7 @@ def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
     assert settings["kind"] == "cross-layer injection"
     assert settings["base"]["hidden_size"] == 64
     assert (tmp_path / "one" / "model.safetensors").is_file()
-    resolved = method.resolve(model)
+    resolved = method.resolve(anatomy(model))
     assert (resolved.layers, resolved.share, resolved.rank) == ((1, 3), "pair", 4)
     first = forward(model, inputs, method).logits
     module = CrossLayerInjection.from_pretrained(tmp_path / "one")

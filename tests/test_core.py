@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError
-from foveate.core import Method, Prompt, Rows, Sequences, Stream
+from foveate.core import Method, Prompt, Rows, Sequences
 from foveate.core.edit import Acting, edit_rows, products
 from foveate.core.sequence import Stack, State
 
@@ -179,13 +179,6 @@ def test_a_prompt_without_some_tokens_is_padded_on_the_left_again() -> None:
     dark = prompt.repainted(lambda tiles: [tile.zero_() for tile in tiles] and None)
     assert dark.pixels["pixel_values"].tolist() == [0, 0]
     assert prompt.pixels["pixel_values"].tolist() == [1, 1]
-
-
-def test_a_stream_takes_what_is_added_at_columns() -> None:
-    x = torch.zeros(2, 3, 2)
-    added = Stream(x, 0).plus(torch.tensor([[0, 2], [1, 1]]), torch.ones(2, 2, 2))
-    assert added[..., 0].tolist() == [[1, 0, 1], [0, 2, 0]]
-    assert not x.any()
 
 
 def test_sequences_know_whose_memory_they_mean() -> None:

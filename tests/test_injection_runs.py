@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import injection
 from benchmarks.injection import Settings
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.benchmarks.pocket import CATEGORIES
 from foveate.core.method import parse
 from foveate.evaluation.benchmark import Record

@@ -21,7 +21,8 @@ from foveate.evaluation.ask import evaluate
 from foveate.evaluation.run import RESULTS, RUN
 from foveate.insight import heads
 from foveate.insight.trace import trace
-from foveate.scenes import questions, world
+from foveate.scenes import world
+from foveate.scenes.export import export
 from foveate.training.injection import tune
 from foveate.training.recipe import Recipe
 from foveate.vlm import loading

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate import VLM, FoveateError
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import image_encoder
 from foveate.backends.transformers.enhance import attach
 from foveate.methods.cli.method import CLI

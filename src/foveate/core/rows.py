@@ -232,10 +232,3 @@ class Stream:
     def last(self) -> Tensor:
         """The last position, (B, D)."""
         return self.x[:, -1]
-
-    def plus(self, columns: Tensor, values: Tensor) -> Tensor:
-        """The stream with `values` (B, N, D) added at positions `columns` (B, N) int64."""
-        start = torch.arange(len(self.x), device=self.x.device)[:, None] * self.x.shape[1]
-        places = (start + columns.to(self.x.device)).flatten()
-        added = self.x.flatten(0, 1).index_add(0, places, values.to(self.x.dtype).flatten(0, 1))
-        return added.view_as(self.x)

@@ -45,7 +45,7 @@ def evaluate_pocket(
                 view, thing = questions.look(scene, box), scene.things[i]
                 if i not in view.single():
                     continue
-                text = rng.choice(questions.OPEN["print"]).format(kind=thing.kind)
+                text = rng.choice(questions.OPEN["print"]["phrases"]).format(kind=thing.kind)
                 one = questions.Question(text, thing.print.lower(), "print", "print")
                 x0, y0, x1, y1 = (round(768 * edge) for edge in box)
                 crop = image.crop((x0, y0, x1, y1))

@@ -55,7 +55,7 @@ class Gates(Analysis):
                     continue
                 with torch.no_grad(), vlm.using(stack, chats):
                     gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
-                resolved = method.resolve(vlm.model)
+                resolved = method.resolve(anatomy(vlm.model))
                 measured[name] = {
                     "layers": list(resolved.layers or ()),
                     "vision_layers": list(resolved.vision_layers or ()),

@@ -8,17 +8,14 @@ decides how much of each it takes. `foveate train cli` trains it; the equations 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...backends.transformers.compat import cache_of, feature_layer, image_features, projector
-from ...base.errors import FoveateError
-from ...base.form import costly, file
-from ...core.method import Method, shape
+from ...core import Anatomy, FoveateError, Method, Sequences, Stream, Vision, costly, file
+from ...core.sequence import remembered
 from .files import read_config, read_module, weights_stamp
 from .module import CrossLayerInjection, ImageFeatures, Settings, settings_in
 
@@ -87,16 +84,16 @@ class CLI(Settings, Method):  # type: ignore[misc]
                 f"cli follows the images of {', '.join(SERVES)} through tower and projector, not "
                 f"those of {kind}: use a method that needs no training."
             )
-        used, blocks = _used_layer(model), model.config.vision_config.num_hidden_layers
+        used, blocks = _used_layer(anatomy), tower.depth
         if self.path:
-            filled = self._trained(model)
+            filled = self._trained(anatomy)
         elif self.seed is None:
             raise FoveateError(
                 "cli is trained: give path=FOLDER, which `foveate train cli` makes, or seed=0 for "
                 "one that has learnt nothing."
             )
         else:
-            depth = model.get_decoder().config.num_hidden_layers
+            depth = anatomy.depth
             quarters = [-(-used * i // 4) for i in range(1, 5)]
             spread = [used] if self.routes == "one-to-many" else quarters
             every = tuple(range(0, depth, min(6, max(1, depth // 4))))
@@ -111,14 +108,15 @@ class CLI(Settings, Method):  # type: ignore[misc]
                 raise FoveateError(
                     f"cli: vision layer {k} does not exist, this tower has layers 1 to {blocks}."
                 )
-        resolved = Method.resolve(dataclasses.replace(filled, vision_layers=vision_layers), model)
+        filled = dataclasses.replace(filled, vision_layers=vision_layers)
+        resolved = Method.resolve(filled, anatomy)
         assert isinstance(resolved, CLI)
         return resolved
 
-    def _trained(self, model: Any) -> CLI:
-        """The same method with the settings of the trained injection, if it belongs to `model`."""
+    def _trained(self, anatomy: Anatomy) -> CLI:
+        """The same method with the trained injection's settings, if it belongs to this model."""
         config = read_config(self.path)
-        for name, value in _base(model).items():
+        for name, value in _base(anatomy).items():
             if (trained := config["base"].get(name)) != value:
                 raise FoveateError(
                     f"cli: {self.path} belongs to another model: its {name} is {trained}, this "
@@ -141,8 +139,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
         if self.path:
             injection = read_module(self.path)
         else:
-            vision_size = model.config.vision_config.hidden_size
-            text_size = model.config.text_config.hidden_size
+            vision_size, text_size = anatomy.tower.width, anatomy.width
             heads = min(self.heads, max(1, text_size // 8))
             width = min(self.width, text_size) // heads * heads
             settings = settings_in(self) | {"heads": heads, "width": width}
@@ -150,21 +147,21 @@ class CLI(Settings, Method):  # type: ignore[misc]
                 torch.manual_seed(self.seed or 0)
                 injection = CrossLayerInjection(
                     Settings(**settings),
-                    base=_base(model),
+                    base=_base(anatomy),
                     vision_size=vision_size,
                     text_size=text_size,
                 )
-        return injection.to(_device(projector(model)))
+        return injection.to(anatomy.tower.device)
 
     def setup(self, anatomy: Anatomy) -> CrossLayerInjection:
         """The module in the model's dtype, each part beside the layer that it serves."""
         stamp = weights_stamp(self.path) if self.path else None
-        key = (dataclasses.replace(self, strength=1.0), stamp, model.dtype, str(model.device))
-        loaded = _loaded.setdefault(model, {})
+        key = (dataclasses.replace(self, strength=1.0), stamp, anatomy.dtype, str(anatomy.device))
+        loaded = anatomy.kept.setdefault("cli", {})
         if key not in loaded:
             injection = self.build(anatomy).to(anatomy.dtype).eval().requires_grad_(False)
             for name, gate in injection.gates.items():
-                gate.to(_device(model.get_decoder().layers[int(name.split("-")[0])]))
+                gate.to(anatomy.layer_device(int(name.split("-")[0])))
             while len(loaded) >= KEPT:
                 del loaded[next(iter(loaded))]
             loaded[key] = injection
@@ -172,13 +169,12 @@ class CLI(Settings, Method):  # type: ignore[misc]
 
     # -- in a forward ------------------------------------------------------------------------------
 
-    def see(self, ctx: Context) -> None:
+    def see(self, vision: Vision, seq: Sequences) -> None:
         """AMP (1): bring the vision states to the language model, packed as its own."""
-        if "pixel_values_videos" in ctx.inputs:
+        if vision.video:
             raise FoveateError("cli follows images, not videos: leave out the video.")
-        injection: CrossLayerInjection = ctx.plan
-        mask = ctx.inputs["attention_mask"]
-        visual = ctx.visual[:, -mask.shape[1] :]
+        injection: CrossLayerInjection = seq.plan
+        visual = vision.visual
         total, features = int(visual.sum()), {}
         for k in map(int, injection.paths):
 
@@ -193,22 +189,22 @@ class CLI(Settings, Method):  # type: ignore[misc]
                 )
             empty = packed.new_zeros(*visual.shape, packed.shape[-1])
             features[k] = empty.masked_scatter(visual.to(packed.device)[..., None], packed)
-        summarised = visual if self.summary == "image" else mask.bool()
-        if self.summary == "prompt" and "labels" in ctx.inputs:
-            unanswered = (ctx.inputs["labels"] != -100).cumsum(1) == 0
+        summarised = visual if self.summary == "image" else vision.mask.bool()
+        if self.summary == "prompt" and vision.labels is not None:
+            unanswered = (vision.labels != -100).cumsum(1) == 0
             summarised = summarised & unanswered.to(summarised.device)
-        ctx.step[self.name] = ImageFeatures(features, visual, summarised)
-        ctx.memory["gates"] = {}
+        seq.scratch["image"] = ImageFeatures(features, visual, summarised)
+        seq.memory["gates"] = {}
 
-    def before(self, hidden: Tensor, ctx: Context, layer: int) -> Tensor:
+    def before(self, stream: Stream, seq: Sequences) -> Tensor:
         """AGF (2), (3) and update (4)."""
-        layer -= self.place == "after"
-        image: ImageFeatures | None = ctx.step.get(self.name)
+        layer = stream.layer - (self.place == "after")
+        image: ImageFeatures | None = seq.scratch.get("image")
         if image is None or layer not in (self.layers or ()):
-            return hidden
-        added, gates = ctx.plan(hidden, image, layer)
-        ctx.memory["gates"] = {**ctx.memory["gates"], layer: gates}
-        return hidden + (self.strength * added).to(hidden.dtype)
+            return stream.x
+        added, gates = seq.plan(stream.x, image, layer)
+        seq.memory["gates"] = {**seq.memory["gates"], layer: gates}
+        return stream.x + (self.strength * added).to(stream.x.dtype)
 
     @staticmethod
     def gates(out: Any) -> Tensor:
@@ -224,15 +220,14 @@ class CLI(Settings, Method):  # type: ignore[misc]
         Raises:
             FoveateError: where no CLI was at work.
         """
-        ctx: Context | None = getattr(cache_of(out), "foveate", None)
-        for i, method in enumerate(ctx.stack.methods if ctx else ()):
-            if ctx and isinstance(method, CLI) and ctx.memories[i].get("gates"):
-                gates = ctx.memories[i]["gates"]
-                return torch.stack([gates[layer].cpu() for layer in sorted(gates)], 1)
+        kept = remembered(out, CLI)
+        if kept is not None and kept[1].get("gates"):
+            gates = kept[1]["gates"]
+            return torch.stack([gates[layer].cpu() for layer in sorted(gates)], 1)
         raise FoveateError("There are no gates: this output holds no image seen by cli.")
 
 
-def _used_layer(model: Any) -> int:
+def _used_layer(anatomy: Anatomy) -> int:
     """The vision layer that the model itself uses, counted from the tower's entry."""
     assert anatomy.tower is not None
     if len(anatomy.tower.used) > 1:
@@ -243,17 +238,11 @@ def _used_layer(model: Any) -> int:
     return anatomy.tower.used[0]
 
 
-def _base(model: Any) -> dict[str, Any]:
+def _base(anatomy: Anatomy) -> dict[str, Any]:
     """What has to be the same in a model that an injection serves."""
-    vision = model.config.vision_config
-    return shape(model) | {
-        "vision_model_type": vision.model_type,
-        "vision_hidden_size": vision.hidden_size,
-        "vision_layers": vision.num_hidden_layers,
+    assert anatomy.tower is not None
+    return anatomy.shape | {
+        "vision_model_type": anatomy.tower.kind,
+        "vision_hidden_size": anatomy.tower.width,
+        "vision_layers": anatomy.tower.depth,
     }
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where a module computes; the CPU where its weights are offloaded."""
-    device = next(module.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
