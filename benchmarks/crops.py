@@ -55,7 +55,7 @@ from rich.table import Table
 from foveate import VLM, FoveateError, Method
 from foveate.base.form import Registry
 from foveate.base.journal import Journal, write_json
-from foveate.base.significance import holm, interval, mcnemar
+from foveate.base.stats import holm, interval, mcnemar
 from foveate.benchmarks.pocket import HABITS, SIZE, PocketBench
 from foveate.core.method import parse, text
 from foveate.evaluation.ask import evaluate

@@ -55,7 +55,7 @@ if __name__ in ("__main__", "__mp_main__"):
 from benchmarks.crops import opened, write  # noqa: E402
 from foveate import VLM, FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
-from foveate.base.significance import interval  # noqa: E402
+from foveate.base.stats import interval  # noqa: E402
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
 from foveate.evaluation.ask import evaluate  # noqa: E402
 from foveate.evaluation.benchmark import Benchmark, Record, Sample  # noqa: E402

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.base.significance import holm, interval, mcnemar, significant
+from foveate.base.stats import holm, interval, mcnemar, significant
 from foveate.commands import main
 from foveate.core.method import methods
 from foveate.evaluation import published as papers
@@ -48,7 +48,7 @@ from foveate.evaluation.results import (
     ],
 )
 def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
-    assert mcnemar(gained, lost) == mcnemar(lost, gained) == p
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == pytest.approx(p)
 
 
 def test_mcnemar_of_many_answers_is_near_the_normal_limit() -> None:
@@ -62,6 +62,15 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.5]) == [1, 1]
     assert holm([]) == []
+
+
+def test_without_statsmodels_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for test in (lambda: mcnemar(2, 1), lambda: holm([0.5])):
+        with pytest.raises(FoveateError, match=r"pip install 'foveate\[eval\]'`\.$"):
+            test()
 
 
 def simulated(rng: np.random.Generator, images: int = 80) -> tuple[list[float], list[int]]:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from foveate import VLM, FoveateError, commands
-from foveate.base import significance
+from foveate.base import stats
 from foveate.core.method import text
 from foveate.evaluation import sweep as sweep_module
 from foveate.evaluation.benchmark import Benchmark, Record, Sample, parse
@@ -194,7 +194,7 @@ def test_accuracy_beside_vanilla(swept: Swept, tmp_path: Path) -> None:
     assert (better.gained, better.lost, better.p) == (12, 0, 2 / 2**12)
     assert (worse.corrected, better.corrected) == (0.25, 4 / 2**12)  # Holm over both
     changes = [100.0 * (line < 12) for line in range(24)]
-    ends = significance.interval(changes, [line // 2 for line in range(24)])
+    ends = stats.interval(changes, [line // 2 for line in range(24)])
     assert (better.low, better.high) == ends
     assert better.apart
     assert found.axes == (Axis("smoothing", (0.5, 0.8), 0.8),)

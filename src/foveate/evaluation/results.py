@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from ..base import significance
+from ..base import stats
 from ..base.errors import FoveateError
 from ..base.journal import write_json
 from ..insight.pages.report import html, markdown
@@ -388,7 +388,7 @@ def _test(what: str, pairs: list[_Pair], seed: int) -> Test:
     changes = [pair.after - pair.before for pair in pairs]
     images = [_image(pair.plain) for pair in pairs]
     gained, lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    ends = significance.interval(changes, images, seed)
+    ends = stats.interval(changes, images, seed)
     return Test(
         what=what,
         questions=len(pairs),
@@ -400,18 +400,18 @@ def _test(what: str, pairs: list[_Pair], seed: int) -> Test:
         high=None if ends is None else 100 * ends[1],
         gained=gained,
         lost=lost,
-        p=significance.mcnemar(gained, lost),
+        p=stats.mcnemar(gained, lost),
     )
 
 
 def _correct(tests: list[Test]) -> None:
     """Holm's correction over these tests, and what they say then."""
-    for test, p in zip(tests, significance.holm([t.p for t in tests]), strict=True):
+    for test, p in zip(tests, stats.holm([t.p for t in tests]), strict=True):
         test.corrected = p
         ends = None if test.low is None or test.high is None else (test.low, test.high)
         if test.gained == test.lost == 0:
             test.verdict = "no score changed"
-        elif significance.significant(p, ends):
+        elif stats.significant(p, ends):
             test.verdict = "better" if test.difference > 0 else "worse"
         else:
             test.verdict = "not significant"

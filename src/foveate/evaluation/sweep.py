@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..base import significance
+from ..base import stats
 from ..base.errors import FoveateError
 from ..base.journal import write_json
 from ..core.method import Method, as_stack, text
@@ -404,10 +404,10 @@ def _fill(
         for point in points:
             after = [100 * (b.correct(record) or 0.0) for record in own[point.method]]
             changes = [new - old for new, old in zip(after, before, strict=True)]
-            _put(point, fmean(after), fmean(changes), significance.interval(changes, images))
+            _put(point, fmean(after), fmean(changes), stats.interval(changes, images))
             point.gained, point.lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-            point.p = significance.mcnemar(point.gained, point.lost)
-        corrected = significance.holm([point.p for point in points if point.p is not None])
+            point.p = stats.mcnemar(point.gained, point.lost)
+        corrected = stats.holm([point.p for point in points if point.p is not None])
         for point, p in zip(points, corrected, strict=True):
             point.corrected = p
         return fmean(before)
@@ -433,7 +433,7 @@ def _fill(
         if left and not any(map(math.isnan, left)):
             middle = fmean(left)
             pseudo = [change + (len(left) - 1) * (middle - part) for part in left]
-            ends = significance.interval(pseudo, range(len(left)))
+            ends = stats.interval(pseudo, range(len(left)))
         _put(point, value, change, ends)
     return whole
 

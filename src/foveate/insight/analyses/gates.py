@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...base.errors import FoveateError
-from ...base.intervals import mean
+from ...base.stats import mean
 from ...methods.cli.method import CLI
 from ..analysis import Analysis, Numbers, Row, Stack, rounded
 from ..truth import Picture

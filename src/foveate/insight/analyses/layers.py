@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from ...base.errors import FoveateError
-from ...base.intervals import mean
+from ...base.stats import mean
 from ...methods.laser import LASER
 from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
 from ..truth import Picture
