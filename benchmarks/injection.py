@@ -57,8 +57,8 @@ from foveate import VLM, FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
 from foveate.base.stats import interval  # noqa: E402
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
-from foveate.evaluation.ask import evaluate  # noqa: E402
-from foveate.evaluation.benchmark import Benchmark, Record, Sample  # noqa: E402
+from foveate.evaluation.ask import Plan, evaluate  # noqa: E402
+from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample  # noqa: E402
 from foveate.evaluation.data import Data  # noqa: E402
 from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
 from foveate.insight.analysis import parse  # noqa: E402
@@ -284,7 +284,7 @@ def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> s
         return f"{model}: known"
     torch.set_num_threads(1)
     vlm = VLM.load(str(model), device="cpu", dtype=torch.float32)
-    evaluate(benches(run, settings), vlm, [method], out)
+    evaluate(Plan(benches(run, settings), [method], out), vlm)
     return f"{model}: asked"
 
 
@@ -316,7 +316,7 @@ def complete(
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def answers(run: Path, name: str, settings: Settings) -> list[Record]:
+def answers(run: Path, name: str, settings: Settings) -> list[EvalRecord]:
     """Every answer of a run, each with "right", in the order of the questions."""
     asked = {str(bench): bench for bench in benches(run, settings)}
     with contextlib.closing(Journal(run / name / "eval" / RECORDS, key)) as journal:
@@ -327,7 +327,7 @@ def answers(run: Path, name: str, settings: Settings) -> list[Record]:
     return sorted(rows, key=lambda r: (r["split"], r["line"]))
 
 
-def part(rows: Sequence[Record], name: str) -> list[Record]:
+def part(rows: Sequence[EvalRecord], name: str) -> list[EvalRecord]:
     """The answers that a row of the table is about: a category, a habit, or all but captions."""
     if name in CATEGORIES:
         return [r for r in rows if r["meta"]["category"] == name]
@@ -335,7 +335,9 @@ def part(rows: Sequence[Record], name: str) -> list[Record]:
     return [r for r in graded if name in ("all", r["meta"]["habit"])]
 
 
-def compared(runs: dict[int, list[Record]], base: dict[int, list[Record]]) -> dict[str, Any]:
+def compared(
+    runs: dict[int, list[EvalRecord]], base: dict[int, list[EvalRecord]]
+) -> dict[str, Any]:
     """Accuracy of every part, and the difference from the base, of runs by their seed.
 
     Returns:

@@ -18,10 +18,12 @@ from foveate import VLM, FoveateError, commands
 from foveate.base import stats
 from foveate.core.method import text
 from foveate.evaluation import sweep as sweep_module
-from foveate.evaluation.benchmark import Benchmark, Record, Sample, parse
+from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample, parse
 from foveate.evaluation.data import Data
+from foveate.evaluation.run import Plan
 from foveate.evaluation.sweep import Axis, Grid, Point, Sweep, sweep
 from foveate.evaluation.yesno import Counts
+from foveate.insight.plots.sweep import show_sweep
 
 
 def values(*over: str, method: str = "clvs") -> list[tuple[Any, ...]]:
@@ -122,7 +124,7 @@ class Doors(Benchmark):
             label, name = ("yes", "no")[line % 2], str(line // 2)
             yield Sample("all", line, str(line), "A door?", "A door?", label, image_name=name)
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         pairs = [(r["answer"], r["label"]) for r in records if r["answer"] is not None]
         return {f"all/{k}": v for k, v in Counts.of(pairs, "yes").percent().items()}
 
@@ -149,8 +151,8 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swept:
     """A sweep over a run whose answers are given."""
 
     def call(answers: Answers, *over: str, **options: Any) -> Sweep:
-        def fake(benchmarks: Any, vlm: Any, methods: list[Any], out: Path, **_: Any) -> None:
-            names = ["vanilla", *map(text, methods[1:])]
+        def fake(plan: Plan, vlm: Any, watch: Any) -> None:
+            names, out = list(plan.stacks), plan.out
             assert set(names) == set(answers)
             run = {"model": "pocket", "methods": names, "benchmarks": ["doors"], "limit": None}
             (out / "run.json").write_text(json.dumps(run))
@@ -170,7 +172,8 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swept:
         )
         model = SimpleNamespace(config=decoder.config, get_decoder=lambda: decoder)
         vlm: Any = SimpleNamespace(name="pocket", revision=None, commit=None, model=model)
-        return sweep(Grid.read("clvs", over), Doors(), vlm, tmp_path, **options)
+        grid = Grid.read("clvs", over)
+        return sweep(grid, Plan([Doors()], grid.methods, tmp_path), vlm, **options)
 
     return call
 
@@ -200,8 +203,6 @@ def test_accuracy_beside_vanilla(swept: Swept, tmp_path: Path) -> None:
     assert found.axes == (Axis("smoothing", (0.5, 0.8), 0.8),)
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written == json.loads(json.dumps(dataclasses.asdict(found)))
-    with Image.open(tmp_path / "sweep.png") as picture:
-        assert picture.width > 1000
 
 
 def test_a_score_of_the_benchmarks(swept: Swept) -> None:
@@ -273,7 +274,7 @@ def test_no_common_question_is_told(swept: Swept) -> None:
 def drawn(found: Sweep, path: Path) -> str:
     """All words of the figure."""
     with mpl.rc_context({"svg.fonttype": "none"}):
-        return " ".join(sweep_module.show_sweep(found, path).read_text().split())
+        return " ".join(show_sweep(found, path).read_text().split())
 
 
 def test_a_line_names_its_axes_and_n(swept: Swept, tmp_path: Path) -> None:
@@ -363,9 +364,9 @@ def test_a_stopped_sweep_goes_on(
         if done == 5:
             raise Stopped
 
-    grid, [b], vlm = Grid.read("clvs", [OVER]), parse(SMALL), VLM.load("pocket", device="cpu")
+    grid, vlm = Grid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
     with pytest.raises(Stopped):
-        sweep(grid, b, vlm, tmp_path, watch=stop)
+        sweep(grid, Plan(parse(SMALL), grid.methods, tmp_path), vlm, watch=stop)
     begun = (tmp_path / "records.jsonl").read_text()
     assert begun.count("\n") == 5
     with pytest.raises(SystemExit) as end:
@@ -394,11 +395,13 @@ def test_another_score_of_the_same_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_shards_end_in_one_figure(whole: Path, tmp_path: Path) -> None:
-    grid, [b], vlm = Grid.read("clvs", [OVER]), parse(SMALL), VLM.load("pocket", device="cpu")
-    first = sweep(grid, b, vlm, tmp_path, shard=(0, 2))
+    grid, vlm = Grid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
+    first, last = (
+        sweep(grid, Plan(parse(SMALL), grid.methods, tmp_path, shard=(number, 2)), vlm)
+        for number in range(2)
+    )
     assert 0 < first.questions < 4
     assert first.notes == ["Only 1 of 2 shards are here: questions are missing."]
-    last = sweep(grid, b, vlm, tmp_path, shard=(1, 2))
     assert last.notes == []
     undisturbed = json.loads((whole / "sweep.json").read_text())
     assert json.loads(json.dumps(dataclasses.asdict(last))) == undisturbed

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from ..base.errors import FoveateError
-from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
+from ..evaluation.benchmark import Benchmark, EvalRecord, Sample, Table, answered, percent
 from ..evaluation.data import Data
 from ..evaluation.words import lemmas
 
@@ -156,7 +156,7 @@ class CHAIR(Benchmark):
             return [singular(word, known) for word in _tokens(caption.lower())]
         return list(_lemmas(caption.lower()))
 
-    def judge(self, record: Record) -> dict[str, Any]:
+    def judge(self, record: EvalRecord) -> dict[str, Any]:
         """Of one caption: `named` objects with repeats, those `invented`, and `length` in words."""
         there, meta = set(record["label"]), record["meta"]
         if "named" in meta:
@@ -172,31 +172,24 @@ class CHAIR(Benchmark):
             "length": length,
         }
 
-    def correct(self, record: Record) -> float | None:
+    def grade(self, record: EvalRecord) -> float:
         """1 for a caption that invents nothing."""
-        if record.get("answer") is None:
-            return None
         return float(not self.judge(record)["invented"])
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         judged = [self.judge(record) for record in answered(records)]
         if not judged:
             return {}
 
-        def percent(parts: Iterable[int], wholes: Iterable[int]) -> float:
-            whole = sum(wholes)
-            return 100 * sum(parts) / whole if whole else nan
-
+        there = sum(j["there"] for j in judged)
         return {
-            "chair_s": 100 * fmean(bool(j["invented"]) for j in judged),
-            "chair_i": percent(
-                (len(j["invented"]) for j in judged), (len(j["named"]) for j in judged)
-            ),
-            "recall": percent((j["found"] for j in judged), (j["there"] for j in judged)),
+            "chair_s": percent(bool(j["invented"]) for j in judged),
+            "chair_i": percent(word in j["invented"] for j in judged for word in j["named"]),
+            "recall": 100 * sum(j["found"] for j in judged) / there if there else nan,
             "length": fmean(j["length"] for j in judged),
         }
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         notes = super().notes(records)
         if self.words == "singular":
             notes.append(

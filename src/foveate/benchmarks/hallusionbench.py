@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Source, Table, answered
+from ..evaluation.benchmark import EvalRecord, Sample, Source, Table, answered, percent, prefixed
 from ..evaluation.data import Data
 from ..evaluation.yesno import YesNo
 
@@ -76,11 +76,11 @@ class HallusionBench(YesNo):
     }
 
     def read(self, data: Data) -> Iterator[Sample]:
-        path = data.find(FILE, "hallusionbench/HallusionBench.json")
-        if path is None and (data.root is None or data.tables()):
+        path = data.file_or_table(FILE, "hallusionbench/HallusionBench.json")
+        if path is None:
             yield from self._from_table(data)
             return
-        for line, row in data.rows(data.need(FILE) if path is None else path, *NEEDED):
+        for line, row in data.rows(path, *NEEDED):
             image, name = None, None
             if str(row["visual_input"]) != "0":
                 name = row.get("filename") or (
@@ -128,17 +128,15 @@ class HallusionBench(YesNo):
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def verdict(self, record: Record) -> int:
+    def verdict(self, record: EvalRecord) -> int:
         """`RIGHT`, `WRONG`, or `UNCLEAR` where the answer says neither yes nor no."""
         said = self.parse(record["answer"])
         return UNCLEAR if said is None else RIGHT if said == record["label"] else WRONG
 
-    def correct(self, record: Record) -> float | None:
-        if record.get("answer") is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
         return float(counts_as_right(record["meta"], self.verdict(record)))
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
         said = {(_pair(r["meta"]), r["meta"]["figure_id"]): self.parse(r["answer"]) for r in given}
         rows = [
@@ -154,15 +152,12 @@ class HallusionBench(YesNo):
         for split in SPLITS:
             if part := [row for row in rows if row["category"] == split]:
                 found = aggregate(part)
-                scores |= {f"{split}/{key}": found[key] for key in HEAD}
+                scores |= prefixed(split, {key: found[key] for key in HEAD})
         return scores
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
-        notes = super().notes(records)
-        return [
-            *notes,
-            "Verdicts are by rule, official ones by GPT-4: compare only like with like.",
-        ]
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
+        told = "Verdicts are by rule, official ones by GPT-4: compare only like with like."
+        return [*super().notes(records), told]
 
     def table(self, scores: dict[str, float]) -> Table:
         names = ["Pairs (qAcc)", "Figures (fAcc)", "Easy", "Hard", "Questions (aAcc)"]
@@ -202,16 +197,16 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, float]:
     wrong = [row for row, ok in zip(rows, right, strict=True) if not ok]
     causes = _causes(rows)
     return {
-        "aAcc": _percent(right),
-        "qAcc": _percent(all(group) for group in pairs.values()),
-        "fAcc": _percent(all(group) for group in figures.values()),
-        "easy/qAcc": _percent(all(group) for group in easy.values()),
-        "hard/qAcc": _percent(all(group) for group in hard.values()),
-        "yes/difference": _percent(said_yes) - _percent(row["yes"] for row in rows),
-        "yes/false_positive": _percent(not row["yes"] for row in wrong),
-        "figures/wrong": _percent(not any(group) for group in figures.values()),
-        "figures/inconsistent": _percent(any(g) and not all(g) for g in figures.values()),
-        "figures/score": _percent(sum(group) / len(group) for group in figures.values()),
+        "aAcc": percent(right),
+        "qAcc": percent(all(group) for group in pairs.values()),
+        "fAcc": percent(all(group) for group in figures.values()),
+        "easy/qAcc": percent(all(group) for group in easy.values()),
+        "hard/qAcc": percent(all(group) for group in hard.values()),
+        "yes/difference": percent(said_yes) - percent(row["yes"] for row in rows),
+        "yes/false_positive": percent(not row["yes"] for row in wrong),
+        "figures/wrong": percent(not any(group) for group in figures.values()),
+        "figures/inconsistent": percent(any(g) and not all(g) for g in figures.values()),
+        "figures/score": percent(sum(group) / len(group) for group in figures.values()),
         **{f"cause/{name}": 100 * n / len(wrong) if wrong else nan for name, n in causes.items()},
     }
 
@@ -245,8 +240,3 @@ def _causes(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def _pair(row: dict[str, str]) -> str:
     return "_".join(row[key] for key in ("category", "subcategory", "set_id", "question_id"))
-
-
-def _percent(values: Iterable[float]) -> float:
-    listed = list(values)
-    return 100 * sum(listed) / len(listed) if listed else nan

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Table, by_split
+from ..evaluation.benchmark import EvalRecord, Sample, Table, by_split, prefixed, score_rows
 from ..evaluation.data import Data
-from ..evaluation.yesno import YesNo
+from ..evaluation.yesno import YesNo, pair_scores
 
 PERCEPTION = (
     "existence",
@@ -161,28 +161,18 @@ class MME(YesNo):
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         scores: dict[str, float] = {}
         for task, group in by_split(records).items():
-            images: dict[int, list[bool]] = {}
-            for record in group:  # lines 2k and 2k + 1 are about one image
-                right = self.parse(record["answer"]) == record["label"]
-                images.setdefault(record["line"] // 2, []).append(right)
-            accuracy = sum(map(sum, images.values())) / len(group)
-            both = sum(all(image) and len(image) == 2 for image in images.values()) / len(images)
-            scores[f"{task}/acc"] = 100 * accuracy
-            scores[f"{task}/acc+"] = 100 * both
-            scores[f"{task}/score"] = 100 * accuracy + 100 * both
+            right = ((record["line"], self.grade(record) == 1) for record in group)
+            scores |= prefixed(task, pair_scores(right))
         for total, tasks in TOTALS.items():
             if all(f"{task}/score" in scores for task in tasks):
                 scores[total] = sum(scores[f"{task}/score"] for task in tasks)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:
-        rows: list[list[str | float]] = [
-            [task, *(scores[f"{task}/{key}"] for key in ("acc", "acc+", "score"))]
-            for task in (*PERCEPTION, *COGNITION)
-            if f"{task}/score" in scores
-        ]
+        tasks = {task: task for task in (*PERCEPTION, *COGNITION)}
+        rows = score_rows(scores, tasks, ("acc", "acc+", "score"))
         rows += [[total.capitalize(), "", "", scores[total]] for total in TOTALS if total in scores]
         return ["Task", "Accuracy", "Accuracy+", "Score"], rows

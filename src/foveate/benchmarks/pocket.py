@@ -7,20 +7,27 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import nan
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered, by_split
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Sample,
+    Table,
+    answered,
+    by_split,
+    percent,
+    prefixed,
+    unread_note,
+)
 from ..evaluation.data import Data
+from ..evaluation.vocabulary import of_scenes
 from ..scenes import questions, world
 from ..scenes.questions import Look
-
-if TYPE_CHECKING:
-    from ..insight.heads import Vocabulary
 
 Category = Literal[
     "existence-random",
@@ -152,52 +159,35 @@ class PocketBench(Benchmark):
         """Yes or no where the answer says so; else all of it, without case and outer marks."""
         return yesno.first_word(answer) or re.sub(r"^\W+|\W+$", "", answer.lower())
 
-    def correct(self, record: Record) -> float | None:
+    def grade(self, record: EvalRecord) -> float:
         """1 for the right answer, and for a caption that names nothing that is not there."""
-        if record.get("answer") is None:
-            return None
         label = record["label"]
         if record["meta"]["category"] == "captions":
             return float(set(named(record["answer"])) <= set(label))
         return float(self.parse(record["answer"]) in (label, NUMERALS.get(label)))
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
-        return {
-            f"{split}/{key}": value
-            for split, group in by_split(records).items()
-            for key, value in self._metrics(group[0]["meta"]["category"], group).items()
-        }
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for split, group in by_split(records).items():
+            scores |= prefixed(split, self._metrics(group[0]["meta"]["category"], group))
+        return scores
 
-    def _metrics(self, category: Category, group: list[Record]) -> dict[str, float]:
+    def _metrics(self, category: Category, group: list[EvalRecord]) -> dict[str, float]:
         if category == "captions":
             return caption_scores(group)
-        right = [self.correct(record) == 1 for record in group]
         if category == "pairs":
-            pairs: dict[int, list[bool]] = {}
-            for record, hit in zip(group, right, strict=True):
-                pairs.setdefault(record["line"] // 2, []).append(hit)
-            both = fmean(len(pair) == 2 and all(pair) for pair in pairs.values())
-            return {
-                "acc": 100 * fmean(right),
-                "acc+": 100 * both,
-                "score": 100 * fmean(right) + 100 * both,
-            }
+            return yesno.pair_scores((r["line"], self.grade(r) == 1) for r in group)
         if category in YES_NO:
             said = [(self.parse(r["answer"]), r["label"]) for r in group]
             return yesno.Counts.of(said, "yes").percent()
-        return {"accuracy": 100 * fmean(right)}
+        return {"accuracy": percent(map(self.grade, group))}
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         given = [r for r in answered(records) if r["meta"]["category"] in YES_NO]
         unread = [r["answer"] for r in given if self.parse(r["answer"]) not in ("yes", "no")]
-        notes = super().notes(records)
-        if unread:
-            notes.append(
-                f"{len(unread)} of {len(given)} answers to yes/no questions say neither and count "
-                f"as wrong, such as {unread[0][:60]!r}."
-            )
-        return notes
+        what = "to yes/no questions say neither"
+        return super().notes(records) + unread_note(unread, len(given), what)
 
     def table(self, scores: dict[str, float]) -> Table:
         """Per category accuracy (or what the line says), F1 and yes ratio of both habits."""
@@ -246,27 +236,17 @@ def picture(seed: int, habit: str) -> Image.Image:
     return world.draw(world.sample(seed, habit), SIZE)
 
 
-def caption_scores(group: list[Record]) -> dict[str, float]:
+def caption_scores(group: list[EvalRecord]) -> dict[str, float]:
     """CHAIR, Cover and Hal over all captions, in percent, and their mean length in words."""
     told = [(named(record["answer"]), set(record["label"])) for record in group]
-    mentions = sum(len(kinds) for kinds, _ in told)
-    invented = [sum(kind not in there for kind in kinds) for kinds, there in told]
-    covered = sum(len(there & set(kinds)) for kinds, there in told)
     return {
-        "chair": 100 * sum(invented) / mentions if mentions else nan,
-        "cover": 100 * covered / sum(len(there) for _, there in told),
-        "hal": 100 * fmean(count > 0 for count in invented),
+        "chair": percent(kind not in there for kinds, there in told for kind in kinds),
+        "cover": percent(kind in kinds for kinds, there in told for kind in there),
+        "hal": percent(not there.issuperset(kinds) for kinds, there in told),
         "length": fmean(len(record["answer"].split()) for record in group),
     }
 
 
 def named(caption: str) -> list[str]:
     """The kinds of things that a caption names, repeats kept."""
-    return [mention.category for mention in _vocabulary().find(caption)]
-
-
-@functools.cache
-def _vocabulary() -> Vocabulary:
-    from ..insight.heads import pocket_samples  # imports transformers
-
-    return pocket_samples(0)[1]
+    return [mention.category for mention in of_scenes().find(caption)]

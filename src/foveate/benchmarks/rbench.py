@@ -9,11 +9,10 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Table, answered
+from ..evaluation.benchmark import EvalRecord, Sample, Table, answered, prefixed, score_rows
 from ..evaluation.data import Data
-from ..evaluation.yesno import Counts, YesNo
+from ..evaluation.yesno import HEADS, METRICS, Counts, YesNo
 
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 SUBSETS = ("1", "2", "3", "4", "5")
 EPSILON = 1e-5
 SPLIT = "image"
@@ -76,9 +75,8 @@ class RBench(YesNo):
 
     def _rows(self, data: Data) -> Iterator[tuple[int, dict[str, Any], Any, str]]:
         """Position, question, image and image name of every line."""
-        names = [f"{home}/image-level_filterd.json" for home in _HOMES]
-        path = data.find(*names)
-        if path is None and (data.root is None or data.tables()):
+        path = data.file_or_table(*(f"{home}/image-level_filterd.json" for home in _HOMES))
+        if path is None:
             for line, (row, picture, name) in enumerate(
                 data.table("question_id", "question", "label")
             ):
@@ -87,8 +85,6 @@ class RBench(YesNo):
                     continue
                 yield line, {**row, "text": row["question"]}, picture, name or f"row {line}"
             return
-        if path is None:
-            raise data.missing(names[0])
         for line, row in data.rows(path, "question_id", "image", "text", "label"):
             yield line, row, data.image(row["image"], "rbench/images", "rbench"), row["image"]
 
@@ -104,11 +100,11 @@ class RBench(YesNo):
                 lists[i] = Counter(data.json(path))
         return lists
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
         if not given:
             return {}
-        scores = {f"all/{key}": value for key, value in _percent(self.pairs(given)).items()}
+        scores = prefixed("all", _percent(self.pairs(given)))
         last = {record["id"]: record for record in given}
         found = []
         for i in SUBSETS:
@@ -119,19 +115,15 @@ class RBench(YesNo):
             ]
             if pairs:
                 found.append(_percent(pairs))
-                scores |= {f"subset{i}/{key}": value for key, value in found[-1].items()}
+                scores |= prefixed(f"subset{i}", found[-1])
         for key in METRICS if found else ():
             scores[f"average/{key}"] = round(fmean(values[key] for values in found), 2)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:
-        groups = ("all", *(f"subset{i}" for i in SUBSETS), "average")
-        rows: list[list[str | float]] = [
-            [group.capitalize(), *(scores[f"{group}/{key}"] for key in METRICS)]
-            for group in groups
-            if f"{group}/accuracy" in scores
-        ]
-        return ["Questions", "Accuracy", "Precision", "Recall", "F1", "Yes ratio"], rows
+        groups = {name: name.capitalize() for name in ("all", *map("subset{}".format, SUBSETS))}
+        groups["average"] = "Average"
+        return ["Questions", *HEADS], score_rows(scores, groups, METRICS)
 
 
 _HOMES = ("rbench/data_filterd", "rbench/data", "rbench")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from ..base.errors import FoveateError
+from ..base.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,47 +122,15 @@ def read_batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-class Progress:
-    """How far a run is, on stderr: a bar for who watches, else a line now and then.
-
-    Args:
-        unit: what is counted.
-    """
-
-    EVERY = 30.0  # seconds between lines
-
-    def __init__(self, unit: str = "questions") -> None:
-        self.unit = unit
-
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self.console = Console(stderr=True, highlight=False, markup=False)
-        self.bar = Bar(
-            BarColumn(), TextColumn("{task.description}", markup=False), console=self.console
-        )
-        self.task = self.bar.add_task("looking at the data")
-        if self.console.is_terminal:
-            self.bar.start()
-        self.start, self.told, self.before = time.monotonic(), time.monotonic(), -1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if self.before < 0:  # what an earlier start has answered
-            self.before, self.start = done - 1, now
-        rate = (done - self.before) / max(now - self.start, 1e-3)
-        line = f"{done:,} of {total:,} {self.unit}, {rate:.1f}/s, {what}"
-        self.bar.update(self.task, completed=done, total=total, description=line)
-        if not self.console.is_terminal and now - self.told > self.EVERY:
-            self.told = now
-            print(f"foveate: {line}", file=sys.stderr, flush=True)
+@contextmanager
+def stoppable(unit: str = "questions") -> Iterator[Progress]:
+    """A `Progress`; Ctrl-C ends the command with a note that the same command goes on."""
+    try:
+        with Progress(unit) as watch:
+            yield watch
+    except KeyboardInterrupt:
+        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def draw(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:

@@ -28,12 +28,18 @@ def report(
 ) -> None:
     """Merge runs and say what every method gains and loses, and whether that is significant."""
     from ..evaluation.results import report as write
-    from ..insight.pages.report import sentence
+    from ..evaluation.results import sentence
+    from ..insight.pages.report import html
 
     if out is None and len(runs) > 1:
         raise FoveateError("These are several runs: say where to write their report with --out.")
     out = out or runs[0]
-    for section in write(runs, out, root=data_root, images=images, seed=seed):
+    sections = write(runs, out, root=data_root, images=images, seed=seed)
+    try:
+        (out / "report.html").write_text(html(sections), "utf-8")
+    except OSError as error:
+        raise FoveateError(f"The report cannot be written to {out}: {error.strerror}.") from error
+    for section in sections:
         for verdict in section.verdicts:
             for result in verdict.results:
                 if result.test:

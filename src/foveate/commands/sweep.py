@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,6 @@ from .common import (
     DtypeOption,
     LimitOption,
     ModelOption,
-    Progress,
     ResumeOption,
     RevisionOption,
     ShardOption,
@@ -30,6 +28,7 @@ from .common import (
     print_table,
     read_batch_size,
     read_shard,
+    stoppable,
 )
 
 
@@ -67,36 +66,26 @@ def sweep(
     same command goes on.
     """
     from ..evaluation.benchmark import parse
+    from ..evaluation.run import Plan
     from ..evaluation.sweep import Grid
     from ..evaluation.sweep import sweep as run
     from ..insight.plots.style import check_path
+    from ..insight.plots.sweep import show_sweep
 
     grid, benchmarks = Grid.read(method, over), parse(bench)
     if len(benchmarks) > 1:
         raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")
-    part, size = read_shard(shard), read_batch_size(batch_size)
-    check_path(figure or make_folder(out) / "sweep.png")
+    plan = Plan(
+        benchmarks, grid.methods, out,
+        root=data_root, limit=limit, batch_size=read_batch_size(batch_size),
+        shard=read_shard(shard), seed=seed, resume=resume,
+    )  # fmt: skip
+    figure = figure or make_folder(out) / "sweep.png"
+    check_path(figure)
     vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
-    try:
-        with Progress() as watch:
-            found = run(
-                grid,
-                benchmarks[0],
-                vlm,
-                out,
-                metric=metric,
-                figure=figure,
-                root=data_root,
-                limit=limit,
-                batch_size=size,
-                shard=part,
-                seed=seed,
-                resume=resume,
-                watch=watch,
-            )
-    except KeyboardInterrupt:
-        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with stoppable() as watch:
+        found = run(grid, plan, vlm, metric=metric, watch=watch)
+    show_sweep(found, figure)
     names = [axis.parameter for axis in found.axes]
     table = new_table(*names, f"{metric}, {found.unit}", "difference", "95 % interval", "p (Holm)")
     table.title, table.title_justify = f"{found.method}, {found.model}, {bench}", "left"
@@ -117,4 +106,4 @@ def sweep(
     print(f"n = {found.questions} questions about {found.images} images, the same for all")
     for note in found.notes:
         print(note)
-    print(f"figure: {figure or out / 'sweep.png'}, numbers: {out / 'sweep.json'}")
+    print(f"figure: {figure}, numbers: {out / 'sweep.json'}")

@@ -13,12 +13,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from ..base.errors import FoveateError
-
-if TYPE_CHECKING:
-    from .benchmark import Benchmark
 
 Row = dict[str, Any]
 Picture = Callable[[], bytes]
@@ -56,6 +53,15 @@ class Problems:
         return bool(self.counts)
 
 
+class DataSet(Protocol):
+    """What messages and look-ups need to know of a benchmark's data."""
+
+    name: ClassVar[str]
+    hub: ClassVar[tuple[str, ...]]
+    folder: ClassVar[str]
+    origin: ClassVar[str]
+
+
 class Data:
     """What one benchmark reads from.
 
@@ -64,7 +70,7 @@ class Data:
         problems: collects what is wrong.
     """
 
-    def __init__(self, benchmark: Benchmark, root: Path | None, problems: Problems) -> None:
+    def __init__(self, benchmark: DataSet, root: Path | None, problems: Problems) -> None:
         self.benchmark, self.root, self.problems = benchmark, root, problems
         self._folders: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[tuple[str, ...], Path] = {}
@@ -99,6 +105,13 @@ class Data:
         """`find`, or one sentence with the first name and where to get it."""
         path = self.find(*names)
         if path is None:
+            raise self.missing(names[0])
+        return path
+
+    def file_or_table(self, *names: str) -> Path | None:
+        """The question file; None where the questions are in a table. Refused without either."""
+        path = self.find(*names)
+        if path is None and self.root is not None and not self.tables():
             raise self.missing(names[0])
         return path
 

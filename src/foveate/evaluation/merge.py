@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FoveateError
-from .benchmark import Record
+from .benchmark import EvalRecord
 from .run import RECORDS, RESULTS, key, read_run, run_folders
 
 APART = ("benchmarks", "methods", "shard", "root", "limit")  # answers do not depend on these
@@ -29,7 +29,7 @@ class RunFolder:
 
     folder: Path
     settings: dict[str, Any]
-    records: list[Record]
+    records: list[EvalRecord]
     environment: dict[str, Any]
     problems: dict[str, dict[str, int]]
 
@@ -78,7 +78,7 @@ def _read(folder: Path) -> RunFolder:
     return RunFolder(folder, settings, read_records(folder / RECORDS), environment, problems)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[EvalRecord]:
     """The records of a run; of several with one key the last one.
 
     The file is only read, also while a run still writes to it: a last line without its end is left
@@ -90,7 +90,7 @@ def read_records(path: Path) -> list[Record]:
         return []
     except OSError as error:
         raise FoveateError(f"{path} cannot be read: {error.strerror}.") from error
-    found: dict[Any, Record] = {}
+    found: dict[Any, EvalRecord] = {}
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
@@ -113,14 +113,14 @@ def by_settings(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
     return [group for group in groups.values() if any(run.records for run in group)]
 
 
-def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, Record]]]:
+def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, EvalRecord]]]:
     """Benchmark -> method -> question -> record. An answer stands before a failure.
 
     Raises:
         FoveateError: two runs have other data for a question, or another answer of one method.
     """
-    merged: dict[str, dict[str, dict[Key, Record]]] = {}
-    asked: dict[tuple[str, Key], tuple[Record, RunFolder]] = {}
+    merged: dict[str, dict[str, dict[Key, EvalRecord]]] = {}
+    asked: dict[tuple[str, Key], tuple[EvalRecord, RunFolder]] = {}
     told: dict[tuple[str, str, Key], RunFolder] = {}
     for run in runs:
         for record in run.records:
@@ -140,7 +140,7 @@ def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, Record]]]:
     return merged
 
 
-def _contradiction(one: RunFolder, other: RunFolder, record: Record, what: str) -> FoveateError:
+def _contradiction(one: RunFolder, other: RunFolder, record: EvalRecord, what: str) -> FoveateError:
     return FoveateError(
         f"{one.folder} and {other.folder} contradict each other, with another {what} for "
         f"{record['benchmark']}, {record['split']}, line {record['line']} ({record['method']}): "

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import nan
+from statistics import fmean
 from typing import ClassVar
 
-from .benchmark import Benchmark, Record, answered
+from .benchmark import Benchmark, EvalRecord, answered, unread_note
 from .vqa import nearest, punctuation
 
 
@@ -92,6 +93,10 @@ def first_word(answer: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+HEADS = ["Accuracy", "Precision", "Recall", "F1", "Yes ratio"]
+
+
 @dataclass(frozen=True)
 class Counts:
     """Right and wrong answers around a positive class.
@@ -159,6 +164,19 @@ class Counts:
         return {key: 100 * value for key, value in values.items()}
 
 
+def pair_scores(right: Iterable[tuple[int, bool]]) -> dict[str, float]:
+    """MME's scores of (line, right) in percent; lines 2k and 2k + 1 are a pair.
+
+    ``acc`` per question, ``acc+`` per pair of which both are right, ``score`` their sum.
+    """
+    pairs: dict[int, list[bool]] = {}
+    for line, hit in right:
+        pairs.setdefault(line // 2, []).append(hit)
+    single = 100 * fmean(hit for pair in pairs.values() for hit in pair)
+    both = 100 * fmean(len(pair) == 2 and all(pair) for pair in pairs.values())
+    return {"acc": single, "acc+": both, "score": single + both}
+
+
 @dataclass(frozen=True)
 class YesNo(Benchmark):
     """Questions answered by yes or no, which are also the labels.
@@ -174,18 +192,13 @@ class YesNo(Benchmark):
     def parse(self, answer: str) -> str | None:
         return self.parsers[self.parser](answer)
 
-    def pairs(self, records: Iterable[Record]) -> list[tuple[str | None, str]]:
+    def pairs(self, records: Iterable[EvalRecord]) -> list[tuple[str | None, str]]:
         """What each answer says, and the label."""
         return [(self.parse(r["answer"]), r["label"]) for r in records]
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         given = answered(records)
         unread = [r["answer"] for r in given if self.parse(r["answer"]) is None]
-        notes = super().notes(records)
-        if unread:
-            notes.append(
-                f"{len(unread)} of {len(given)} answers say neither yes nor no to the parser and "
-                f"count as wrong, such as {unread[0][:60]!r}."
-            )
-        return notes
+        what = "say neither yes nor no to the parser"
+        return super().notes(records) + unread_note(unread, len(given), what)
