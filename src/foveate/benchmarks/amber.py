@@ -98,17 +98,7 @@ class AMBER(YesNo):
                 if kind is None or note.get("truth") not in ("yes", "no"):
                     data.problems.add("questions without annotation", f"id {row['id']}")
                     continue
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row["id"]),
-                    question=row["query"],
-                    prompt=row["query"] + self.suffix,
-                    label=note["truth"],
-                    image=data.image(row["image"], *IMAGES),
-                    image_name=row["image"],
-                    meta={"kind": kind},
-                )
+                yield _sample(self, data, split, line, row, note["truth"], {"kind": kind})
 
     def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
@@ -175,22 +165,13 @@ class AMBERCaptions(Benchmark):
             if note.get("type") != "generative":
                 data.problems.add("questions without annotation", f"id {row['id']}")
                 continue
-            yield Sample(
-                split="generative",
-                line=line,
-                id=str(row["id"]),
-                question=row["query"],
-                prompt=row["query"] + self.suffix,
-                label=note["truth"],
-                image=data.image(row["image"], *IMAGES),
-                image_name=row["image"],
-                meta={
-                    "truth": [[word, related.get(word, [])] for word in note["truth"]],
-                    "likely": [[word, related.get(word, [])] for word in note["hallu"]],
-                    "neutral": neutral,
-                    "vocabulary": vocabulary,
-                },
-            )
+            meta = {
+                "truth": [[word, related.get(word, [])] for word in note["truth"]],
+                "likely": [[word, related.get(word, [])] for word in note["hallu"]],
+                "neutral": neutral,
+                "vocabulary": vocabulary,
+            }
+            yield _sample(self, data, "generative", line, row, note["truth"], meta)
 
     def similar(self, first: str, second: str) -> float:
         """How alike two words are; 0.8 is the same. A subclass may plug in another measure."""
@@ -288,6 +269,19 @@ def _metrics(pairs: list[Pair], start: float, epsilon: float) -> dict[str, float
         "recall": recall,
         "f1": round(2 * p * r / (p + r + epsilon) * 100, 1),
     }
+
+
+def _sample(
+    b: Benchmark,
+    data: Data,
+    split: str,
+    line: int,
+    row: dict[str, Any],
+    truth: Any,
+    meta: dict[str, Any],
+) -> Sample:
+    image = data.image(row["image"], *IMAGES)
+    return b.sample(split, line, row["id"], row["query"], truth, image, row["image"], meta=meta)
 
 
 def _annotations(data: Data) -> dict[int, dict[str, Any]]:

@@ -96,16 +96,8 @@ class AOKVQA(Benchmark):
             choices = list(_listed(row["choices"]))
             prompt = f"{question}\n{lettered(choices)}{self.choice_suffix}"
             label, meta = choices[int(row["correct_choice_idx"])], {"choices": choices}
-        return Sample(
-            split=task,
-            line=line,
-            id=str(row["question_id"]),
-            question=question,
-            prompt=prompt,
-            label=label,
-            image=image,
-            image_name=name,
-            meta=meta,
+        return self.sample(
+            task, line, row["question_id"], question, label, image, name, prompt=prompt, meta=meta
         )
 
     # -- scoring -----------------------------------------------------------------------------------

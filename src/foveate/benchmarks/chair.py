@@ -97,17 +97,9 @@ class CHAIR(Benchmark):
                 continue
             part, there = objects[image]
             name = f"COCO_{part}2014_{image:012}.jpg"
-            yield Sample(
-                split="captions",
-                line=line,
-                id=str(image),
-                question=PROMPT,
-                prompt=PROMPT + self.suffix,
-                label=sorted(there),
-                image=data.image(name, *(folder.format(part=part) for folder in FOLDERS)),
-                image_name=name,
-                meta={"synonyms": synonyms},
-            )
+            path = data.image(name, *(folder.format(part=part) for folder in FOLDERS))
+            meta = {"synonyms": synonyms}
+            yield self.sample("captions", line, image, PROMPT, sorted(there), path, name, meta=meta)
 
     def _drawn(self, data: Data) -> list[int]:
         path = data.need(ANNOTATIONS.format(kind="instances", part="val"))

@@ -14,17 +14,8 @@ from ..evaluation.data import Data
 from ..evaluation.yesno import YesNo
 
 FILE = "hallusion_bench/HallusionBench.json"
-NEEDED = (
-    "category",
-    "subcategory",
-    "visual_input",
-    "set_id",
-    "figure_id",
-    "question_id",
-    "question",
-    "gt_answer",
-)
 KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
+NEEDED = (*KEYS, "question", "gt_answer")
 SPLITS = ("VD", "VS")  # visual dependent, visual supplement
 HEAD = ("qAcc", "fAcc", "easy/qAcc", "hard/qAcc", "aAcc")  # the official leaderboard's columns
 
@@ -114,16 +105,11 @@ class HallusionBench(YesNo):
     def _sample(
         self, line: int, row: dict[str, Any], image: Source | None, name: str | None
     ) -> Sample:
-        return Sample(
-            split=str(row["category"]),
-            line=line,
-            id="_".join(str(row[key]) for key in KEYS[:5]),
-            question=row["question"],
-            prompt=row["question"] + self.suffix,
-            label="yes" if str(row["gt_answer"]) == "1" else "no",
-            image=image,
-            image_name=name,
-            meta={key: str(row[key]) for key in KEYS},
+        meta = {key: str(row[key]) for key in KEYS}
+        number = "_".join(meta[key] for key in KEYS[:5])
+        label = "yes" if str(row["gt_answer"]) == "1" else "no"
+        return self.sample(
+            meta["category"], line, number, row["question"], label, image, name, meta=meta
         )
 
     # -- scoring -----------------------------------------------------------------------------------

@@ -12,25 +12,9 @@ from ..evaluation.benchmark import EvalRecord, Sample, Table, by_split, prefixed
 from ..evaluation.data import Data
 from ..evaluation.yesno import YesNo, pair_scores
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
-HALLUCINATION = PERCEPTION[:4]
+HALLUCINATION = ("existence", "count", "position", "color")
+PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TOTALS = {"perception": PERCEPTION, "cognition": COGNITION, "hallucination": HALLUCINATION}
 SUFFIX = " Please answer yes or no."
 _HOMES = ("mme/MME_Benchmark_release_version", "mme/MME_Benchmark", "mme")
@@ -148,16 +132,9 @@ class MME(YesNo):
     def _sample(
         self, task: str, line: int, name: str, question: str, label: str, image: Any
     ) -> Sample:
-        return Sample(
-            split=task,
-            line=line,
-            id=f"{name}/{line % 2}",
-            question=question,
-            prompt=question.removesuffix(SUFFIX) + self.suffix,
-            label=label,
-            image=image,
-            image_name=f"{task}/{Path(name).name}",
-        )
+        prompt, number = question.removesuffix(SUFFIX) + self.suffix, f"{name}/{line % 2}"
+        picture = f"{task}/{Path(name).name}"
+        return self.sample(task, line, number, question, label, image, picture, prompt=prompt)
 
     # -- scoring -----------------------------------------------------------------------------------
 

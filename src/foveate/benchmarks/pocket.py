@@ -141,17 +141,9 @@ class PocketBench(Benchmark):
         if category == "print":
             boxes = world.boxes(scene, SIZE)
             meta["boxes"] = [list(boxes[thing]) for thing in things]
-        return Sample(
-            split=f"{category}/{scene.habit}",
-            line=line,
-            id=str(line),
-            question=text,
-            prompt=text + self.suffix,
-            label=label,
-            image=functools.partial(picture, scene.seed, scene.habit),
-            image_name=f"{scene.habit}-{scene.seed}",
-            meta=meta,
-        )
+        split, name = f"{category}/{scene.habit}", f"{scene.habit}-{scene.seed}"
+        image = functools.partial(picture, scene.seed, scene.habit)
+        return self.sample(split, line, line, text, label, image, name, meta=meta)
 
     # -- answers -----------------------------------------------------------------------------------
 

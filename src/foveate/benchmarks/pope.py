@@ -86,15 +86,9 @@ class POPE(YesNo):
                 if (label := str(row["label"]).strip().lower()) not in ("yes", "no"):
                     data.problems.add("labels that are not yes or no", f"{row['label']!r}")
                     continue
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row["question_id"]),
-                    question=row["text"],
-                    prompt=row["text"] + self.suffix,
-                    label=label,
-                    image=data.image(row["image"], *self._folders()),
-                    image_name=row["image"],
+                image = data.image(row["image"], *self._folders())
+                yield self.sample(
+                    split, line, row["question_id"], row["text"], label, image, row["image"]
                 )
             expected = 2910 if (self.version, split) == ("e3e3926", "random") else 3000
             if count != expected:
@@ -129,16 +123,9 @@ class POPE(YesNo):
                 continue
             line, lines[split] = lines[split], lines[split] + 1
             if split in self.splits:
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row.get("question_id", line)),
-                    question=row["question"],
-                    prompt=row["question"] + self.suffix,
-                    label=row["answer"].strip().lower(),
-                    image=picture,
-                    image_name=row.get("image_source") or name or f"{split}/{line}",
-                )
+                label, number = row["answer"].strip().lower(), row.get("question_id", line)
+                name = row.get("image_source") or name or f"{split}/{line}"
+                yield self.sample(split, line, number, row["question"], label, picture, name)
 
     # -- scoring -----------------------------------------------------------------------------------
 

@@ -57,20 +57,14 @@ class RBench(YesNo):
             if str(row["label"]).strip().lower() not in ("yes", "no"):
                 data.problems.add("labels that are not yes or no", repr(row["label"]))
             counts = {i: ids[row["question_id"]] for i, ids in lists.items()}
-            yield Sample(
-                split=SPLIT,
-                line=line,
-                id=str(row["question_id"]),
-                question=row["text"],
-                prompt=row["text"] + self.suffix,
-                label=_label(row["label"]),
-                image=image,
-                image_name=name,
-                meta={
-                    "kind": str(row.get("qtype", "")),
-                    "subsets": {i: count for i, count in counts.items() if count},
-                    "last_label": last[row["question_id"]],
-                },
+            meta = {
+                "kind": str(row.get("qtype", "")),
+                "subsets": {i: count for i, count in counts.items() if count},
+                "last_label": last[row["question_id"]],
+            }
+            label = _label(row["label"])
+            yield self.sample(
+                SPLIT, line, row["question_id"], row["text"], label, image, name, meta=meta
             )
 
     def _rows(self, data: Data) -> Iterator[tuple[int, dict[str, Any], Any, str]]:

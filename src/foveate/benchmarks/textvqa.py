@@ -51,17 +51,10 @@ class TextVQA(Benchmark):
             yield self._sample(line, row, image, name)
 
     def _sample(self, line: int, row: dict[str, Any], image: Source, image_name: str) -> Sample:
-        question = str(row["question"])
-        return Sample(
-            split="val",
-            line=line,
-            id=str(row.get("question_id", line)),
-            question=question,
-            prompt=(question.capitalize() if self.capitalize else question) + self.suffix,
-            label=[str(answer) for answer in row["answers"]],
-            image=image,
-            image_name=image_name,
-        )
+        question, name = str(row["question"]), row.get("question_id", line)
+        prompt = (question.capitalize() if self.capitalize else question) + self.suffix
+        people = [str(answer) for answer in row["answers"]]
+        return self.sample("val", line, name, question, people, image, image_name, prompt=prompt)
 
     def parse(self, answer: str) -> str:
         return normalise(answer)

@@ -66,15 +66,15 @@ class VStar(Benchmark):
 
     def _sample(self, line: int, row: dict[str, Any], image: Source, image_name: str) -> Sample:
         text = str(row["text"])
-        return Sample(
-            split=str(row["category"]),
-            line=line,
-            id=str(row.get("question_id", line)),
-            question=text,
+        return self.sample(
+            str(row["category"]),
+            line,
+            row.get("question_id", line),
+            text,
+            str(row["label"]).strip().upper(),
+            image,
+            image_name,
             prompt=prompt(text) + self.suffix,
-            label=str(row["label"]).strip().upper(),
-            image=image,
-            image_name=image_name,
             meta={"options": re.findall(r"^\([A-H]\).*", text, re.MULTILINE)},
         )
 

@@ -165,6 +165,23 @@ class Benchmark(Form, ABC):
                 problems.add("repeated ids", f"{name} {count} times in {split}")
         return found
 
+    def sample(
+        self,
+        split: str,
+        line: int,
+        id: object,
+        question: str,
+        label: Any,
+        image: Source | None,
+        image_name: str | None,
+        *,
+        prompt: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Sample:
+        """A `Sample`; its prompt is the question and the suffix where no other is given."""
+        asked = question + self.suffix if prompt is None else prompt
+        return Sample(split, line, str(id), question, asked, label, image, image_name, meta or {})
+
     # -- answers -----------------------------------------------------------------------------------
 
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from ..base.errors import FoveateError
 from ..base.journal import finite, write_json
 from .merge import RunFolder, by_settings, gaps, merge, read_runs
-from .published import PROTOCOLS
+from .published import PROTOCOLS, Comparison
 from .verdict import Example, Result, Test, Verdict, judge
 
 MARKS = {"better": "▲", "worse": "▼"}
@@ -188,64 +188,61 @@ def parts(sections: list[Section]) -> Iterator[Part]:
 
 def _about(section: Section) -> list[str]:
     settings = ", ".join(f"{k} {v}" for k, v in section.settings.items() if k != "model")
-    found = [f"Runs: {', '.join(section.folders)}."]
+    lines = [f"Runs: {', '.join(section.folders)}."]
     if settings:
-        found.append(f"Settings: {settings}.")
-    made: dict[str, list[str]] = {}
+        lines.append(f"Settings: {settings}.")
+    made: dict[str, dict[str, None]] = {}  # name -> its values, each once
     for environment in section.environments:
         for name, value in environment.items():
-            if str(value) not in made.setdefault(name, []):
-                made[name].append(str(value))
+            made.setdefault(name, {})[str(value)] = None
     if made:
-        told = ", ".join(f"{name} {' / '.join(values)}" for name, values in made.items())
-        found.append(f"Made with: {told}.")
-    return found + section.notes
+        values = ", ".join(f"{name} {' / '.join(values)}" for name, values in made.items())
+        lines.append(f"Made with: {values}.")
+    return lines + section.notes
 
 
 def _benchmark(verdict: Verdict) -> Iterator[Part]:
-    asked = f"{verdict.benchmark}: {verdict.questions} questions on {verdict.images} images."
-    notes = [asked, *verdict.notes]
+    results, digits = verdict.results, verdict.digits
+    tested = [(r, r.test) for r in results if r.test]
+    yield Lines([(test.verdict, sentence(r, test)) for r, test in tested])
+    yield Lines([("", note) for note in _notes(verdict)])
+    if tested:
+        yield _tests("Against vanilla: right answers, percent", tested, without=("Split",))
+    if verdict.rows:
+        counts = {r.answered for r in results}
+        n = f"n = {counts.pop()}" if len(counts) == 1 else "n of each method below"
+        cells: list[list[str | Interval]] = [[_cell(c, digits) for c in r] for r in verdict.rows]
+        yield ReportTable(f"The benchmark's own table, {n}", verdict.heads, cells, grouped=True)
+    if splits := [(r, test) for r in results for test in r.splits]:
+        order = list(dict.fromkeys(test.what for _, test in splits))
+        splits.sort(key=lambda row: order.index(row[1].what))
+        table = _tests("By split", splits, without=("p", "With it", "Images"))
+        table.grouped, table.folded = True, len(splits) > FOLDED
+        yield table
+    yield _answers(results)
+    if any(r.captions for r in results):
+        yield _captions(results)
+    if verdict.published:
+        yield _published(verdict)
+        sources = dict.fromkeys(c.source for c in verdict.published)
+        yield Lines([("", f"{source}: {PROTOCOLS[source]}") for source in sources])
+    yield from (Changed(r.method, r.gained, r.lost) for r in results if r.gained or r.lost)
+
+
+def _notes(verdict: Verdict) -> list[str]:
+    notes = [f"{verdict.benchmark}: {verdict.questions} questions on {verdict.images} images."]
+    notes += verdict.notes
+    methods: dict[str, list[str]] = {}  # note -> the methods that it is about
     for r in verdict.results:
         if r.failed or r.missing:
             why = f" ({'; '.join(r.errors)})" if r.errors else ""
             notes.append(f"{r.method}: {r.failed} questions failed{why}, {r.missing} are missing.")
-    for note, told in _told(verdict.results).items():
-        everyone = len(told) == len(verdict.results) > 1
-        notes.append(note if everyone else f"{', '.join(told)}: {note}")
-    tested = [(r, r.test) for r in verdict.results if r.test]
-    yield Lines([(test.verdict, sentence(r, test)) for r, test in tested])
-    yield Lines([("", note) for note in notes])
-    if tested:
-        yield _against(tested)
-    if verdict.rows:
-        cells: list[list[str | Interval]] = [
-            [_cell(c, verdict.digits) for c in row] for row in verdict.rows
-        ]
-        counts = {r.answered for r in verdict.results}
-        n = f"n = {counts.pop()}" if len(counts) == 1 else "n of each method below"
-        title = f"The benchmark's own table, {n}"
-        yield ReportTable(title, verdict.heads, cells, grouped=True)
-    if any(r.splits for r in verdict.results):
-        yield _by_split(verdict.results)
-    yield _answers(verdict.results)
-    if any(r.captions for r in verdict.results):
-        yield _captions(verdict.results)
-    if verdict.published:
-        yield _published(verdict)
-        sources = dict.fromkeys(b.source for b in verdict.published)
-        yield Lines([("", f"{source}: {PROTOCOLS[source]}") for source in sources])
-    for r in verdict.results:
-        if r.gained or r.lost:
-            yield Changed(r.method, r.gained, r.lost)
-
-
-def _told(results: list[Result]) -> dict[str, list[str]]:
-    """Note -> the methods that it is about."""
-    found: dict[str, list[str]] = {}
-    for r in results:
         for note in r.notes:
-            found.setdefault(note, []).append(r.method)
-    return found
+            methods.setdefault(note, []).append(r.method)
+    for note, names in methods.items():
+        everyone = len(names) == len(verdict.results) > 1
+        notes.append(note if everyone else f"{', '.join(names)}: {note}")
+    return notes
 
 
 def sentence(result: Result, test: Test) -> str:
@@ -278,73 +275,55 @@ def _ends(low: float | None, high: float | None) -> str:
     return f"95 % interval {low:+.2f} to {high:+.2f}"
 
 
-def _against(tested: list[tuple[Result, Test]]) -> ReportTable:
-    reach = _reach([test for _, test in tested])
-    heads = ["Method", "Verdict", "Difference", "95 % interval", "Gained", "Lost", "p"]
-    rows: list[list[str | Interval]] = [
-        [
-            r.method,
-            t.verdict,
-            f"{t.difference:+.2f}",
-            Interval(t.low, t.difference, t.high, reach),
-            str(t.gained),
-            str(t.lost),
-            p_value(t.p),
-            p_value(t.corrected),
-            f"{t.vanilla:.2f}",
-            f"{t.method:.2f}",
-            str(t.questions),
-            str(t.images),
-        ]
-        for r, t in tested
-    ]
-    heads += ["p, corrected", "Vanilla", "With it", "n", "Images"]
-    return ReportTable("Against vanilla: right answers, percent", heads, rows)
+# -- tables: the head of each column, and what stands in it ----------------------------------------
 
 
-def _reach(tests: list[Test]) -> float:
-    """What the axis of these tests must reach to."""
-    return max(abs(x) for t in tests for x in (t.low or 0, t.high or 0, t.difference)) or 1.0
+def _table(
+    title: str, columns: dict[str, Callable[[Any], str | Interval]], items: Iterable[Any]
+) -> ReportTable:
+    """One row per item."""
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    return ReportTable(title, list(columns), rows)
 
 
-def _by_split(results: list[Result]) -> ReportTable:
-    tests = [(r, t) for r in results for t in r.splits]
-    reach = _reach([t for _, t in tests])
-    heads = ["Split", "Method", "Verdict", "Difference", "95 % interval", "Gained", "Lost"]
-    rows: list[list[str | Interval]] = [
-        [
-            split,
-            r.method,
-            t.verdict,
-            f"{t.difference:+.2f}",
-            Interval(t.low, t.difference, t.high, reach),
-            str(t.gained),
-            str(t.lost),
-            p_value(t.corrected),
-            f"{t.vanilla:.2f}",
-            str(t.questions),
-        ]
-        for split in dict.fromkeys(t.what for _, t in tests)
-        for r, t in tests
-        if t.what == split
-    ]
-    heads += ["p, corrected", "Vanilla", "n"]
-    return ReportTable("By split", heads, rows, grouped=True, folded=len(rows) > FOLDED)
+def _tests(
+    title: str, tested: Sequence[tuple[Result, Test]], without: Sequence[str]
+) -> ReportTable:
+    tests = [test for _, test in tested]
+    reach = max(abs(x) for t in tests for x in (t.low or 0, t.high or 0, t.difference)) or 1.0
+    columns: dict[str, Callable[[tuple[Result, Test]], str | Interval]] = {
+        "Split": lambda row: row[1].what,
+        "Method": lambda row: row[0].method,
+        "Verdict": lambda row: row[1].verdict,
+        "Difference": lambda row: f"{row[1].difference:+.2f}",
+        "95 % interval": lambda row: Interval(row[1].low, row[1].difference, row[1].high, reach),
+        "Gained": lambda row: str(row[1].gained),
+        "Lost": lambda row: str(row[1].lost),
+        "p": lambda row: p_value(row[1].p),
+        "p, corrected": lambda row: p_value(row[1].corrected),
+        "Vanilla": lambda row: f"{row[1].vanilla:.2f}",
+        "With it": lambda row: f"{row[1].method:.2f}",
+        "n": lambda row: str(row[1].questions),
+        "Images": lambda row: str(row[1].images),
+    }
+    return _table(title, {h: cell for h, cell in columns.items() if h not in without}, tested)
 
 
 def _answers(results: list[Result]) -> ReportTable:
-    heads = ["Method", "Answered", "Failed", "Missing", "ms per answer, median"]
-    yes = any(r.yes_questions for r in results)
-    heads += ["Yes/no answers", "Yes, %", "Yes labels, %"] if yes else []
-    rows: list[list[str | Interval]] = []
-    for r in results:
-        row: list[str | Interval] = [r.method, str(r.answered), str(r.failed), str(r.missing)]
-        row.append(_cell(r.ms, 1))
-        if yes:
-            ratios = (_cell(r.yes_ratio, 2), _cell(r.label_yes_ratio, 2))
-            row += [str(r.yes_questions), *ratios]
-        rows.append(row)
-    return ReportTable("Answers", heads, rows)
+    columns: dict[str, Callable[[Result], str | Interval]] = {
+        "Method": lambda r: r.method,
+        "Answered": lambda r: str(r.answered),
+        "Failed": lambda r: str(r.failed),
+        "Missing": lambda r: str(r.missing),
+        "ms per answer, median": lambda r: _cell(r.ms, 1),
+    }
+    if any(r.yes_questions for r in results):
+        columns |= {
+            "Yes/no answers": lambda r: str(r.yes_questions),
+            "Yes, %": lambda r: _cell(r.yes_ratio, 2),
+            "Yes labels, %": lambda r: _cell(r.label_yes_ratio, 2),
+        }
+    return _table("Answers", columns, results)
 
 
 def _captions(results: list[Result]) -> ReportTable:
@@ -358,24 +337,26 @@ def _captions(results: list[Result]) -> ReportTable:
 
 
 def _published(verdict: Verdict) -> ReportTable:
-    heads = ["Score", "Method", "n, ours", "Ours", "Paper", "Difference", "Our gain", "Its gain"]
-    digits = verdict.digits
-    rows: list[list[str | Interval]] = [
-        [
-            b.score,
-            f"{b.method}, {b.variant}" if b.variant else b.method,
-            str(verdict.questions) if b.fewer is None else f"{b.fewer} of its {b.questions}",
-            _cell(b.ours, digits),
-            _cell(b.paper, digits),
-            f"{b.difference:+.{digits}f}",
-            "" if b.our_gain is None else f"{b.our_gain:+.{digits}f}",
-            "" if b.gain is None else f"{b.gain:+.{digits}f}",
-            b.source,
-        ]
-        for b in sorted(verdict.published, key=lambda b: b.score)
-    ]
+    def signed(value: float | None) -> str:
+        return "" if value is None else f"{value:+.{verdict.digits}f}"
+
+    columns: dict[str, Callable[[Comparison], str | Interval]] = {
+        "Score": lambda c: c.score,
+        "Method": lambda c: f"{c.method}, {c.variant}" if c.variant else c.method,
+        "n, ours": lambda c: (
+            str(verdict.questions) if c.fewer is None else f"{c.fewer} of its {c.questions}"
+        ),
+        "Ours": lambda c: _cell(c.ours, verdict.digits),
+        "Paper": lambda c: _cell(c.paper, verdict.digits),
+        "Difference": lambda c: signed(c.difference),
+        "Our gain": lambda c: signed(c.our_gain),
+        "Its gain": lambda c: signed(c.gain),
+        "Source": lambda c: c.source,
+    }
     title = "Beside published numbers (difference: ours minus theirs; gain: over vanilla)"
-    return ReportTable(title, [*heads, "Source"], rows, grouped=True)
+    table = _table(title, columns, sorted(verdict.published, key=lambda c: c.score))
+    table.grouped = True
+    return table
 
 
 def _cell(value: str | float, digits: int) -> str:
@@ -399,27 +380,21 @@ def _as_markdown(part: Part) -> str:
         return "".join(f"- {marked(v)}{_escaped(t)}\n" for v, t in part.items)
     if isinstance(part, ReportTable):
         return f"**{part.title}**\n\n" + _pipes(part.heads, [[*map(flat, r)] for r in part.rows])
-    found = [f"**Answers that {part.method} changed**\n"]
+    lines = [f"**Answers that {part.method} changed**\n"]
     for what, examples in (("gained", part.gained), ("lost", part.lost)):
-        rows = [
-            [
-                what,
-                f"{e.image or ''} ({e.split} {e.line})",
-                e.question,
-                e.label,
-                e.vanilla,
-                e.answer,
-            ]
-            for e in examples
-        ]
+        rows = [[what, _place(e), e.question, e.label, e.vanilla, e.answer] for e in examples]
         if rows:
-            found.append(_pipes(["", "Image", "Question", "Label", "Vanilla", part.method], rows))
-    return "\n".join(found)
+            lines.append(_pipes(["", "Image", "Question", "Label", "Vanilla", part.method], rows))
+    return "\n".join(lines)
+
+
+def _place(example: Example) -> str:
+    return f"{example.image or ''} ({example.split} {example.line})"
 
 
 def _pipes(heads: list[str], rows: list[list[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines) + ""
+    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
 
 
 def _escaped(text: str) -> str:
