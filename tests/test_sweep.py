@@ -21,13 +21,13 @@ from foveate.evaluation import sweep as sweep_module
 from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample, parse
 from foveate.evaluation.data import Data
 from foveate.evaluation.run import Plan
-from foveate.evaluation.sweep import Axis, Grid, Point, Sweep, sweep
+from foveate.evaluation.sweep import Axis, Point, Sweep, SweepGrid, sweep
 from foveate.evaluation.yesno import Counts
 from foveate.insight.plots.sweep import show_sweep
 
 
 def values(*over: str, method: str = "clvs") -> list[tuple[Any, ...]]:
-    return [axis.values for axis in Grid.read(method, over).axes]
+    return [axis.values for axis in SweepGrid.read(method, over).axes]
 
 
 # -- what is tried ---------------------------------------------------------------------------------
@@ -52,7 +52,9 @@ def test_values_that_are_no_numbers_stay_in_order() -> None:
 
 
 def test_settings_are_methods() -> None:
-    grid = Grid.read("clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "memory=0.5..1/0.5"])
+    grid = SweepGrid.read(
+        "clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "memory=0.5..1/0.5"]
+    )
     assert {key: text(stack) for key, stack in grid.settings.items()} == {
         (0.5, 0.5): "clvs(smoothing=0.5, memory=0.5, top_k=5)",
         (0.5, 1.0): "clvs(smoothing=0.5, memory=1.0, top_k=5)",
@@ -63,12 +65,12 @@ def test_settings_are_methods() -> None:
 
 def test_a_value_may_depend_on_another() -> None:
     """Above 1 only in another mode: checked with the values together, not one by one."""
-    [stack] = Grid.read("clvs", ["smoothing=1.2", "mode=add"]).settings.values()
+    [stack] = SweepGrid.read("clvs", ["smoothing=1.2", "mode=add"]).settings.values()
     assert text(stack) == "clvs(smoothing=1.2, mode='add')"
 
 
 def test_a_method_of_a_stack() -> None:
-    grid = Grid.read("clvs+vaf", ["clvs.layers=(1,),(2,)", "smoothing=0.7"])
+    grid = SweepGrid.read("clvs+vaf", ["clvs.layers=(1,),(2,)", "smoothing=0.7"])
     assert [text(stack) for stack in grid.settings.values()] == [
         "clvs(smoothing=0.7, layers=(1,))+vaf",
         "clvs(smoothing=0.7, layers=(2,))+vaf",
@@ -104,7 +106,7 @@ def test_a_method_of_a_stack() -> None:
 )
 def test_bad_sweeps_are_one_sentence(method: str, over: list[str], said: str) -> None:
     with pytest.raises(FoveateError) as error:
-        Grid.read(method, over)
+        SweepGrid.read(method, over)
     assert said in str(error.value)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
@@ -172,7 +174,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swept:
         )
         model = SimpleNamespace(config=decoder.config, get_decoder=lambda: decoder)
         vlm: Any = SimpleNamespace(name="pocket", revision=None, commit=None, model=model)
-        grid = Grid.read("clvs", over)
+        grid = SweepGrid.read("clvs", over)
         return sweep(grid, Plan([Doors()], grid.methods, tmp_path), vlm, **options)
 
     return call
@@ -364,7 +366,7 @@ def test_a_stopped_sweep_goes_on(
         if done == 5:
             raise Stopped
 
-    grid, vlm = Grid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
+    grid, vlm = SweepGrid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
     with pytest.raises(Stopped):
         sweep(grid, Plan(parse(SMALL), grid.methods, tmp_path), vlm, watch=stop)
     begun = (tmp_path / "records.jsonl").read_text()
@@ -395,7 +397,7 @@ def test_another_score_of_the_same_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_shards_end_in_one_figure(whole: Path, tmp_path: Path) -> None:
-    grid, vlm = Grid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
+    grid, vlm = SweepGrid.read("clvs", [OVER]), VLM.load("pocket", device="cpu")
     first, last = (
         sweep(grid, Plan(parse(SMALL), grid.methods, tmp_path, shard=(number, 2)), vlm)
         for number in range(2)

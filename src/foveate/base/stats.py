@@ -75,9 +75,9 @@ def correlation(x: np.ndarray, y: np.ndarray) -> Numbers:
 
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return dict.fromkeys(("r", "low", "high", "p"), math.nan)
-    found = stats.pointbiserialr(y, x)
+    test = stats.pointbiserialr(y, x)
     ends = stats.pearsonr(y, x).confidence_interval(0.95)  # the same r
-    values = (found.statistic, ends.low, ends.high, found.pvalue)
+    values = (test.statistic, ends.low, ends.high, test.pvalue)
     return dict(zip(("r", "low", "high", "p"), map(float, values), strict=True))
 
 

@@ -110,8 +110,8 @@ class AOKVQA(Benchmark):
         for choice in choices:
             if choice.lower() == said:
                 return choice
-        found = letter(answer)
-        index = "ABCD".index(found) if found else len(choices)
+        named = letter(answer)
+        index = "ABCD".index(named) if named else len(choices)
         return choices[index] if index < len(choices) else None
 
     def grade(self, record: EvalRecord) -> float:

@@ -115,27 +115,27 @@ class CHAIR(Benchmark):
         only for images that are not in val2014.
         """
         table = Objects(synonyms)
-        found: dict[int, tuple[str, set[str]]] = {}
+        shown: dict[int, tuple[str, set[str]]] = {}
         for part in ("val", "train"):
-            if not wanted - found.keys():
+            if not wanted - shown.keys():
                 break
             path = data.need(ANNOTATIONS.format(kind="instances", part=part))
             instances = data.json(path)
-            found |= {i["id"]: (part, set()) for i in instances["images"] if i["id"] in wanted}
+            shown |= {i["id"]: (part, set()) for i in instances["images"] if i["id"] in wanted}
             names = {kind["id"]: kind["name"] for kind in instances["categories"]}
             if lost := sorted(set(names.values()) - table.object.keys()):
                 raise FoveateError(
                     f"chair: the synonyms lack COCO's {', '.join(lost)}: get synonyms.txt again."
                 )
             for entry in instances["annotations"]:
-                if image := found.get(entry["image_id"]):
+                if image := shown.get(entry["image_id"]):
                     image[1].add(table.object[names[entry["category_id"]]])
             path = data.need(ANNOTATIONS.format(kind="captions", part=part))
             for entry in data.json(path)["annotations"]:
-                if image := found.get(entry["image_id"]):
+                if image := shown.get(entry["image_id"]):
                     words = self.split_words(entry["caption"], table.parts)
                     image[1].update(table.named(words)[0])
-        return found
+        return shown
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class CHAIR(Benchmark):
         return {
             "named": named,
             "invented": [word for word in named if word not in there],
-            "found": len(there & set(named)),
+            "covered": len(there & set(named)),
             "there": len(there),
             "length": length,
         }
@@ -177,7 +177,7 @@ class CHAIR(Benchmark):
         return {
             "chair_s": percent(bool(j["invented"]) for j in judged),
             "chair_i": percent(word in j["invented"] for j in judged for word in j["named"]),
-            "recall": 100 * sum(j["found"] for j in judged) / there if there else nan,
+            "recall": 100 * sum(j["covered"] for j in judged) / there if there else nan,
             "length": fmean(j["length"] for j in judged),
         }
 

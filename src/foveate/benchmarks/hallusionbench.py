@@ -84,9 +84,9 @@ class HallusionBench(YesNo):
 
     def _figure(self, data: Data, name: str) -> Path:
         """The figure called `name`, folders and all: every folder has a 0_1.png."""
-        found = data.image(name, "hallusion_bench", "hallusionbench")
-        if found.as_posix().lower().endswith(f"/{name.lower()}"):
-            return found
+        path = data.image(name, "hallusion_bench", "hallusionbench")
+        if path.as_posix().lower().endswith(f"/{name.lower()}"):
+            return path
         data.problems.add("missing images", name)
         assert data.root is not None
         return data.root / "hallusion_bench" / name
@@ -137,8 +137,8 @@ class HallusionBench(YesNo):
         scores = aggregate(rows) if rows else {}
         for split in SPLITS:
             if part := [row for row in rows if row["category"] == split]:
-                found = aggregate(part)
-                scores |= prefixed(split, {key: found[key] for key in HEAD})
+                of_split = aggregate(part)
+                scores |= prefixed(split, {key: of_split[key] for key in HEAD})
         return scores
 
     def notes(self, records: Iterable[EvalRecord]) -> list[str]:

@@ -83,8 +83,8 @@ class MME(YesNo):
 
     def _home(self, data: Data) -> Path | None:
         """The folder that holds the folders of the tasks."""
-        found = data.find(*(f"{home}/{task}" for home in _HOMES for task in self.tasks))
-        return found and found.parent
+        folder = data.find(*(f"{home}/{task}" for home in _HOMES for task in self.tasks))
+        return folder and folder.parent
 
     def _files(self, folder: Path) -> list[Path]:
         """The question files of a task, one per image, by name."""

@@ -126,8 +126,8 @@ class PocketBench(Benchmark):
                     scene = world.sample(FIRST_SCENE + 1_000_003 * self.seed + number, habit)
                     for category in open_:
                         rng = random.Random(f"pocket-bench-{category}-{habit}-{scene.seed}")
-                        found = ask(questions.look(scene), rng, category, TASKS[number % 4])
-                        for question in found[: self.questions - asked[category, habit]]:
+                        asking = ask(questions.look(scene), rng, category, TASKS[number % 4])
+                        for question in asking[: self.questions - asked[category, habit]]:
                             line = asked[category, habit]
                             yield self._sample(scene, line, category, question)
                             asked[category, habit] += 1
@@ -207,20 +207,20 @@ def ask(view: Look, rng: random.Random, category: Category, task: str) -> list[A
         return [(PROMPT, sorted(view.counts()), "caption", ())]
     if category == "number":  # of a kind that is there once, and of one that is there more often
         drawn = [questions.opened(view, rng, category) for _ in range(20)]
-        found = list(
+        chosen = list(
             {question.answer == "one": question for question in drawn if question}.values()
         )
-        found = found if len(found) == 2 else []
+        chosen = chosen if len(chosen) == 2 else []
     elif category == "print":  # on two things, where there are two
         drawn = [questions.opened(view, rng, category) for _ in range(2)]
-        found = list({question.things: question for question in drawn if question}.values())
+        chosen = list({question.things: question for question in drawn if question}.values())
     elif category == "pairs":
-        found = list(questions.pairs(view, rng, task) or ())
+        chosen = list(questions.pairs(view, rng, task) or ())
     else:
         kind, _, split = category.partition("-")
-        found = list(questions.pairs(view, rng, kind, split) or ())
-    topics = [task if category == "pairs" else q.topic for q in found]
-    return [(q.text, q.answer, topic, q.things) for q, topic in zip(found, topics, strict=True)]
+        chosen = list(questions.pairs(view, rng, kind, split) or ())
+    topics = [task if category == "pairs" else q.topic for q in chosen]
+    return [(q.text, q.answer, topic, q.things) for q, topic in zip(chosen, topics, strict=True)]
 
 
 def picture(seed: int, habit: str) -> Image.Image:

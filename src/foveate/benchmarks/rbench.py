@@ -100,7 +100,7 @@ class RBench(YesNo):
             return {}
         scores = prefixed("all", _percent(self.pairs(given)))
         last = {record["id"]: record for record in given}
-        found = []
+        subsets = []
         for i in SUBSETS:
             pairs = [
                 (self.parse(record["answer"]), record["meta"]["last_label"])
@@ -108,10 +108,10 @@ class RBench(YesNo):
                 for _ in range(record["meta"]["subsets"].get(i, 0))
             ]
             if pairs:
-                found.append(_percent(pairs))
-                scores |= prefixed(f"subset{i}", found[-1])
-        for key in METRICS if found else ():
-            scores[f"average/{key}"] = round(fmean(values[key] for values in found), 2)
+                subsets.append(_percent(pairs))
+                scores |= prefixed(f"subset{i}", subsets[-1])
+        for key in METRICS if subsets else ():
+            scores[f"average/{key}"] = round(fmean(values[key] for values in subsets), 2)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:

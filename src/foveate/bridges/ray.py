@@ -56,7 +56,7 @@ def evaluate(
     patience: float = 3600.0,
     watch: Watch = unwatched,
 ) -> dict[str, Any]:
-    """`foveate.evaluation.ask.evaluate` on workers: the same records, in the order they are found.
+    """`foveate.evaluation.ask.evaluate` on workers: the same records, in the order they come in.
 
     Uses the Ray that this process is connected to, or the cluster that RAY_ADDRESS names, else
     starts Ray on this machine and stops it at the end. A worker that dies is started again and

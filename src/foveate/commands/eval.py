@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """Who answers the questions of an evaluation: this process, or workers of Ray Data."""
+    """What answers the questions: this process, or workers of Ray Data."""
 
     PLAIN, RAY = "plain", "ray"
 
@@ -52,13 +52,17 @@ class Engine(StrEnum):
 def evaluate(
     bench: Annotated[
         list[str],
-        typer.Argument(metavar="BENCH...", help="Text forms: pocket, pope(source=gqa), ..."),
+        typer.Argument(
+            metavar="BENCH...", help="Benchmarks as text: pocket, pope(source=gqa), ..."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder: records.jsonl, results.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Write records.jsonl and results.json into this folder.")
+    ],
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="As in ask; repeat it, or all. Default: vanilla and clvs."),
+        typer.Option(help="Methods as in ask; repeat it, or give all. Default: vanilla and clvs."),
     ] = None,
     data_root: DataRootOption = None,
     limit: LimitOption = None,
@@ -67,19 +71,22 @@ def evaluate(
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
     one_by_one: Annotated[
-        bool, typer.Option("--one-by-one", help="Share nothing between questions: slow.")
+        bool, typer.Option("--one-by-one", help="Ask every question alone, which is slow.")
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="plain: this process; ray: the workers of Ray Data.")
+        Engine, typer.Option(help="Answer in this process (plain) or on workers of Ray Data (ray).")
     ] = Engine.PLAIN,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of ray, a model in each. Default: one per GPU.")
+        int | None,
+        typer.Option(min=1, help="Start so many workers, each with a model. Default: one per GPU."),
     ] = None,
     cpus: Annotated[
-        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: an equal share.")
+        float | None,
+        typer.Option(min=0, help="Give each worker so many CPUs, also 0.5. Default: equal shares."),
     ] = None,
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: 1 where there is.")
+        float | None,
+        typer.Option(min=0, help="Give each worker so many GPUs, also 0.5. Default: 1 if any."),
     ] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -87,7 +94,7 @@ def evaluate(
 ) -> None:
     """Ask all questions of benchmarks with every method given, and score the answers.
 
-    Stop it whenever you like, also by force: the same command goes on.
+    You may stop it at any time, also by force: the same command goes on.
     """
     from ..evaluation.benchmark import parse
     from ..evaluation.run import Plan
@@ -129,7 +136,7 @@ def evaluate(
 
 
 def _print_scores(b: Any, entries: dict[str, Any]) -> None:
-    """The benchmark's own table of every method, and what its reader must know."""
+    """Print the benchmark's table and notes for every method."""
     for name, entry in entries.items():
         if entry["scores"]:
             scores = {k: nan if v is None else v for k, v in entry["scores"].items()}

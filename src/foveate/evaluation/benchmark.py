@@ -147,23 +147,23 @@ class Benchmark(Form, ABC):
         """
         problems = Problems() if problems is None else problems
         data = Data(self, None if root is None else Path(root).expanduser(), problems)
-        found = list(self.read(data))
-        if not found:
+        samples = list(self.read(data))
+        if not samples:
             raise FoveateError(
                 f"{self.name}: there is no question in {data.place}{problems.first}."
             )
-        pictured = [s.image for s in found if s.image is not None]
+        pictured = [s.image for s in samples if s.image is not None]
         files = [image for image in pictured if isinstance(image, Path)]
         if files and len(files) == len(pictured) and not any(map(Path.exists, files)):
             raise FoveateError(
                 f"{self.name}: not one image is there, the first is expected at {files[0]}: "
                 f"{data.source}."
             )
-        ids = Counter((s.split, s.id) for s in found)
+        ids = Counter((s.split, s.id) for s in samples)
         for (split, name), count in ids.items():
             if count > 1:
                 problems.add("repeated ids", f"{name} {count} times in {split}")
-        return found
+        return samples
 
     def sample(
         self,

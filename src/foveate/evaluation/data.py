@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 from ..base.errors import FoveateError
 
-Row = dict[str, Any]
-Picture = Callable[[], bytes]
+Fields = dict[str, Any]
+ImageBytes = Callable[[], bytes]
 
 
 class Problems:
@@ -141,7 +141,7 @@ class Data:
         except json.JSONDecodeError as error:
             raise FoveateError(f"{path} is not valid JSON ({error}): get it again.") from error
 
-    def rows(self, path: Path, *required: str) -> Iterator[tuple[int, Row]]:
+    def rows(self, path: Path, *required: str) -> Iterator[tuple[int, Fields]]:
         """Position and object of every entry of a JSON array or of JSON lines.
 
         Entries that cannot be read, or lack a `required` key, are counted and keep their position.
@@ -150,7 +150,7 @@ class Data:
         rows = _array(text) if text.startswith("[") else map(_line, _filled(text))
         return self._whole(path, rows, required)
 
-    def entries(self, path: Path, key: str, *required: str) -> Iterator[tuple[int, Row]]:
+    def entries(self, path: Path, key: str, *required: str) -> Iterator[tuple[int, Fields]]:
         """`rows` of the list under `key` in a JSON object."""
         value = self.json(path)
         rows = value.get(key) if isinstance(value, dict) else None
@@ -160,7 +160,7 @@ class Data:
 
     def _whole(
         self, path: Path, rows: Iterable[Any], required: tuple[str, ...]
-    ) -> Iterator[tuple[int, Row]]:
+    ) -> Iterator[tuple[int, Fields]]:
         for position, row in enumerate(rows):
             if isinstance(row, dict) and all(key in row for key in required):
                 yield position, row
@@ -210,11 +210,13 @@ class Data:
             return []
         home = self.root / (self.benchmark.folder or self.benchmark.name)
         for pattern in ("*.parquet", "data/*.parquet", "*.arrow", "*/*.arrow"):
-            if found := sorted(home.glob(pattern)):
-                return found
+            if files := sorted(home.glob(pattern)):
+                return files
         return []
 
-    def table(self, *required: str, split: str = "test") -> Iterator[tuple[Row, Picture, str]]:
+    def table(
+        self, *required: str, split: str = "test"
+    ) -> Iterator[tuple[Fields, ImageBytes, str]]:
         """Rows without their image, a call that gives the image's bytes, and the image's name.
 
         Read from files under the root, or from the hub's `split`. The name is empty where the
@@ -229,7 +231,7 @@ class Data:
                 )
             yield row, picture, name
 
-    def _files(self) -> Iterator[tuple[Row, Picture, str]]:
+    def _files(self) -> Iterator[tuple[Fields, ImageBytes, str]]:
         for path in self.tables():
             for batch in range(_batches(path)):
                 for i, row in enumerate(_fields(path, batch)):
@@ -237,7 +239,7 @@ class Data:
                     name = image.get("path") if isinstance(image, dict) else None
                     yield row, functools.partial(_bytes, path, batch, i), name or ""
 
-    def _hub(self, split: str) -> Iterator[tuple[Row, Picture, str]]:
+    def _hub(self, split: str) -> Iterator[tuple[Fields, ImageBytes, str]]:
         if not self.benchmark.hub:
             raise FoveateError(
                 f"{self.benchmark.name} is not on the hub: give --data-root DIR ({self.source})."
@@ -340,7 +342,7 @@ def _batches(path: Path) -> int:
     return file.num_row_groups if path.suffix == ".parquet" else len(file)
 
 
-def _fields(path: Path, index: int) -> list[Row]:
+def _fields(path: Path, index: int) -> list[Fields]:
     """The rows of one batch; of an image only its name, where it has one."""
     file, arrow = _open(path), _pyarrow()
     schema = file.schema_arrow if path.suffix == ".parquet" else file[index].schema

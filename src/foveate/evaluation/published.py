@@ -121,7 +121,7 @@ def compare(
         if row.method == VANILLA and VANILLA in ours
         for score, value in row.values.items()
     }
-    found = []
+    comparisons = []
     for row in rows:
         for method, scores in ours.items():
             for score, paper in row.values.items():
@@ -130,7 +130,7 @@ def compare(
                     continue
                 base = published_plain.get((row.source, score))
                 compared = row.method != VANILLA
-                found.append(
+                comparisons.append(
                     Comparison(
                         score=score,
                         method=method,
@@ -145,7 +145,7 @@ def compare(
                         fewer=questions if questions < row.questions else None,
                     )
                 )
-    return found
+    return comparisons
 
 
 def method_name(method: str) -> str:

@@ -31,7 +31,7 @@ from ..core.method import Method, as_stack, text
 from .benchmark import Benchmark, EvalRecord, Problems, Sample, scored
 
 RECORDS, RUN, RESULTS, SESSIONS = "records.jsonl", "run.json", "results.json", "sessions.jsonl"
-HEARTBEAT = 10.0  # seconds between notes of the time worked: what a kill may lose of it
+HEARTBEAT = 10.0  # seconds between notes of the time worked; a kill loses no more
 
 Stack = tuple[Method, ...]
 Watch = Callable[[int, int, str], None]

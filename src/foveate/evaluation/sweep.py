@@ -1,6 +1,6 @@
 """Sweeps: a method over values of one or two of its parameters, in one run, compared with vanilla.
 
-    grid = Grid.read("clvs", ["smoothing=0.5..1.0/0.1"])
+    grid = SweepGrid.read("clvs", ["smoothing=0.5..1.0/0.1"])
     sweep(grid, Plan([POPE()], grid.methods, Path("runs/s"), root=data), VLM.load("pocket"))
 
 Every combination of values is a method, so a sweep is an ordinary run of `foveate.evaluation.ask`:
@@ -31,9 +31,12 @@ from .benchmark import Benchmark, EvalRecord, image_of
 from .merge import Key, gaps, merge, read_runs
 from .run import Plan, Question, Stack, Watch, unwatched
 
+Records = list[EvalRecord]
+ByMethod = dict[str, Records]
+
 ACCURACY = "accuracy"
 MOST = 1_000  # settings in a sweep
-GROUPS = 50  # of images, for the intervals of scores that are no mean over questions
+GROUPS = 50  # of images, for the intervals of scores that are not a mean over questions
 UNITS = {"length": "words", "score": "points", "perception": "points", "cognition": "points"}
 NUMBER = r"([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}/{NUMBER}")
@@ -75,7 +78,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """Every combination of values as methods.
 
     Attributes:
@@ -96,7 +99,7 @@ class Grid:
         return ["vanilla", *self.settings.values()]
 
     @classmethod
-    def read(cls, method: str, over: Sequence[str]) -> Grid:
+    def read(cls, method: str, over: Sequence[str]) -> SweepGrid:
         """From ``"clvs"`` and one or two such as ``"smoothing=0.5,0.7..1.0/0.1"``.
 
         Values are those of a method's text form, separated by commas; ``a..b/step`` stands for
@@ -125,16 +128,16 @@ class Grid:
                 f"The sweep has {count:,} settings, at most {MOST:,} are possible: give fewer "
                 "values."
             )
-        found: dict[tuple[Any, ...], Stack] = {}
+        settings: dict[tuple[Any, ...], Stack] = {}
         for pieces in itertools.product(*(pieces for *_, pieces in named)):
             chosen = dict(zip(places, pieces, strict=True))
             varied = _varied(stack, chosen)
-            found[tuple(getattr(varied[place], field) for place, field in places)] = varied
+            settings[tuple(getattr(varied[place], field) for place, field in places)] = varied
         axes = tuple(
-            Axis(name, _ordered(key[n] for key in found)) for n, (name, *_) in enumerate(named)
+            Axis(name, _ordered(key[n] for key in settings)) for n, (name, *_) in enumerate(named)
         )
         keys = itertools.product(*(axis.values for axis in axes))
-        return cls(stack, axes, places, {key: found[key] for key in keys})
+        return cls(stack, axes, places, {key: settings[key] for key in keys})
 
 
 def _over(stack: Stack, given: str) -> tuple[str, int, str, list[str]]:
@@ -165,9 +168,9 @@ def _values(piece: str) -> list[str]:
     """A value as it is; a range as its values."""
     if ".." not in piece or piece[0] in "'\"([":
         return [piece]
-    found = RANGE.fullmatch(piece.replace(" ", ""))
-    first, last, step = map(Decimal, found.groups()) if found else (Decimal(0),) * 3
-    if not found or step <= 0 or last < first:
+    match = RANGE.fullmatch(piece.replace(" ", ""))
+    first, last, step = map(Decimal, match.groups()) if match else (Decimal(0),) * 3
+    if not match or step <= 0 or last < first:
         raise FoveateError(
             f"Cannot read the range {piece!r}: write it like 0.5..1.0/0.1, from the smallest to "
             "the largest in steps above 0."
@@ -178,7 +181,7 @@ def _values(piece: str) -> list[str]:
             f"The range {piece!r} has {count:,} values, at most {MOST:,} are possible: take larger "
             "steps."
         )
-    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in found.groups())
+    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in match.groups())
     steps = [first + number * step for number in range(count)]
     return [str(int(value)) if whole else repr(float(value)) for value in steps]
 
@@ -202,8 +205,8 @@ def _varied(stack: Stack, chosen: dict[tuple[int, str], str]) -> Stack:
 
 def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
     """Each value once, numbers in ascending order."""
-    found = tuple(dict.fromkeys(values))
-    return tuple(sorted(found)) if _numbers(found) else found
+    unique = tuple(dict.fromkeys(values))
+    return tuple(sorted(unique)) if _numbers(unique) else unique
 
 
 def _numbers(values: Iterable[Any]) -> bool:
@@ -278,7 +281,7 @@ class Sweep:
 
 
 def sweep(
-    grid: Grid, plan: Plan, vlm: VLM, *, metric: str = ACCURACY, watch: Watch = unwatched
+    grid: SweepGrid, plan: Plan, vlm: VLM, *, metric: str = ACCURACY, watch: Watch = unwatched
 ) -> Sweep:
     """Ask every question with vanilla and every setting, and write ``sweep.json``.
 
@@ -309,7 +312,10 @@ def sweep(
         shared = {name: _about(metric, records) for name, records in shared.items()}
     plain = shared.pop("vanilla")
     answered = [point for point in points if point.method in shared]
-    fill = _fill_accuracy if metric == ACCURACY else _fill_score
+    if metric == ACCURACY:
+        vanilla = _fill_accuracy(answered, plain, shared, b)
+    else:
+        vanilla = _fill_score(answered, plain, shared, b, metric)
     result = Sweep(
         method=text(grid.stack),
         model=vlm.name,
@@ -321,7 +327,7 @@ def sweep(
         axes=axes,
         questions=len(plain),
         images=len(set(map(image_of, plain))),
-        vanilla=fill(answered, plain, shared, b, metric),
+        vanilla=vanilla,
         points=points,
         notes=[*gaps(runs), *notes],
         revision=vlm.revision,
@@ -343,7 +349,7 @@ def _check_metric(b: Benchmark, metric: str, root: Path | None) -> None:
 
 def _shared(
     answers: dict[str, dict[Key, EvalRecord]], names: list[str]
-) -> tuple[dict[str, list[EvalRecord]], list[str]]:
+) -> tuple[ByMethod, list[str]]:
     """The questions that all settings answered, per setting and in order; what was left out.
 
     Settings without any answer are left out themselves.
@@ -370,19 +376,13 @@ def _shared(
     return {n: [given[n][k] for k in sorted(common)] for n in names if n not in silent}, notes
 
 
-def _about(metric: str, records: list[EvalRecord]) -> list[EvalRecord]:
+def _about(metric: str, records: Records) -> Records:
     """The records of the split in the metric's name; all records where it names none."""
     splits = {r["split"] for r in records if metric.startswith(f"{r['split']}/")}
     return [r for r in records if r["split"] in splits or not splits]
 
 
-def _fill_accuracy(
-    points: list[Point],
-    plain: list[EvalRecord],
-    records: dict[str, list[EvalRecord]],
-    b: Benchmark,
-    metric: str,
-) -> float:
+def _fill_accuracy(points: list[Point], plain: Records, records: ByMethod, b: Benchmark) -> float:
     """Fill in every point's mean score of single answers; returns vanilla's."""
     images = [image_of(record) for record in plain]
     before = [100 * b.grade(record) for record in plain]
@@ -400,15 +400,11 @@ def _fill_accuracy(
 
 
 def _fill_score(
-    points: list[Point],
-    plain: list[EvalRecord],
-    records: dict[str, list[EvalRecord]],
-    b: Benchmark,
-    metric: str,
+    points: list[Point], plain: Records, records: ByMethod, b: Benchmark, metric: str
 ) -> float:
     """Fill in every point's score of the benchmark; returns vanilla's."""
 
-    def measure(answers: list[EvalRecord]) -> float:
+    def measure(answers: Records) -> float:
         return b.score(answers).get(metric, math.nan)
 
     whole = measure(plain)
@@ -433,9 +429,7 @@ def _fill_score(
     return whole
 
 
-def _without_each(
-    measure: Callable[[list[EvalRecord]], float], records: list[EvalRecord]
-) -> list[float]:
+def _without_each(measure: Callable[[Records], float], records: Records) -> list[float]:
     """The score without one group of images, for each of up to `GROUPS` groups drawn at random.
 
     How the score changes when a group is missing is what that group contributes: the jackknife's

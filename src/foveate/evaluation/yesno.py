@@ -89,8 +89,8 @@ def first_word(answer: str) -> str | None:
     text = answer.lower().lstrip("".join(c for c in set(answer) if not c.isalnum()))
     if start := re.match(r"(yes|no)\b", text):
         return start[1]
-    found = set(re.findall(r"\b(?:yes|no)\b", re.split(r"[.!?\n]", text)[0]))
-    return found.pop() if len(found) == 1 else None
+    said = set(re.findall(r"\b(?:yes|no)\b", re.split(r"[.!?\n]", text)[0]))
+    return said.pop() if len(said) == 1 else None
 
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
