@@ -129,13 +129,4 @@ def _label(label: Any) -> str:
 
 
 def _percent(pairs: list[tuple[str | None, str]]) -> dict[str, float]:
-    counts = Counts.of(pairs, "yes")
-    precision = counts.hits / (counts.said + EPSILON)
-    recall = counts.hits / (counts.hits + counts.missed + EPSILON)
-    return {
-        "accuracy": 100 * counts.right / counts.total,
-        "precision": 100 * precision,
-        "recall": 100 * recall,
-        "f1": 100 * 2 * precision * recall / (precision + recall + EPSILON),
-        "yes_ratio": 100 * counts.said / counts.total,
-    }
+    return Counts.of(pairs, "yes").percent(epsilon=EPSILON)

@@ -22,35 +22,35 @@ ImageBytes = Callable[[], bytes]
 
 
 class Problems:
-    """What was wrong with the data, by kind, with the first few cases of each."""
+    """What was wrong with the data, by kind."""
 
     SHOWN = 3
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
         self.cases: dict[str, list[str]] = {}
 
     def add(self, kind: str, case: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        cases = self.cases.setdefault(kind, [])
-        if len(cases) < self.SHOWN:
-            cases.append(case)
+        self.cases.setdefault(kind, []).append(case)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {kind: len(cases) for kind, cases in self.cases.items()}
 
     def lines(self) -> list[str]:
         """One line per kind: ``3 missing images: a.jpg, b.jpg, c.jpg``."""
         return [
-            f"{count} {kind}: {', '.join(self.cases[kind])}"
-            + (", ..." if count > len(self.cases[kind]) else "")
-            for kind, count in self.counts.items()
+            f"{len(cases)} {kind}: {', '.join(cases[: self.SHOWN])}"
+            + ", ..." * (len(cases) > self.SHOWN)
+            for kind, cases in self.cases.items()
         ]
 
     @property
     def first(self) -> str:
         """The lines as the tail of a sentence, empty without problems."""
-        return f" ({'; '.join(self.lines())})" if self.counts else ""
+        return f" ({'; '.join(self.lines())})" if self.cases else ""
 
     def __bool__(self) -> bool:
-        return bool(self.counts)
+        return bool(self.cases)
 
 
 class DataSet(Protocol):

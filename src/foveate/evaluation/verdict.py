@@ -140,7 +140,12 @@ def judge(
         tested = [r for r in results if r.method != VANILLA and r.scores]
         before = _grades(b, plain) if tested else {}
         for result in tested:
-            _compare(result, _pairs(b, plain, before, methods[result.method]), seed)
+            after = _grades(b, methods[result.method])
+            pairs = [
+                _Pair(plain[key], methods[result.method][key], before[key], after[key])
+                for key in sorted(before.keys() & after.keys())
+            ]
+            _compare(result, pairs, seed)
         _correct([r.test for r in results if r.test])
         _correct([test for r in results for test in r.splits])
         _add_thumbnails(b, results, roots)
@@ -213,18 +218,6 @@ class _Pair(NamedTuple):
 def _grades(b: Benchmark, records: dict[Key, EvalRecord]) -> dict[Key, float]:
     """The score of every single answer."""
     return {k: b.grade(r) for k, r in records.items() if r["answer"] is not None}
-
-
-def _pairs(
-    b: Benchmark,
-    plain: dict[Key, EvalRecord],
-    before: dict[Key, float],
-    changed: dict[Key, EvalRecord],
-) -> list[_Pair]:
-    """The questions that both answered, in order."""
-    after = _grades(b, changed)
-    both = sorted(before.keys() & after.keys())
-    return [_Pair(plain[key], changed[key], before[key], after[key]) for key in both]
 
 
 def _compare(result: Result, pairs: list[_Pair], seed: int) -> None:

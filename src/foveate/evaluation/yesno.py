@@ -143,22 +143,24 @@ class Counts:
             said=said,
         )
 
-    def percent(self, undefined: float = nan) -> dict[str, float]:
+    def percent(self, undefined: float = nan, epsilon: float = 0.0) -> dict[str, float]:
         """Accuracy, precision, recall, F1 and the share of the positive class, in percent.
 
-        Without smoothing: `undefined` stands for what would divide by zero.
+        Args:
+            undefined: stands for what would divide by zero.
+            epsilon: added to the denominators of precision, recall and F1.
         """
 
         def ratio(part: float, whole: float) -> float:
             return part / whole if whole else undefined
 
-        precision = ratio(self.hits, self.said)
-        recall = ratio(self.hits, self.hits + self.missed)
+        precision = ratio(self.hits, self.said + epsilon)
+        recall = ratio(self.hits, self.hits + self.missed + epsilon)
         values = {
             "accuracy": ratio(self.right, self.total),
             "precision": precision,
             "recall": recall,
-            "f1": ratio(2 * precision * recall, precision + recall),
+            "f1": ratio(2 * precision * recall, precision + recall + epsilon),
             "yes_ratio": ratio(self.said, self.total),
         }
         return {key: 100 * value for key, value in values.items()}
