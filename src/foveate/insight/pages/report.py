@@ -20,6 +20,8 @@ from ...evaluation.results import (
 )
 from ...evaluation.verdict import Example
 
+# -- HTML ------------------------------------------------------------------------------------------
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #595e66; --line: #d5d8dd; --back: #fff;
   --raised: #f4f5f7; --better: #0b6b3a; --worse: #b3261e; --link: #0b57c2; }
