@@ -137,7 +137,7 @@ class Registry:
         """The class called `name`; unknown names are refused with the nearest one."""
         known = self.all()
         if name in self.reserved:
-            raise FoveateError(f"{name!r} is no {self.kind} to be used here: name one.")
+            raise FoveateError(f"{name!r} cannot be used here: name one {self.kind}.")
         if name not in known:
             raise FoveateError(
                 f"There is no {self.kind} {name!r}{_nearest(name, [*known, *self.reserved])}."

@@ -214,7 +214,7 @@ class Objects:
     def named(self, words: Sequence[str]) -> tuple[list[str], int]:
         """The objects that `words` name, with repeats, and how many words there are.
 
-        `PAIRS` count as one word. Where a toilet is named, a seat is no chair.
+        `PAIRS` count as one word. Where a toilet is named, a seat is not a chair.
         """
         joined: list[str] = []
         i = 0

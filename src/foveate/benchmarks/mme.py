@@ -101,7 +101,7 @@ class MME(YesNo):
                 data.problems.add("broken lines", f"{file.name} line {i + 1}")
 
     def _image(self, data: Data, folder: Path, stem: str) -> Path:
-        """The image called `stem`, whatever its ending and inner folder."""
+        """The image called `stem`, with any ending, in any inner folder."""
         assert data.root is not None
         inside = str(folder.relative_to(data.root))
         folders = [f"{inside}/images", f"{inside}/images/toy_dataset", inside]

@@ -172,7 +172,7 @@ class Data:
     def image(self, name: str, *folders: str) -> Path:
         """The file `name` under one of `folders`; where it is missing, where it should be.
 
-        Tried as written first; then by the end of the path, whatever the case.
+        Tried as written first, then by the end of the path, upper and lower case alike.
         """
         key = (name, *folders)
         if key not in self._images:
@@ -256,7 +256,7 @@ class Data:
             try:
                 table = datasets.load_dataset(name, split=split)
                 break
-            except Exception as error:  # offline, renamed, gated: whatever the client raises
+            except Exception as error:  # offline, renamed, gated: the client has many errors
                 reason = (
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 )

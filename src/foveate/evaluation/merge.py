@@ -47,7 +47,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
     """The runs in and directly inside `folders`, each once.
 
     Raises:
-        FoveateError: a folder is no run's, a file is damaged, or there is no record at all.
+        FoveateError: a folder holds no run, a file is damaged, or there is no record at all.
     """
     by_path: dict[Path, Path] = {}
     for given in folders:

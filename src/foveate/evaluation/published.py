@@ -88,9 +88,9 @@ ROWS = [
 def model_of(name: str) -> str | None:
     """The papers' model that a hub name or folder means; None for any other.
 
-    One part of the path must be a known last part, whatever its case: ``llava-hf/llava-1.5-7b-hf``,
-    ``/models/llava-1.5-7b-hf`` and the hub's cache all are LLaVA-1.5-7B; a fine-tuned
-    ``llava-1.5-7b-hf-mine`` is not.
+    One part of the path must be a known last part, in upper or lower case:
+    ``llava-hf/llava-1.5-7b-hf``, ``/models/llava-1.5-7b-hf`` and the hub's cache all are
+    LLaVA-1.5-7B; a fine-tuned ``llava-1.5-7b-hf-mine`` is not.
     """
     parts = set(re.split(r"[/\\]|--", name.lower()))
     return next((model for model, tails in MODELS.items() if parts & set(tails)), None)

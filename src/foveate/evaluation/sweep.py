@@ -227,7 +227,7 @@ class Point:
         difference: from vanilla.
         low, high: ends of the difference's 95 % bootstrap interval; None for fewer than two images.
         gained, lost: answers that score higher, and lower, than vanilla's; None for metrics that
-            are no mean over questions.
+            are not a mean over questions.
         p: McNemar's exact two-sided p.
         corrected: p after Holm's correction for all settings.
     """

@@ -316,7 +316,7 @@ def _add_thumbnails(b: Benchmark, results: list[Result], roots: list[str | Path 
 def _thumbnail(sample: Sample) -> str | None:
     try:
         picture = sample.load()
-    except Exception:  # a report without this picture is better than none, whatever the source says
+    except Exception:  # a missing picture must not cost the report
         return None
     if picture is None:
         return None

@@ -35,7 +35,7 @@ def opera(answer: str) -> str:
 
 
 def lmms(answer: str) -> str | None:
-    """lmms-eval's POPE: the answer must be the word and nothing else, whatever its case."""
+    """lmms-eval's POPE: the answer must be the word and nothing else; case does not matter."""
     word = answer.lower().strip()
     return word if word in ("yes", "no") else None
 
@@ -84,7 +84,7 @@ def exact(answer: str) -> str | None:
 def first_word(answer: str) -> str | None:
     """Ours: the first word where it is yes or no, else the only yes or no of the first sentence.
 
-    Case, marks and markup before the word do not matter; "know" and "not" are no answers.
+    Case, marks and markup before the word do not matter; "know" and "not" do not count.
     """
     text = answer.lower().lstrip("".join(c for c in set(answer) if not c.isalnum()))
     if start := re.match(r"(yes|no)\b", text):
