@@ -52,11 +52,12 @@ from rich.table import Table
 from foveate import VLM, FoveateError
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.journal import Journal, write_json
-from foveate.base.significance import holm, interval, mcnemar
-from foveate.benchmarks.pocket import HABITS, SIZE
-from foveate.core.method import text
-from foveate.evaluation.ask import evaluate
-from foveate.evaluation.benchmark import Record, Sample
+from foveate.base.stats import holm, interval, mcnemar
+from foveate.benchmarks.pocket import HABITS, SIZE, PocketBench
+from foveate.core.method import parse, text
+from foveate.evaluation.ask import Plan, evaluate
+from foveate.evaluation.benchmark import EvalRecord, Sample
+from foveate.evaluation.data import Data
 from foveate.evaluation.run import RECORDS, key
 from foveate.methods.vicrop import ViCrop, window_search
 from foveate.vlm.look import GENERAL, SHORT, read
@@ -90,9 +91,9 @@ TENTHS = 10  # parts of the pictures that a run is made of
 
 def ask(
     vlm: VLM, bench: FinePrint, methods: dict[str, Stack], run: Path, tenths: int, console: Console
-) -> tuple[dict[str, list[Record]], dict[str, Any]]:
+) -> tuple[dict[str, list[EvalRecord]], dict[str, Any]]:
     """Records per method, and the environment of the last run."""
-    records: dict[str, list[Record]] = {name: [] for name in methods}
+    records: dict[str, list[EvalRecord]] = {name: [] for name in methods}
     environment: dict[str, Any] = {}
     pictures = {s.image_name: s for s in bench.samples()}
     with Progress(console=console) as progress:
@@ -113,7 +114,7 @@ def ask(
                     progress.update(bar, completed=done, total=total)
 
                 shard = (number, TENTHS)
-                results = evaluate([bench], vlm, [stack], folder, shard=shard, watch=watch)
+                results = evaluate(Plan([bench], [methods_], folder, shard=shard), vlm, watch=watch)
                 path = folder / f"shard-{number}-of-{TENTHS}" / RECORDS
                 with contextlib.closing(Journal(path, key)) as journal:
                     records[name] += journal.rows.values()
@@ -180,10 +181,10 @@ def held(boxes: list[list[int]], crop: Sequence[int]) -> float:
     return max(0, width) * max(0, height) / ((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def figures(bench: FinePrint, records: list[Record], plain: list[Record]) -> dict[str, Any]:
+def figures(bench: FinePrint, records: list[EvalRecord], plain: list[EvalRecord]) -> dict[str, Any]:
     """What one method's records say, beside the plain answers to the same questions."""
 
-    def right(rows: list[Record]) -> dict[str, Any]:
+    def right(rows: list[EvalRecord]) -> dict[str, Any]:
         share = 100 * fmean(bench.correct(r) or 0 for r in rows) if rows else None
         return {"n": len(rows), "right": share}
 
@@ -191,7 +192,7 @@ def figures(bench: FinePrint, records: list[Record], plain: list[Record]) -> dic
     found["all"] = right(records)
     found["seconds"] = fmean(r["ms"] for r in records) / 1000
     if all("crop" in r["notes"] for r in records):
-        parts: dict[str, list[Record]] = {"whole": [], "holds": [], "misses": []}
+        parts: dict[str, list[EvalRecord]] = {"whole": [], "holds": [], "misses": []}
         areas = []
         for record in records:
             crop = record["notes"]["crop"]
@@ -221,7 +222,7 @@ def figures(bench: FinePrint, records: list[Record], plain: list[Record]) -> dic
     return found
 
 
-def compared(bench: FinePrint, records: dict[str, list[Record]]) -> dict[str, Any]:
+def compared(bench: FinePrint, records: dict[str, list[EvalRecord]]) -> dict[str, Any]:
     """`figures` of every method, p-values corrected for their number."""
     plain = records[PLAIN]
     found = {name: figures(bench, rows, plain) for name, rows in records.items()}
@@ -279,8 +280,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def examples(
-    bench: FinePrint, records: list[Record], plain: list[Record]
-) -> tuple[list[Record], list[Record]]:
+    bench: FinePrint, records: list[EvalRecord], plain: list[EvalRecord]
+) -> tuple[list[EvalRecord], list[EvalRecord]]:
     """The first wins (plain wrong, method right) and the first failures, both habits in turn."""
     before = {(r["split"], r["line"]): bench.correct(r) for r in plain}
     ordered = sorted(records, key=lambda r: (r["line"], r["split"]))
@@ -290,7 +291,12 @@ def examples(
 
 
 def draw(
-    vlm: VLM, bench: FinePrint, name: str, records: list[Record], plain: list[Record], path: Path
+    vlm: VLM,
+    bench: FinePrint,
+    name: str,
+    records: list[EvalRecord],
+    plain: list[EvalRecord],
+    path: Path,
 ) -> Path:
     """Wins on the left, failures on the right: the scene with its frames, what the model saw."""
     from foveate.insight.plots.style import BLUE, GAP, PAD, PAPER, QUIET, RED, Page, bare, wrapped

@@ -63,9 +63,11 @@ from benchmarks.injection_page import (  # noqa: E402
 )
 from foveate import FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
-from foveate.base.significance import interval  # noqa: E402
-from foveate.benchmarks.pocket import CATEGORIES, PocketBench  # noqa: E402
-from foveate.evaluation.benchmark import Record  # noqa: E402
+from foveate.base.stats import interval  # noqa: E402
+from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
+from foveate.evaluation.ask import Plan, evaluate  # noqa: E402
+from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample  # noqa: E402
+from foveate.evaluation.data import Data  # noqa: E402
 from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
 from foveate.pocket import build  # noqa: E402
 from foveate.scenes import lessons, questions  # noqa: E402
@@ -226,8 +228,14 @@ def work(folder: Path, commands: Sequence[Sequence[str]]) -> None:
             raise FoveateError(f"{folder.name} ended with {done.returncode}: {' '.join(last)}")
 
 
-def complete(run: Path, runs: list[Training], settings: Settings, workers: int, limit: int) -> None:
-    """Bring every run to its end.
+def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> str:
+    """Put all questions to a model that has not answered them yet."""
+    if (out / RESULTS).exists():
+        return f"{model}: known"
+    torch.set_num_threads(1)
+    vlm = VLM.load(str(model), device="cpu", dtype=torch.float32)
+    evaluate(Plan(benches(run, settings), [method], out), vlm)
+    return f"{model}: asked"
 
     Args:
         limit: pictures that gates are read of.
@@ -262,7 +270,7 @@ def complete(run: Path, runs: list[Training], settings: Settings, workers: int, 
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def answers(run: Path, name: str, settings: Settings) -> list[Record]:
+def answers(run: Path, name: str, settings: Settings) -> list[EvalRecord]:
     """Every answer of a run, each with "right", in the order of the questions."""
     asked = {str(bench): bench for bench in benches(settings)}
     with contextlib.closing(Journal(run / name / "eval" / RECORDS, key)) as journal:
@@ -273,7 +281,7 @@ def answers(run: Path, name: str, settings: Settings) -> list[Record]:
     return sorted(rows, key=lambda r: (r["split"], r["line"]))
 
 
-def part(rows: Sequence[Record], name: str) -> list[Record]:
+def part(rows: Sequence[EvalRecord], name: str) -> list[EvalRecord]:
     """The answers that a row of the table is about: a category, a habit, or all but captions."""
     if name in CATEGORIES:
         return [r for r in rows if r["meta"]["category"] == name]
@@ -281,7 +289,9 @@ def part(rows: Sequence[Record], name: str) -> list[Record]:
     return [r for r in graded if name in ("all", r["meta"]["habit"])]
 
 
-def compared(runs: dict[int, list[Record]], base: dict[int, list[Record]]) -> dict[str, Any]:
+def compared(
+    runs: dict[int, list[EvalRecord]], base: dict[int, list[EvalRecord]]
+) -> dict[str, Any]:
     """Accuracy of every part, and the difference from the base, of runs by their seed.
 
     Returns:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from foveate.evaluation.benchmark import Record, Sample
+from foveate.evaluation.benchmark import EvalRecord, Sample
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN, BENCHDATA = SHARED / "golden", SHARED / "benchdata"
@@ -55,7 +55,7 @@ def data_root(folder: Path, *images: str) -> Path:
     return folder
 
 
-def records(samples: Iterable[Sample], answers: Iterable[str | None]) -> list[Record]:
+def records(samples: Iterable[Sample], answers: Iterable[str | None]) -> list[EvalRecord]:
     """What an evaluation would have recorded had a model given these answers."""
     return [
         {

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import VLM, FoveateError, commands
-from foveate.base.intervals import mean, proportion
+from foveate.base.stats import mean, proportion
 from foveate.core.method import parse as parse_methods
 from foveate.insight.analyses.complexity import Complexity, binned, color, entropy, texture
 from foveate.insight.analyses.convergence import Convergence, Lens, logistic

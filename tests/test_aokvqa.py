@@ -10,7 +10,7 @@ import pytest
 
 from foveate import FoveateError
 from foveate.benchmarks.aokvqa import AOKVQA
-from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.benchmark import EvalRecord, Problems
 from foveate.evaluation.data import Data
 from tests import goldens
 
@@ -24,7 +24,7 @@ def made_up(root: Path, rows: list[dict[str, Any]]) -> Path:
     return root
 
 
-def answered(benchmark: AOKVQA, root: Path, **answers: dict[str, str]) -> list[Record]:
+def answered(benchmark: AOKVQA, root: Path, **answers: dict[str, str]) -> list[EvalRecord]:
     """Records of `benchmark` on the questions under `root`; `answers`: split -> id -> answer."""
     samples = benchmark.samples(root)
     return goldens.records(samples, [answers[s.split].get(s.id) for s in samples])

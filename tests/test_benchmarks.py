@@ -21,8 +21,8 @@ from foveate.benchmarks.pope import POPE
 from foveate.benchmarks.rbench import RBench
 from foveate.evaluation.benchmark import (
     Benchmark,
+    EvalRecord,
     Problems,
-    Record,
     Sample,
     Table,
     benchmarks,
@@ -111,7 +111,7 @@ def test_a_picture_is_a_file_bytes_or_a_call(tmp_path: Path) -> None:
 
 
 def test_one_answer_is_right_wrong_or_missing() -> None:
-    record: Record = {"label": "yes", "answer": "yes, it is", "meta": {}}
+    record: EvalRecord = {"label": "yes", "answer": "yes, it is", "meta": {}}
     assert POPE().correct(record) == 1
     assert POPE().correct({**record, "label": "no"}) == 0
     assert POPE(parser="lmms").correct(record) == 0

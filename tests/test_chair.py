@@ -13,7 +13,7 @@ import pytest
 
 from foveate import FoveateError
 from foveate.benchmarks.chair import CHAIR, PAIRS, PROMPT, Objects, singular
-from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.benchmark import EvalRecord, Problems
 from foveate.evaluation.words import lemmas
 from tests import goldens
 
@@ -31,7 +31,7 @@ def captions() -> list[dict[str, Any]]:
     return goldens.read("chair", CASE, "per_sentence.json.gz")
 
 
-def record(line: int, caption: str, there: list[str], **meta: Any) -> Record:
+def record(line: int, caption: str, there: list[str], **meta: Any) -> EvalRecord:
     row = {"split": "captions", "line": line, "id": str(line), "answer": caption}
     return {**row, "label": there, "meta": meta}
 
@@ -74,7 +74,7 @@ def test_captions_name_the_same_objects_as_in_opera() -> None:
     assert scores["length"] == pytest.approx(100 * expected["Len"], rel=1e-12)
 
 
-def named(one: Record) -> list[str]:
+def named(one: EvalRecord) -> list[str]:
     return CHAIR().judge(one)["named"]
 
 

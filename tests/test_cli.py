@@ -20,8 +20,8 @@ from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing, start_checkpointing
 from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
-from foveate.evaluation.ask import evaluate
-from foveate.methods.cli import files
+from foveate.evaluation.ask import Plan, evaluate
+from foveate.methods.cli import method as cli
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.methods.cli.module import CrossLayerInjection, Summary
 from foveate.vlm.prefix import next_position, suffix_batch
@@ -367,7 +367,7 @@ def test_an_evaluation_reads_the_files_once(
     methods = [f"cli(path={paths[0]!r})", f"cli(path={paths[1]!r})"]
     methods.append(f"cli(path={paths[0]!r},strength=0.5)")
     benchmark = PocketBench(word_tokens=2, categories=("existence-random",), questions=8)
-    found = evaluate([benchmark], vlm, methods, tmp_path / "run")
+    found = evaluate(Plan([benchmark], methods, tmp_path / "run"), vlm)
     for entry in found["benchmarks"][str(benchmark)]["methods"].values():
         assert (entry["questions"], entry["errors"]) == (16, 0)
     files = [name for name in opened if not name.startswith("run/")]

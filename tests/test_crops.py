@@ -12,7 +12,7 @@ import pytest
 from benchmarks import crops
 from foveate import VLM
 from foveate.core.method import as_stack
-from foveate.evaluation.benchmark import Record
+from foveate.evaluation.benchmark import EvalRecord
 from foveate.scenes import world
 
 WHOLE = [0, 0, 768, 768]
@@ -25,7 +25,7 @@ def vlm() -> VLM:
 
 def record(
     line: int, habit: str, answer: str, crop: list[int] | None = None, image: str = ""
-) -> Record:
+) -> EvalRecord:
     return {
         "benchmark": "pocket",
         "method": "m",

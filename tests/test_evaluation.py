@@ -26,11 +26,20 @@ from foveate.benchmarks.pocket import PocketBench
 from foveate.core.method import as_stack
 from foveate.evaluation import ask as evaluation
 from foveate.evaluation import run
-from foveate.evaluation.ask import Asker, Question, evaluate
-from foveate.evaluation.benchmark import Benchmark, Record, Sample, by_split, parse
+from foveate.evaluation.ask import Asker, evaluate
+from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample, by_split, parse
 from foveate.evaluation.data import Data
 from foveate.evaluation.merge import merge, read_runs
-from foveate.evaluation.run import RECORDS, RESULTS, RUN, SESSIONS, Run, read_run
+from foveate.evaluation.run import (
+    RECORDS,
+    RESULTS,
+    RUN,
+    SESSIONS,
+    Plan,
+    Question,
+    Run,
+    read_run,
+)
 from foveate.scenes import world
 from foveate.vlm import answering, look
 from foveate.vlm.vlm import Chat
@@ -62,7 +71,7 @@ class Scenes(Benchmark):
         meta = {"max_new_tokens": 6} if split == "captions" else {}
         return Sample(split, line, str(line), text, text, "yes", image, str(number), meta)
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         groups = by_split(records)
         shares = {s: sum(r["answer"] == "yes" for r in g) / len(g) for s, g in groups.items()}
         return {f"{split}/yes": share for split, share in shares.items()} | {"undefined": math.nan}
@@ -89,7 +98,7 @@ def vlm() -> VLM:
     return VLM.load("pocket", device="cpu")
 
 
-def read(folder: Path) -> dict[tuple[Any, ...], Record]:
+def read(folder: Path) -> dict[tuple[Any, ...], EvalRecord]:
     """Records by key, none twice."""
     lines = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
     found = {(r["benchmark"], r["split"], r["line"], r["method"]): r for r in lines}
@@ -106,7 +115,7 @@ def answers(folder: Path, *without: str) -> dict[tuple[Any, ...], Any]:
 def test_what_is_wrong_with_the_data_is_told(vlm: VLM, tmp_path: Path) -> None:
     b = Doubtful(images=1, captions=False)
     with pytest.warns(UserWarning, match="doubtful.*: 1 broken lines: entry 7"):
-        results = evaluate([b], vlm, ["vanilla"], tmp_path)
+        results = evaluate(Plan([b], ["vanilla"], tmp_path), vlm)
     assert results["benchmarks"][str(b)]["problems"] == {"broken lines": 1}
 
 
@@ -120,7 +129,9 @@ def no_constant(name: str) -> Any:
 def test_a_run_from_end_to_end(vlm: VLM, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     results = evaluate(
-        [Scenes()], vlm, ["vanilla", "clvs"], tmp_path, watch=lambda *a: seen.append(a), seed=3
+        Plan([Scenes()], ["vanilla", "clvs"], tmp_path, seed=3),
+        vlm,
+        watch=lambda *a: seen.append(a),
     )
     records = read(tmp_path)
     assert len(records) == 2 * 3 * 5
@@ -153,7 +164,7 @@ def test_a_run_from_end_to_end(vlm: VLM, tmp_path: Path) -> None:
     assert stamp["wall_seconds"] > 0
 
     before = (tmp_path / RECORDS).read_bytes()
-    again = evaluate([Scenes()], vlm, ["vanilla", "clvs"], tmp_path, seed=3)
+    again = evaluate(Plan([Scenes()], ["vanilla", "clvs"], tmp_path, seed=3), vlm)
     assert (tmp_path / RECORDS).read_bytes() == before, "nothing was left to ask"
     assert again["benchmarks"] == results["benchmarks"]
     assert again["environment"]["sessions"] == 2
@@ -188,7 +199,7 @@ def child(out: str) -> None:
     torch.set_num_threads(1)
     run.HEARTBEAT = 0.0
     vlm = VLM.load("pocket", device="cpu")
-    evaluate([Scenes()], vlm, KILLED, Path(out), watch=lambda *_: time.sleep(0.1))
+    evaluate(Plan([Scenes()], KILLED, Path(out)), vlm, watch=lambda *_: time.sleep(0.1))
 
 
 def start_and_kill(out: Path, lines: int) -> int:
@@ -214,7 +225,7 @@ def count(out: Path) -> int:
 
 def test_a_killed_run_ends_as_an_undisturbed_one(vlm: VLM, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    evaluate([Scenes()], vlm, KILLED, whole)
+    evaluate(Plan([Scenes()], KILLED, whole), vlm)
     first = start_and_kill(cut, 2)  # within the first batch
     assert 2 <= first < 45
     second = start_and_kill(cut, first + 9)  # in a later one
@@ -222,7 +233,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(vlm: VLM, tmp_path: Path) -> No
     assert not (cut / RESULTS).exists()
     with (cut / RECORDS).open("ab") as file:
         file.write(b'{"benchmark": "scenes", "split": "sho')
-    results = evaluate([Scenes()], vlm, KILLED, cut)
+    results = evaluate(Plan([Scenes()], KILLED, cut), vlm)
     assert answers(cut) == answers(whole)
     assert list(read(cut)) == list(read(whole)), "in the same order, too"
     assert results["environment"]["sessions"] == 3
@@ -234,18 +245,18 @@ def test_a_killed_run_ends_as_an_undisturbed_one(vlm: VLM, tmp_path: Path) -> No
 
 def test_an_interrupted_batch_is_asked_again_as_it_was(vlm: VLM, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    evaluate([Scenes()], vlm, ["vanilla"], whole)
+    evaluate(Plan([Scenes()], ["vanilla"], whole), vlm)
 
     def stop(done: int, total: int, what: str) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate([Scenes()], vlm, ["vanilla"], cut, watch=stop)
+        evaluate(Plan([Scenes()], ["vanilla"], cut), vlm, watch=stop)
     assert count(cut) == 2
     sizes: list[int] = []
     asker = Asker(vlm, ["vanilla"])
-    with Run([Scenes()], vlm.name, "float32", ["vanilla"], cut) as run:
+    with Run(Plan([Scenes()], ["vanilla"], cut), vlm.source, "float32") as run:
         for job in run.jobs(32):
             sizes.append(len(job))
             run.keep(asker.answer(asker.load(job), "vanilla"))
@@ -258,28 +269,30 @@ def test_an_interrupted_batch_is_asked_again_as_it_was(vlm: VLM, tmp_path: Path)
 
 
 def test_another_configuration_is_refused(vlm: VLM, tmp_path: Path) -> None:
-    evaluate([Scenes(images=1)], vlm, ["vanilla"], tmp_path)
+    evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path), vlm)
     before = (tmp_path / RECORDS).read_bytes()
 
-    def refused(*given: Any, sentence: str, **options: Any) -> None:
+    def refused(
+        benchmarks: list[Benchmark], methods: list[Any], sentence: str, **options: Any
+    ) -> None:
         with pytest.raises(FoveateError, match=sentence) as error:
-            evaluate(*given, tmp_path, **options)
+            evaluate(Plan(benchmarks, methods, tmp_path, **options), vlm)
         assert str(error.value).count("\n") == 0
         assert (tmp_path / RECORDS).read_bytes() == before
 
     one = [Scenes(images=1)]
-    refused(one, vlm, ["clvs"], sentence="other settings .methods: .'vanilla'., now .'clvs'.")
-    refused([Scenes(images=2)], vlm, ["vanilla"], sentence="other settings .benchmarks")
-    refused(one, vlm, ["vanilla"], seed=1, sentence="seed: 0, now 1")
-    refused(one, vlm, ["vanilla"], limit=2, sentence="limit: None, now 2")
-    refused(one, vlm, ["vanilla"], shard=(0, 2), sentence="shard: None, now .0, 2.")
-    refused(one, vlm, ["vanilla"], resume=False, sentence="already holds records")
-    refused(one, vlm, ["vanilla", "vanilla"], sentence="method vanilla is given twice")
-    refused(one * 2, vlm, ["vanilla"], sentence="benchmark .* is given twice")
-    refused(one, vlm, ["vanilla"], shard=(2, 2), sentence="no shard 2/2: .* are 0/2 to 1/2")
-    refused(one, vlm, ["vanilla"], batch_size=0, sentence="batch size must be 1 or more")
-    refused(one, vlm, ["vanilla"], limit=0, sentence="limit must be 1 or more")
-    refused(one, vlm, ["clvs(layers=(99,))"], sentence="layer 99 does not exist")
+    refused(one, ["clvs"], sentence="other settings .methods: .'vanilla'., now .'clvs'.")
+    refused([Scenes(images=2)], ["vanilla"], sentence="other settings .benchmarks")
+    refused(one, ["vanilla"], seed=1, sentence="seed: 0, now 1")
+    refused(one, ["vanilla"], limit=2, sentence="limit: None, now 2")
+    refused(one, ["vanilla"], shard=(0, 2), sentence="shard: None, now .0, 2.")
+    refused(one, ["vanilla"], resume=False, sentence="already holds records")
+    refused(one, ["vanilla", "vanilla"], sentence="method vanilla is given twice")
+    refused(one * 2, ["vanilla"], sentence="benchmark .* is given twice")
+    refused(one, ["vanilla"], shard=(2, 2), sentence="no shard 2/2: .* are 0/2 to 1/2")
+    refused(one, ["vanilla"], batch_size=0, sentence="batch size must be 1 or more")
+    refused(one, ["vanilla"], limit=0, sentence="limit must be 1 or more")
+    refused(one, ["clvs(layers=(99,))"], sentence="layer 99 does not exist")
 
     rows = [json.loads(line) for line in before.splitlines()]
     rows[1]["prompt"] = "Is it night?"
@@ -287,20 +300,20 @@ def test_another_configuration_is_refused(vlm: VLM, tmp_path: Path) -> None:
     with pytest.raises(
         FoveateError, match=r"another question for .*, short, line 1: the data have"
     ):
-        evaluate(one, vlm, ["vanilla"], tmp_path)
+        evaluate(Plan(one, ["vanilla"], tmp_path), vlm)
 
 
 def test_a_folder_of_something_else_is_refused(vlm: VLM, tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text("{}\n")
     with pytest.raises(FoveateError, match="records of an unknown run"):
-        evaluate([Scenes(images=1)], vlm, ["vanilla"], tmp_path)
+        evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path), vlm)
     (tmp_path / "file").write_text("")
     with pytest.raises(FoveateError, match="cannot be used"):
-        evaluate([Scenes(images=1)], vlm, ["vanilla"], tmp_path / "file" / "run")
+        evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path / "file" / "run"), vlm)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / RUN).write_text("[")
     with pytest.raises(FoveateError, match="no folder of a run"):
-        evaluate([Scenes(images=1)], vlm, ["vanilla"], tmp_path / "other")
+        evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path / "other"), vlm)
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -323,7 +336,7 @@ class Breaking(Method, register=False):
 @pytest.mark.filterwarnings("ignore:Memory is short")
 def test_bad_images_and_failing_questions_are_records(vlm: VLM, tmp_path: Path) -> None:
     b = Scenes(images=3, broken=(1,), texts=(*Scenes().texts, "What is <image>?"))
-    results = evaluate([b], vlm, ["vanilla", Breaking()], tmp_path)
+    results = evaluate(Plan([b], ["vanilla", Breaking()], tmp_path), vlm)
     records = read(tmp_path)
     assert len(records) == 2 * 3 * 6
     for (_, split, line, method), record in records.items():
@@ -347,7 +360,7 @@ def test_bad_images_and_failing_questions_are_records(vlm: VLM, tmp_path: Path) 
 
 
 def test_everything_failing_is_no_score(vlm: VLM, tmp_path: Path) -> None:
-    results = evaluate([Scenes(images=1, broken=(0,))], vlm, ["vanilla"], tmp_path)
+    results = evaluate(Plan([Scenes(images=1, broken=(0,))], ["vanilla"], tmp_path), vlm)
     entry = results["benchmarks"]["scenes(images=1, broken=(0,))"]["methods"]["vanilla"]
     assert (entry["questions"], entry["errors"], entry["scores"]) == (5, 5, {})
 
@@ -425,11 +438,11 @@ class Watched:
         monkeypatch.setattr(vlm.model, "forward", noted)
         monkeypatch.setattr(look, "read", reading)
 
-    def run(self, vlm: VLM, method: str) -> tuple[list[Record], list[list[int]], list[int]]:
+    def run(self, vlm: VLM, method: str) -> tuple[list[EvalRecord], list[list[int]], list[int]]:
         """Records of a few jobs, and for each job the rows of its answers, and the most read."""
         vlm.readings.clear()
         vlm.size = Size(64)
-        asker, records, answered, most = Asker(vlm, [method]), list[Record](), [], []
+        asker, records, answered, most = Asker(vlm, [method]), list[EvalRecord](), [], []
         for unit in [unit for unit in questions(Scenes(images=4)) if len(unit) > 1]:
             self.read.clear()
             self.answered.clear()
@@ -551,9 +564,9 @@ def test_shards_have_whole_images_and_equal_parts() -> None:
 
 def test_shards_put_together_are_the_whole(vlm: VLM, tmp_path: Path) -> None:
     b = Scenes(images=4)
-    evaluate([b], vlm, ["vanilla", "clvs"], tmp_path / "whole")
+    evaluate(Plan([b], ["vanilla", "clvs"], tmp_path / "whole"), vlm)
     for number in range(3):
-        evaluate([b], vlm, ["vanilla", "clvs"], tmp_path / "parts", shard=(number, 3))
+        evaluate(Plan([b], ["vanilla", "clvs"], tmp_path / "parts", shard=(number, 3)), vlm)
     parts = merge(read_runs([tmp_path / "parts"]))
     whole = merge(read_runs([tmp_path / "whole"]))
     assert parts.keys() == whole.keys()
@@ -564,29 +577,35 @@ def test_shards_put_together_are_the_whole(vlm: VLM, tmp_path: Path) -> None:
     assert read_run(tmp_path / "parts" / "shard-1-of-3")["shard"] == [1, 3]
     for options in ({"seed": 1, "shard": (1, 3)}, {"shard": (1, 2)}, {}):
         with pytest.raises(FoveateError, match="begun with other settings"):
-            evaluate([b], vlm, ["vanilla", "clvs"], tmp_path / "parts", **options)
+            evaluate(Plan([b], ["vanilla", "clvs"], tmp_path / "parts", **options), vlm)
 
 
 def test_jobs_are_the_same_whatever_is_there(tmp_path: Path) -> None:
-    given = ([Scenes(images=5)], "m", "float32", ["vanilla"])
-    with Run(*given, tmp_path / "a") as run:
+    source = {"model": "m", "revision": None, "commit": None}
+
+    def begin(name: str, **options: Any) -> Run:
+        plan = Plan([Scenes(images=5)], ["vanilla"], tmp_path / name, **options)
+        return Run(plan, source, "float32")
+
+    with begin("alone", share=False) as run:
+        assert [len(job) for job in run.jobs(2)] == [1] * 25
+    with begin("a") as run:
         jobs = run.jobs(2)
         assert [len(job) for job in jobs] == [4, 2, 4, 4, 2, 4, 4, 1]
         assert all(len({q.limit for q in job}) == 1 for job in jobs)
-        assert [len(job) for job in run.jobs(2, share=False)] == [1] * 25
         done = jobs[1][0]
         run.keep([record(done, "vanilla")])
         assert run.jobs(2) == jobs, "half a job is asked as a whole"
         run.keep([record(question, "vanilla") for question in jobs[1]])
         assert run.jobs(2) == [jobs[0], *jobs[2:]]
     assert count(tmp_path / "a") == 2
-    with Run(*given, tmp_path / "b", limit=2) as run:
+    with begin("b", limit=2) as run:
         assert [(q.sample.split, q.sample.line) for unit in run.units for q in unit] == [
             ("short", 0), ("short", 1), ("captions", 0), ("captions", 1)
         ]  # fmt: skip
 
 
-def record(question: Question, method: str) -> Record:
+def record(question: Question, method: str) -> EvalRecord:
     return evaluation.as_record(question, method, "nothing", 0.0)
 
 

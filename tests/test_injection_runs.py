@@ -18,7 +18,7 @@ from foveate import VLM, FoveateError
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.benchmarks.pocket import CATEGORIES
 from foveate.core.method import parse
-from foveate.evaluation.benchmark import Record
+from foveate.evaluation.benchmark import EvalRecord
 from foveate.methods.cli.method import CLI
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli"
@@ -128,7 +128,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
 # -- what is counted -------------------------------------------------------------------------------
 
 
-def answered(rights: dict[str, list[float]]) -> list[Record]:
+def answered(rights: dict[str, list[float]]) -> list[EvalRecord]:
     """Answers by category; the first half of each with the habit, two about each picture."""
     return [
         {
@@ -141,7 +141,7 @@ def answered(rights: dict[str, list[float]]) -> list[Record]:
     ]
 
 
-def everything(attribute: list[float]) -> list[Record]:
+def everything(attribute: list[float]) -> list[EvalRecord]:
     """A right and a wrong answer, twice, in every category but one."""
     same = {name: [1.0, 0.0, 1.0, 0.0] for name in CATEGORIES}
     return answered({**same, "attribute": attribute})

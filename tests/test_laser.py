@@ -20,7 +20,7 @@ from foveate import VLM, FoveateError, Method, enhance
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.benchmarks import pocket as pocket_bench
 from foveate.core.method import as_stack, from_json, parse, to_json
-from foveate.evaluation.ask import evaluate
+from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.run import RECORDS
 from foveate.families.layout import together
 from foveate.methods.laser import LASER, _Heat
@@ -471,7 +471,7 @@ def test_evaluation_in_groups_is_one_by_one(
     records = []
     for share in (True, False):
         folder = tmp_path / str(share)
-        evaluate([benchmark], pocket, ["laser(vat=auto,auto_depth=5)"], folder, share=share)
+        evaluate(Plan([benchmark], ["laser(vat=auto,auto_depth=5)"], folder, share=share), pocket)
         found = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
         records.append({(r["split"], r["line"]): r for r in found})
     assert len(records[0]) == len(records[1]) == 4

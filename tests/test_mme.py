@@ -11,12 +11,12 @@ import pytest
 
 from foveate import FoveateError
 from foveate.benchmarks.mme import COGNITION, MME, PERCEPTION
-from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.benchmark import EvalRecord, Problems
 from tests import goldens
 from tests.goldens import records
 
 
-def given(answers: dict[str, list[str]], labels: dict[str, list[str]]) -> list[Record]:
+def given(answers: dict[str, list[str]], labels: dict[str, list[str]]) -> list[EvalRecord]:
     """Records of every task; labels alternate yes and no unless `labels` says otherwise."""
     return [
         {

@@ -17,7 +17,7 @@ import pytest
 
 from foveate import FoveateError
 from foveate.benchmarks.pocket import CATEGORIES, HABITS, TASKS, YES_NO, PocketBench
-from foveate.evaluation.benchmark import Problems, Record, Sample, parse
+from foveate.evaluation.benchmark import EvalRecord, Problems, Sample, parse
 from foveate.insight.heads import FIRST_SCENE as FIRST_OF_HEADS
 from foveate.pocket.exam import EXAM_SEED
 from foveate.scenes import lessons, questions, world
@@ -266,7 +266,7 @@ def test_popular_and_adversarial_negatives_are_what_the_training_scenes_make_the
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def record(split: str, line: int, label: Any, answer: str | None) -> Record:
+def record(split: str, line: int, label: Any, answer: str | None) -> EvalRecord:
     category, habit = split.split("/")
     meta = {"category": category, "habit": habit, "topic": ""}
     return {"split": split, "line": line, "id": "", "label": label, "answer": answer, "meta": meta}

@@ -12,7 +12,7 @@ import pytest
 
 from foveate import FoveateError
 from foveate.benchmarks.pope import POPE
-from foveate.evaluation.benchmark import Problems, Record, parse
+from foveate.evaluation.benchmark import EvalRecord, Problems, parse
 from tests import goldens
 from tests.goldens import records
 
@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return goldens.data_root(tmp_path_factory.mktemp("data"), *IMAGES)
 
 
-def golden(root: Path, case: str) -> tuple[POPE, str, list[Record], dict[str, Any]]:
+def golden(root: Path, case: str) -> tuple[POPE, str, list[EvalRecord], dict[str, Any]]:
     """The benchmark, its split, the answered records and the expected numbers of a case."""
     expected = goldens.read("pope", case, "expected.json")
     home, name = Path(expected["label_file"]).parent.name, Path(expected["label_file"]).stem

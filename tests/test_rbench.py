@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from foveate.benchmarks.rbench import RBench
-from foveate.evaluation.benchmark import Problems, Record
+from foveate.evaluation.benchmark import EvalRecord, Problems
 from tests import goldens
 from tests.goldens import records
 
@@ -51,7 +51,7 @@ def test_scores_equal_the_official_script(root: Path, case: str) -> None:
 def test_counts_on_the_real_data_give_the_logged_numbers(log: str) -> None:
     expected = goldens.read("rbench", "third_party_logs", f"{log}.json")
     kinds = {"TP": ("Yes", "yes"), "FP": ("Yes", "no"), "TN": ("No", "no"), "FN": ("No", "yes")}
-    given: list[Record] = []
+    given: list[EvalRecord] = []
     for subset in expected["subsets"]:
         meta = {"subsets": {str(subset["subset"]): 1}}
         for kind, (answer, label) in kinds.items():

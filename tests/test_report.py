@@ -18,19 +18,16 @@ import pytest
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.base.significance import holm, interval, mcnemar, significant
+from foveate.base.stats import holm, interval, mcnemar, significant
 from foveate.commands import main
 from foveate.core.method import methods
 from foveate.evaluation import published as papers
 from foveate.evaluation.benchmark import parse
-from foveate.evaluation.results import (
-    Section,
-    Verdict,
-    longest_repeat,
-    repeated_pairs,
-    report,
-    words,
-)
+from foveate.evaluation.results import Section
+from foveate.evaluation.results import report as write_report
+from foveate.evaluation.verdict import Verdict
+from foveate.evaluation.words import longest_repeat, repeated_pairs, words
+from foveate.insight.pages.report import html
 
 # -- significance ----------------------------------------------------------------------------------
 
@@ -48,7 +45,7 @@ from foveate.evaluation.results import (
     ],
 )
 def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
-    assert mcnemar(gained, lost) == mcnemar(lost, gained) == p
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == pytest.approx(p)
 
 
 def test_mcnemar_of_many_answers_is_near_the_normal_limit() -> None:
@@ -62,6 +59,15 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.5]) == [1, 1]
     assert holm([]) == []
+
+
+def test_without_statsmodels_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for test in (lambda: mcnemar(2, 1), lambda: holm([0.5])):
+        with pytest.raises(FoveateError, match=r"pip install 'foveate\[eval\]'`\.$"):
+            test()
 
 
 def simulated(rng: np.random.Generator, images: int = 80) -> tuple[list[float], list[int]]:
@@ -205,6 +211,13 @@ def root(tmp_path: Path) -> Path:
     for name, color in COLORS.items():
         Image.new("RGB", (400, 300), color).save(home / "coco" / "val2014" / name)
     return home
+
+
+def report(folders: list[Path], out: Path, **options: Any) -> list[Section]:
+    """The report with its page, as the command writes them."""
+    sections = write_report(folders, out, **options)
+    (out / "report.html").write_text(html(sections))
+    return sections
 
 
 def only(sections: list[Section]) -> Verdict:
@@ -608,6 +621,8 @@ def test_answers_are_text_and_not_markup(tmp_path: Path) -> None:
     assert len(re.findall(r"(?<!\\)\|", table[0])) == 7
 
 
+CLVS, CARVE = "CLVS paper, arXiv 2509.12897", "CARVE paper, arXiv 2509.06461"
+
 # -- the papers ------------------------------------------------------------------------------------
 
 
@@ -632,7 +647,7 @@ def test_papers_stand_beside_ours_where_model_and_questions_match(tmp_path: Path
     settings = {"model": "llava-hf/llava-1.5-7b-hf"}
     told = rows({"vanilla": ANSWERS["vanilla"], "clvs(smoothing=0.7)": ANSWERS["clvs"]})
     verdict = only(report([run(tmp_path / "run", told, **settings)], tmp_path / "out"))
-    found = {(b.method, b.score): b for b in verdict.published if b.source == papers.CLVS}
+    found = {(b.method, b.score): b for b in verdict.published if b.source == CLVS}
     assert {score for _, score in found} == {
         "popular/accuracy", "popular/recall", "popular/f1"
     }  # fmt: skip
@@ -646,7 +661,7 @@ def test_papers_stand_beside_ours_where_model_and_questions_match(tmp_path: Path
     assert found["vanilla", "popular/f1"].gain is None
     text = (tmp_path / "out" / "report.md").read_text()
     assert "6 of its 9000" in text
-    assert f"{papers.CLVS}: greedy, one new token" in text
+    assert f"{CLVS}: greedy, one new token" in text
 
     moved = [r | {"benchmark": "pope(source='gqa', splits=('popular',))"} for r in told]
     verdict = only(report([run(tmp_path / "gqa", moved, **settings)], tmp_path / "out"))
@@ -688,17 +703,17 @@ def test_the_rows_are_those_of_the_papers() -> None:
     found = {(r.model, r.benchmark, r.method, r.variant, r.source): r.values for r in papers.ROWS}
     assert len(found) == len(papers.ROWS)
     seven = ("LLaVA-1.5-7B", "amber")
-    assert found[*seven, "clvs", "", papers.CLVS]["all/f1"] == 78.1
-    assert found[*seven, "clvs", "", papers.CLVS]["existence/accuracy"] == 77.6
-    assert found[*seven, "vaf", "", papers.CLVS] == {"all/accuracy": 68.7, "all/f1": 70.9}
-    next_ = found["LLaVA-NeXT-8B", "pope", "clvs", "", papers.CLVS]
+    assert found[*seven, "clvs", "", CLVS]["all/f1"] == 78.1
+    assert found[*seven, "clvs", "", CLVS]["existence/accuracy"] == 77.6
+    assert found[*seven, "vaf", "", CLVS] == {"all/accuracy": 68.7, "all/f1": 70.9}
+    next_ = found["LLaVA-NeXT-8B", "pope", "clvs", "", CLVS]
     assert (next_["popular/accuracy"], next_["adversarial/f1"]) == (86.1, 82.2)
-    carve = ("LLaVA-1.5-13B", "carve", "t_end", papers.CARVE)
+    carve = ("LLaVA-1.5-13B", "carve", "t_end", CARVE)
     key = "average/accuracy"
     assert found["LLaVA-1.5-13B", "pope", *carve[1:]][key] == 90.7
     assert found["LLaVA-1.5-13B", "vstar", *carve[1:]]["overall/accuracy"] == 74.3
-    assert found["Qwen2.5-VL-3B", "aokvqa", "vanilla", "", papers.CARVE]["direct/accuracy"] == 73
-    mme = found["LLaVA-1.5-13B", "mme", "clvs", "", papers.CLVS]
+    assert found["Qwen2.5-VL-3B", "aokvqa", "vanilla", "", CARVE]["direct/accuracy"] == 73
+    mme = found["LLaVA-1.5-13B", "mme", "clvs", "", CLVS]
     assert sum(mme.values()) == pytest.approx(795.8)
     crops = {"carve", "vicrop"}  # look-again methods
     assert {row.method for row in papers.ROWS} - crops <= {"vanilla", *methods()}

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from foveate import VLM, FoveateError
 from foveate.base.journal import Journal
 from foveate.commands import main
-from foveate.evaluation.ask import evaluate
+from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.run import RESULTS, RUN
 from foveate.insight import heads
 from foveate.insight.trace import trace
@@ -124,27 +124,27 @@ def test_a_run_says_which_revision_and_goes_on_with_no_other(
     hub: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     b, out = Scenes(images=1, captions=False), tmp_path / "run"
-    evaluate([b], load(), ["vanilla"], out)
+    evaluate(Plan([b], ["vanilla"], out), load())
     begun = json.loads((out / RUN).read_text())
     ended = json.loads((out / RESULTS).read_text())["run"]
     assert all({name: file[name] for name in ASKED} == ASKED for file in (begun, ended))
-    evaluate([b], load(), ["vanilla"], out)
+    evaluate(Plan([b], ["vanilla"], out), load())
     moved = load("v1")
     moved.commit = NEW
     with pytest.raises(FoveateError, match=rf"other settings \(commit: '{OLD}', now '{NEW}'"):
-        evaluate([b], moved, ["vanilla"], out)
+        evaluate(Plan([b], ["vanilla"], out), moved)
     with pytest.raises(FoveateError, match=r"other settings \(revision: 'v1', now None"):
-        evaluate([b], load(None), ["vanilla"], out)
+        evaluate(Plan([b], ["vanilla"], out), load(None))
 
 
 def test_what_was_begun_before_revisions_were_noted_goes_on(tmp_path: Path) -> None:
     b, vlm = Scenes(images=1, captions=False), VLM.load("pocket", device="cpu")
-    evaluate([b], vlm, ["vanilla"], tmp_path)
+    evaluate(Plan([b], ["vanilla"], tmp_path), vlm)
     begun = json.loads((tmp_path / RUN).read_text())
     (tmp_path / RUN).write_text(
         json.dumps({k: v for k, v in begun.items() if k not in ("revision", "commit")})
     )
-    evaluate([b], vlm, ["vanilla"], tmp_path)
+    evaluate(Plan([b], ["vanilla"], tmp_path), vlm)
     Journal(tmp_path / "rows", lambda row: row["n"], {"model": "pocket"}).close()
     Journal(tmp_path / "rows", lambda row: row["n"], vlm.source).close()
     with pytest.raises(FoveateError, match=r"other settings \(commit: None, now 'c'\)"):

@@ -22,9 +22,9 @@ from PIL import Image
 from foveate import VLM, FoveateError, commands
 from foveate.bridges import ray as scale
 from foveate.evaluation import ask as evaluation
-from foveate.evaluation.benchmark import Benchmark, Record, Sample, answered, parse
+from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample, answered, parse
 from foveate.evaluation.data import Data
-from foveate.evaluation.run import RECORDS, RESULTS
+from foveate.evaluation.run import RECORDS, RESULTS, Plan
 from foveate.scenes import world
 from tests import tiny
 
@@ -54,7 +54,7 @@ class Scenes(Benchmark):
                 line = 2 * number + i
                 yield Sample("test", line, str(line), text, text, "yes", image, str(number))
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         return {"answered": len(answered(records))}
 
     def table(self, scores: dict[str, float]) -> Any:
@@ -70,7 +70,7 @@ def drawn(number: int, deadly: bool) -> Image.Image:
     return world.draw(world.sample(number), 64)
 
 
-def answers(folder: Path) -> dict[tuple[Any, ...], Record]:
+def answers(folder: Path) -> dict[tuple[Any, ...], EvalRecord]:
     """Records by key, none twice, without what depends on the clock."""
     records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
     for record in records:
@@ -216,7 +216,7 @@ def test_stopped_and_killed_it_finds_the_records_of_the_plain_engine(
 ) -> None:
     plain, out = tmp_path / "plain", tmp_path / "ray"
     vlm = VLM.load("pocket", device="cpu")
-    results = evaluation.evaluate(parse(BENCH), vlm, METHODS, plain)
+    results = evaluation.evaluate(Plan(parse(BENCH), METHODS, plain), vlm)
     expected = answers(plain)
     temporary = tmp_path_factory.mktemp("r")  # short: sockets are made below it
 
@@ -281,7 +281,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "no address")
     with pytest.raises(FoveateError, match="Ray cannot be had at 'no address'"):
-        scale.evaluate([Scenes()], tiny.vlm, METHODS, tmp_path / "run")
+        scale.evaluate(Plan([Scenes()], METHODS, tmp_path / "run"), tiny.vlm)
     assert not (tmp_path / "run").exists()
 
 
@@ -290,10 +290,10 @@ def test_a_cluster_that_is_not_there_is_one_sentence(
 def test_questions_that_kill_workers_are_recorded_errors(ray: Any, tmp_path: Path) -> None:
     deadly, plain, out = Scenes(deadly=(2,)), tmp_path / "plain", tmp_path / "ray"
     found = scale.evaluate(
-        [deadly], tiny.vlm, METHODS, out, workers=2, cpus=0.5, patience=90, batch_size=4
+        Plan([deadly], METHODS, out, batch_size=4), tiny.vlm, workers=2, cpus=0.5, patience=90
     )
     assert ray.is_initialized(), "it was not ours to stop"
-    evaluation.evaluate([Scenes()], tiny.vlm(), METHODS, plain, batch_size=4)
+    evaluation.evaluate(Plan([Scenes()], METHODS, plain, batch_size=4), tiny.vlm())
     expected = {key[1:]: record for key, record in answers(plain).items()}
     records = {key[1:]: record for key, record in answers(out).items()}
     assert records.keys() == expected.keys()
@@ -311,7 +311,7 @@ def test_questions_that_kill_workers_are_recorded_errors(ray: Any, tmp_path: Pat
 def test_what_workers_refuse_is_one_sentence(ray: Any, tmp_path: Path) -> None:
     def refused(load: Any, **options: Any) -> str:
         with pytest.raises(FoveateError) as error:
-            scale.evaluate([Scenes()], load, METHODS, tmp_path / "run", **options)
+            scale.evaluate(Plan([Scenes()], METHODS, tmp_path / "run", **options), load)
         assert not (tmp_path / "run").exists()
         return str(error.value)
 

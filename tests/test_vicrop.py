@@ -16,7 +16,7 @@ from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.journal import Journal
 from foveate.benchmarks.pocket import PocketBench
 from foveate.core.method import as_stack
-from foveate.evaluation.ask import evaluate
+from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.run import key
 from foveate.families.layout import together
 from foveate.methods.vicrop import ViCrop, window_search
@@ -236,7 +236,7 @@ def test_the_general_pass_runs_once_per_image(small: VLM, monkeypatch: pytest.Mo
 
 def test_an_evaluation_keeps_the_crop_in_its_records(pocket: VLM, tmp_path: Path) -> None:
     bench = PocketBench(categories=("print",), questions=2)
-    evaluate([bench], pocket, ["vicrop"], tmp_path)
+    evaluate(Plan([bench], ["vicrop"], tmp_path), pocket)
     rows = [r for r in Journal(tmp_path / "records.jsonl", key).rows.values() if "notes" in r]
     assert len(rows) == 4
     for row in rows:

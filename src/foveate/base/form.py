@@ -1,7 +1,7 @@
 """What methods and benchmarks share: a frozen dataclass with a name, a text form and a registry.
 
-``clvs(smoothing=0.7)`` is a class found by its name and the fields that differ from their defaults.
-Fields are checked against their annotations, so that a typo is one sentence and not a traceback.
+``clvs(smoothing=0.7)`` names a class and the fields that differ from their defaults. Fields are
+checked against their annotations, so a typo gives one sentence and not a traceback.
 """
 
 from __future__ import annotations
@@ -107,10 +107,7 @@ class Registry:
         self.classes[name] = cls
 
     def all(self) -> dict[str, type[Any]]:
-        """Every class: this package's, installed plug-ins', and the user's own.
-
-        The first two are looked for once per process.
-        """
+        """Every class: this package's and installed plug-ins', searched once, and the user's."""
         with self._walking:
             if not self.walked:
                 self.walked = True  # before: a plug-in may look for others while it is imported
@@ -125,7 +122,7 @@ class Registry:
         return dict(sorted(self.classes.items()))
 
     def _admit(self, plugin: Any) -> None:
-        """Refuse a plug-in, a class or a module with classes, that would fail at its first use."""
+        """Refuse a plug-in (a class, or a module with classes) that would fail at its first use."""
         if isinstance(plugin, type) and plugin not in self.classes.values():
             raise FoveateError(f"{plugin.__qualname__} is no {self.kind} with a name of its own")
         for name, cls in list(self.classes.items()):
@@ -140,7 +137,7 @@ class Registry:
         """The class called `name`; unknown names are refused with the nearest one."""
         known = self.all()
         if name in self.reserved:
-            raise FoveateError(f"{name!r} is no {self.kind} to be used here: name one.")
+            raise FoveateError(f"{name!r} cannot be used here: name one {self.kind}.")
         if name not in known:
             raise FoveateError(
                 f"There is no {self.kind} {name!r}{_nearest(name, [*known, *self.reserved])}."
@@ -211,7 +208,7 @@ class Registry:
 def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
     """Load every plug-in of an entry-point group and hand it to `admit`.
 
-    One that cannot be imported, or that `admit` raises for, is a warning and is left out.
+    Where importing one or `admit` fails, a warning says so, and the plug-in is left out.
     """
     for point in importlib.metadata.entry_points(group=group):
         try:
@@ -250,7 +247,7 @@ def costly(default: Any, limit: int | None) -> Any:
 
 
 def permit(form: Form) -> None:
-    """See that a stranger, such as a server's client, may ask for this.
+    """Check that a stranger, such as a server's client, may ask for this.
 
     Raises:
         FoveateError: a field names a file, or asks for more than its limit.
@@ -282,9 +279,9 @@ def permit(form: Form) -> None:
 def parameters(cls: type[Form]) -> list[tuple[dataclasses.Field[Any], Any]]:
     """The fields of `cls` with their resolved annotations, in the order they are shown."""
     hints = typing.get_type_hints(cls)
-    own = [f for f in dataclasses.fields(cls) if f.init]
-    own.sort(key=lambda f: f.name == "layers")  # a method's own parameters first
-    return [(f, hints[f.name]) for f in own]
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    fields.sort(key=lambda f: f.name == "layers")  # common to all methods: last
+    return [(f, hints[f.name]) for f in fields]
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -6,6 +6,7 @@ A run that starts again reads what is there, drops a line that was left half-wri
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from .errors import FoveateError
 
-Row = dict[str, Any]
+Row = Any  # a JSON object
 
 
 class Journal:
@@ -95,6 +96,15 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
     os.replace(part, path)
+
+
+def finite(value: Any) -> Any:
+    """The same value as JSON knows it: lists, and None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def alike(begun: Any, settings: Row) -> bool:

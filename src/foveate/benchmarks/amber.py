@@ -10,10 +10,18 @@ from typing import Any, ClassVar, Literal
 
 from ..base.errors import FoveateError
 from ..evaluation import yesno
-from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Sample,
+    Table,
+    answered,
+    prefixed,
+    score_rows,
+)
 from ..evaluation.data import Data
 from ..evaluation.words import lemmas
-from ..evaluation.yesno import YesNo
+from ..evaluation.yesno import HEADS, METRICS, YesNo
 
 Split = Literal["existence", "attribute", "relation"]
 SPLITS: tuple[Split, ...] = ("existence", "attribute", "relation")
@@ -34,7 +42,6 @@ GROUPS = {  # what is scored together
     "action": ("action",),
     "relation": ("relation",),
 }
-METRICS = ("accuracy", "precision", "recall", "f1")
 Pair = tuple[str | None, str]
 START = 0.001  # of every denominator, metrics.txt
 ORIGIN = "from github.com/junyangwang0410/AMBER, images from its Google Drive"
@@ -91,48 +98,32 @@ class AMBER(YesNo):
                 if kind is None or note.get("truth") not in ("yes", "no"):
                     data.problems.add("questions without annotation", f"id {row['id']}")
                     continue
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row["id"]),
-                    question=row["query"],
-                    prompt=row["query"] + self.suffix,
-                    label=note["truth"],
-                    image=data.image(row["image"], *IMAGES),
-                    image_name=row["image"],
-                    meta={"kind": kind},
-                )
+                yield _sample(self, data, split, line, row, note["truth"], {"kind": kind})
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
         kinds: dict[str, list[Pair]] = {}
         for record, pair in zip(given, self.pairs(given), strict=True):
             kinds.setdefault(record["meta"]["kind"], []).append(pair)
         if not given:
             return {}
-        scores = _prefixed("all", _metrics([p for ps in kinds.values() for p in ps], START, 1e-4))
+        scores = prefixed("all", _metrics([p for ps in kinds.values() for p in ps], START, 1e-4))
         for group, parts in GROUPS.items():
             pairs = [pair for part in parts for pair in kinds.get(part, ())]
             if pairs:
                 epsilon = 1e-3 if group == "existence" else 1e-4
-                scores |= _prefixed(group, _metrics(pairs, START * len(parts), epsilon))
+                scores |= prefixed(group, _metrics(pairs, START * len(parts), epsilon))
         if all(f"{split}/accuracy" in scores for split in SPLITS):
-            plain = [
-                fmean(
-                    said == truth for part in GROUPS[split] for said, truth in kinds.get(part, ())
-                )
-                for split in SPLITS
-            ]
+            plain = []
+            for split in SPLITS:
+                pairs = [pair for part in GROUPS[split] for pair in kinds.get(part, ())]
+                plain.append(fmean(said == truth for said, truth in pairs))
             scores["average/accuracy"] = 100 * fmean(plain)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:
-        rows: list[list[str | float]] = [
-            [group.capitalize(), *(scores[f"{group}/{key}"] for key in METRICS)]
-            for group in (*GROUPS, "all")
-            if f"{group}/accuracy" in scores
-        ]
-        return ["Dimension", "Accuracy", "Precision", "Recall", "F1"], rows
+        groups = {group: group.capitalize() for group in (*GROUPS, "all")}
+        return ["Dimension", *HEADS[:4]], score_rows(scores, groups, METRICS[:4])
 
 
 @dataclass(frozen=True)
@@ -174,22 +165,13 @@ class AMBERCaptions(Benchmark):
             if note.get("type") != "generative":
                 data.problems.add("questions without annotation", f"id {row['id']}")
                 continue
-            yield Sample(
-                split="generative",
-                line=line,
-                id=str(row["id"]),
-                question=row["query"],
-                prompt=row["query"] + self.suffix,
-                label=note["truth"],
-                image=data.image(row["image"], *IMAGES),
-                image_name=row["image"],
-                meta={
-                    "truth": [[word, related.get(word, [])] for word in note["truth"]],
-                    "likely": [[word, related.get(word, [])] for word in note["hallu"]],
-                    "neutral": neutral,
-                    "vocabulary": vocabulary,
-                },
-            )
+            meta = {
+                "truth": [[word, related.get(word, [])] for word in note["truth"]],
+                "likely": [[word, related.get(word, [])] for word in note["hallu"]],
+                "neutral": neutral,
+                "vocabulary": vocabulary,
+            }
+            yield _sample(self, data, "generative", line, row, note["truth"], meta)
 
     def similar(self, first: str, second: str) -> float:
         """How alike two words are; 0.8 is the same. A subclass may plug in another measure."""
@@ -197,7 +179,7 @@ class AMBERCaptions(Benchmark):
             return float(first == second)
         return _vectors(self.similarity)(first).similarity(_vectors(self.similarity)(second))
 
-    def judge(self, record: Record) -> dict[str, int]:
+    def judge(self, record: EvalRecord) -> dict[str, int]:
         """Counts for one caption.
 
         ``named`` objects, ``invented`` ones among them, ``covered`` of ``there``, and ``fallen``
@@ -236,13 +218,11 @@ class AMBERCaptions(Benchmark):
             "likely": len(meta["likely"]),
         }
 
-    def correct(self, record: Record) -> float | None:
+    def grade(self, record: EvalRecord) -> float:
         """1 for a caption that invents nothing."""
-        if record.get("answer") is None:
-            return None
         return float(self.judge(record)["invented"] == 0)
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         judged = [self.judge(record) for record in answered(records)]
         if not judged:
             return {}
@@ -259,7 +239,7 @@ class AMBERCaptions(Benchmark):
             "cog": percent("fallen", "likely"),
         }
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         notes = super().notes(records)
         if self.similarity != "en_core_web_lg":
             notes.append(
@@ -291,13 +271,22 @@ def _metrics(pairs: list[Pair], start: float, epsilon: float) -> dict[str, float
     }
 
 
+def _sample(
+    b: Benchmark,
+    data: Data,
+    split: str,
+    line: int,
+    row: dict[str, Any],
+    truth: Any,
+    meta: dict[str, Any],
+) -> Sample:
+    image = data.image(row["image"], *IMAGES)
+    return b.sample(split, line, row["id"], row["query"], truth, image, row["image"], meta=meta)
+
+
 def _annotations(data: Data) -> dict[int, dict[str, Any]]:
     path = data.need(*_homes("annotations.json"))
     return {row["id"]: row for _, row in data.rows(path, "id", "type", "truth")}
-
-
-def _prefixed(group: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{group}/{key}": value for key, value in values.items()}
 
 
 def _owners(words: list[tuple[str, list[str]]]) -> list[tuple[str, int]]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Sample,
+    Source,
+    Table,
+    answered,
+    percent,
+    score_rows,
+    unread_note,
+)
 from ..evaluation.data import Data
 from ..evaluation.vqa import leave_one_out, letter, lettered, normalise, thirds, three_tenths
 
@@ -54,6 +63,7 @@ class AOKVQA(Benchmark):
     title: ClassVar[str] = "A-OKVQA"
     paper: ClassVar[str] = "2206.01718"
     hub: ClassVar[tuple[str, ...]] = ("HuggingFaceM4/A-OKVQA",)
+    unanswered: ClassVar[str] = "count as wrong"
     origin: ClassVar[str] = "aokvqa_v1p0.tar.gz from allenai.org, images are COCO val2017"
 
     def check(self) -> None:
@@ -61,14 +71,14 @@ class AOKVQA(Benchmark):
         self.require(bool(self.tasks), "tasks must name direct, choice or both")
 
     def read(self, data: Data) -> Iterator[Sample]:
-        path = data.find(FILE)
+        path = data.file_or_table(FILE)
         rows: list[tuple[int, dict[str, Any], Source, str]] = []
-        if path is None and (data.root is None or data.tables()):
+        if path is None:
             table = data.table(*NEEDED[1:], split="validation")
             for line, (row, picture, _) in enumerate(table):
                 rows.append((line, row, picture, str(row["question_id"])))
         else:
-            for line, row in data.rows(data.need(FILE), *NEEDED):
+            for line, row in data.rows(path, *NEEDED):
                 name = f"{int(row['image_id']):012}.jpg"
                 rows.append((line, row, data.image(name, "coco/val2017", "aokvqa/images"), name))
         for task in self.tasks:
@@ -86,16 +96,8 @@ class AOKVQA(Benchmark):
             choices = list(_listed(row["choices"]))
             prompt = f"{question}\n{lettered(choices)}{self.choice_suffix}"
             label, meta = choices[int(row["correct_choice_idx"])], {"choices": choices}
-        return Sample(
-            split=task,
-            line=line,
-            id=str(row["question_id"]),
-            question=question,
-            prompt=prompt,
-            label=label,
-            image=image,
-            image_name=name,
-            meta=meta,
+        return self.sample(
+            task, line, row["question_id"], question, label, image, name, prompt=prompt, meta=meta
         )
 
     # -- scoring -----------------------------------------------------------------------------------
@@ -108,50 +110,35 @@ class AOKVQA(Benchmark):
         for choice in choices:
             if choice.lower() == said:
                 return choice
-        found = letter(answer)
-        index = "ABCD".index(found) if found else len(choices)
+        named = letter(answer)
+        index = "ABCD".index(named) if named else len(choices)
         return choices[index] if index < len(choices) else None
 
-    def correct(self, record: Record) -> float | None:
-        answer, label = record.get("answer"), record["label"]
-        if answer is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
+        answer, label = record["answer"], record["label"]
         if record["split"] == "choice":
             return float(self.choose(answer, record["meta"]["choices"]) == label)
         if self.accuracy != "official":
             answer, label = normalise(answer), [normalise(person) for person in label]
         return RULES[self.accuracy](answer, label)
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         groups: dict[str, list[float]] = {}
         for record in records:
             groups.setdefault(record["split"], []).append(self.correct(record) or 0.0)
-        return {f"{task}/accuracy": 100 * fmean(groups[task]) for task in sorted(groups)}
+        return {f"{task}/accuracy": percent(groups[task]) for task in sorted(groups)}
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
-        lost = sum(r.get("answer") is None for r in records)
         chosen = [r for r in answered(records) if r["split"] == "choice"]
         unread = [
             r["answer"] for r in chosen if self.choose(r["answer"], r["meta"]["choices"]) is None
         ]
-        notes = [f"{lost} of {len(records)} questions have no answer and count as wrong."]
-        notes *= bool(lost)
-        if unread:
-            notes.append(
-                f"{len(unread)} of {len(chosen)} answers name none of the choices and count as "
-                f"wrong, such as {unread[0][:60]!r}."
-            )
-        return notes
+        return super().notes(records) + unread_note(unread, len(chosen), "name none of the choices")
 
     def table(self, scores: dict[str, float]) -> Table:
         names = {"direct": "Direct answer", "choice": "Multiple choice"}
-        rows: list[list[str | float]] = [
-            [names[task], scores[f"{task}/accuracy"]]
-            for task in names
-            if f"{task}/accuracy" in scores
-        ]
-        return [self.title, "Accuracy"], rows
+        return [self.title, "Accuracy"], score_rows(scores, names, ("accuracy",))
 
 
 def _listed(value: Any) -> Sequence[str]:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from ..base.errors import FoveateError
-from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered
+from ..evaluation.benchmark import Benchmark, EvalRecord, Sample, Table, answered, percent
 from ..evaluation.data import Data
 from ..evaluation.words import lemmas
 
@@ -97,17 +97,9 @@ class CHAIR(Benchmark):
                 continue
             part, there = objects[image]
             name = f"COCO_{part}2014_{image:012}.jpg"
-            yield Sample(
-                split="captions",
-                line=line,
-                id=str(image),
-                question=PROMPT,
-                prompt=PROMPT + self.suffix,
-                label=sorted(there),
-                image=data.image(name, *(folder.format(part=part) for folder in FOLDERS)),
-                image_name=name,
-                meta={"synonyms": synonyms},
-            )
+            path = data.image(name, *(folder.format(part=part) for folder in FOLDERS))
+            meta = {"synonyms": synonyms}
+            yield self.sample("captions", line, image, PROMPT, sorted(there), path, name, meta=meta)
 
     def _drawn(self, data: Data) -> list[int]:
         path = data.need(ANNOTATIONS.format(kind="instances", part="val"))
@@ -123,27 +115,27 @@ class CHAIR(Benchmark):
         only for images that are not in val2014.
         """
         table = Objects(synonyms)
-        found: dict[int, tuple[str, set[str]]] = {}
+        shown: dict[int, tuple[str, set[str]]] = {}
         for part in ("val", "train"):
-            if not wanted - found.keys():
+            if not wanted - shown.keys():
                 break
             path = data.need(ANNOTATIONS.format(kind="instances", part=part))
             instances = data.json(path)
-            found |= {i["id"]: (part, set()) for i in instances["images"] if i["id"] in wanted}
+            shown |= {i["id"]: (part, set()) for i in instances["images"] if i["id"] in wanted}
             names = {kind["id"]: kind["name"] for kind in instances["categories"]}
             if lost := sorted(set(names.values()) - table.object.keys()):
                 raise FoveateError(
                     f"chair: the synonyms lack COCO's {', '.join(lost)}: get synonyms.txt again."
                 )
             for entry in instances["annotations"]:
-                if image := found.get(entry["image_id"]):
+                if image := shown.get(entry["image_id"]):
                     image[1].add(table.object[names[entry["category_id"]]])
             path = data.need(ANNOTATIONS.format(kind="captions", part=part))
             for entry in data.json(path)["annotations"]:
-                if image := found.get(entry["image_id"]):
+                if image := shown.get(entry["image_id"]):
                     words = self.split_words(entry["caption"], table.parts)
                     image[1].update(table.named(words)[0])
-        return found
+        return shown
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -156,7 +148,7 @@ class CHAIR(Benchmark):
             return [singular(word, known) for word in _tokens(caption.lower())]
         return list(_lemmas(caption.lower()))
 
-    def judge(self, record: Record) -> dict[str, Any]:
+    def judge(self, record: EvalRecord) -> dict[str, Any]:
         """Of one caption: `named` objects with repeats, those `invented`, and `length` in words."""
         there, meta = set(record["label"]), record["meta"]
         if "named" in meta:
@@ -167,36 +159,29 @@ class CHAIR(Benchmark):
         return {
             "named": named,
             "invented": [word for word in named if word not in there],
-            "found": len(there & set(named)),
+            "covered": len(there & set(named)),
             "there": len(there),
             "length": length,
         }
 
-    def correct(self, record: Record) -> float | None:
+    def grade(self, record: EvalRecord) -> float:
         """1 for a caption that invents nothing."""
-        if record.get("answer") is None:
-            return None
         return float(not self.judge(record)["invented"])
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         judged = [self.judge(record) for record in answered(records)]
         if not judged:
             return {}
 
-        def percent(parts: Iterable[int], wholes: Iterable[int]) -> float:
-            whole = sum(wholes)
-            return 100 * sum(parts) / whole if whole else nan
-
+        there = sum(j["there"] for j in judged)
         return {
-            "chair_s": 100 * fmean(bool(j["invented"]) for j in judged),
-            "chair_i": percent(
-                (len(j["invented"]) for j in judged), (len(j["named"]) for j in judged)
-            ),
-            "recall": percent((j["found"] for j in judged), (j["there"] for j in judged)),
+            "chair_s": percent(bool(j["invented"]) for j in judged),
+            "chair_i": percent(word in j["invented"] for j in judged for word in j["named"]),
+            "recall": 100 * sum(j["covered"] for j in judged) / there if there else nan,
             "length": fmean(j["length"] for j in judged),
         }
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         notes = super().notes(records)
         if self.words == "singular":
             notes.append(
@@ -229,7 +214,7 @@ class Objects:
     def named(self, words: Sequence[str]) -> tuple[list[str], int]:
         """The objects that `words` name, with repeats, and how many words there are.
 
-        `PAIRS` count as one word. Where a toilet is named, a seat is no chair.
+        `PAIRS` count as one word. Where a toilet is named, a seat is not a chair.
         """
         joined: list[str] = []
         i = 0

@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Source, Table, answered
+from ..evaluation.benchmark import EvalRecord, Sample, Source, Table, answered, percent, prefixed
 from ..evaluation.data import Data
 from ..evaluation.yesno import YesNo
 
 FILE = "hallusion_bench/HallusionBench.json"
-NEEDED = (
-    "category",
-    "subcategory",
-    "visual_input",
-    "set_id",
-    "figure_id",
-    "question_id",
-    "question",
-    "gt_answer",
-)
 KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
+NEEDED = (*KEYS, "question", "gt_answer")
 SPLITS = ("VD", "VS")  # visual dependent, visual supplement
 HEAD = ("qAcc", "fAcc", "easy/qAcc", "hard/qAcc", "aAcc")  # the official leaderboard's columns
 
@@ -76,11 +67,11 @@ class HallusionBench(YesNo):
     }
 
     def read(self, data: Data) -> Iterator[Sample]:
-        path = data.find(FILE, "hallusionbench/HallusionBench.json")
-        if path is None and (data.root is None or data.tables()):
+        path = data.file_or_table(FILE, "hallusionbench/HallusionBench.json")
+        if path is None:
             yield from self._from_table(data)
             return
-        for line, row in data.rows(data.need(FILE) if path is None else path, *NEEDED):
+        for line, row in data.rows(path, *NEEDED):
             image, name = None, None
             if str(row["visual_input"]) != "0":
                 name = row.get("filename") or (
@@ -93,9 +84,9 @@ class HallusionBench(YesNo):
 
     def _figure(self, data: Data, name: str) -> Path:
         """The figure called `name`, folders and all: every folder has a 0_1.png."""
-        found = data.image(name, "hallusion_bench", "hallusionbench")
-        if found.as_posix().lower().endswith(f"/{name.lower()}"):
-            return found
+        path = data.image(name, "hallusion_bench", "hallusionbench")
+        if path.as_posix().lower().endswith(f"/{name.lower()}"):
+            return path
         data.problems.add("missing images", name)
         assert data.root is not None
         return data.root / "hallusion_bench" / name
@@ -114,31 +105,24 @@ class HallusionBench(YesNo):
     def _sample(
         self, line: int, row: dict[str, Any], image: Source | None, name: str | None
     ) -> Sample:
-        return Sample(
-            split=str(row["category"]),
-            line=line,
-            id="_".join(str(row[key]) for key in KEYS[:5]),
-            question=row["question"],
-            prompt=row["question"] + self.suffix,
-            label="yes" if str(row["gt_answer"]) == "1" else "no",
-            image=image,
-            image_name=name,
-            meta={key: str(row[key]) for key in KEYS},
+        meta = {key: str(row[key]) for key in KEYS}
+        number = "_".join(meta[key] for key in KEYS[:5])
+        label = "yes" if str(row["gt_answer"]) == "1" else "no"
+        return self.sample(
+            meta["category"], line, number, row["question"], label, image, name, meta=meta
         )
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def verdict(self, record: Record) -> int:
+    def verdict(self, record: EvalRecord) -> int:
         """`RIGHT`, `WRONG`, or `UNCLEAR` where the answer says neither yes nor no."""
         said = self.parse(record["answer"])
         return UNCLEAR if said is None else RIGHT if said == record["label"] else WRONG
 
-    def correct(self, record: Record) -> float | None:
-        if record.get("answer") is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
         return float(counts_as_right(record["meta"], self.verdict(record)))
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
         said = {(_pair(r["meta"]), r["meta"]["figure_id"]): self.parse(r["answer"]) for r in given}
         rows = [
@@ -153,16 +137,13 @@ class HallusionBench(YesNo):
         scores = aggregate(rows) if rows else {}
         for split in SPLITS:
             if part := [row for row in rows if row["category"] == split]:
-                found = aggregate(part)
-                scores |= {f"{split}/{key}": found[key] for key in HEAD}
+                of_split = aggregate(part)
+                scores |= prefixed(split, {key: of_split[key] for key in HEAD})
         return scores
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
-        notes = super().notes(records)
-        return [
-            *notes,
-            "Verdicts are by rule, official ones by GPT-4: compare only like with like.",
-        ]
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
+        told = "Verdicts are by rule, official ones by GPT-4: compare only like with like."
+        return [*super().notes(records), told]
 
     def table(self, scores: dict[str, float]) -> Table:
         names = ["Pairs (qAcc)", "Figures (fAcc)", "Easy", "Hard", "Questions (aAcc)"]
@@ -202,16 +183,16 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, float]:
     wrong = [row for row, ok in zip(rows, right, strict=True) if not ok]
     causes = _causes(rows)
     return {
-        "aAcc": _percent(right),
-        "qAcc": _percent(all(group) for group in pairs.values()),
-        "fAcc": _percent(all(group) for group in figures.values()),
-        "easy/qAcc": _percent(all(group) for group in easy.values()),
-        "hard/qAcc": _percent(all(group) for group in hard.values()),
-        "yes/difference": _percent(said_yes) - _percent(row["yes"] for row in rows),
-        "yes/false_positive": _percent(not row["yes"] for row in wrong),
-        "figures/wrong": _percent(not any(group) for group in figures.values()),
-        "figures/inconsistent": _percent(any(g) and not all(g) for g in figures.values()),
-        "figures/score": _percent(sum(group) / len(group) for group in figures.values()),
+        "aAcc": percent(right),
+        "qAcc": percent(all(group) for group in pairs.values()),
+        "fAcc": percent(all(group) for group in figures.values()),
+        "easy/qAcc": percent(all(group) for group in easy.values()),
+        "hard/qAcc": percent(all(group) for group in hard.values()),
+        "yes/difference": percent(said_yes) - percent(row["yes"] for row in rows),
+        "yes/false_positive": percent(not row["yes"] for row in wrong),
+        "figures/wrong": percent(not any(group) for group in figures.values()),
+        "figures/inconsistent": percent(any(g) and not all(g) for g in figures.values()),
+        "figures/score": percent(sum(group) / len(group) for group in figures.values()),
         **{f"cause/{name}": 100 * n / len(wrong) if wrong else nan for name, n in causes.items()},
     }
 
@@ -245,8 +226,3 @@ def _causes(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def _pair(row: dict[str, str]) -> str:
     return "_".join(row[key] for key in ("category", "subcategory", "set_id", "question_id"))
-
-
-def _percent(values: Iterable[float]) -> float:
-    listed = list(values)
-    return 100 * sum(listed) / len(listed) if listed else nan

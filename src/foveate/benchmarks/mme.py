@@ -8,29 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Table, by_split
+from ..evaluation.benchmark import EvalRecord, Sample, Table, by_split, prefixed, score_rows
 from ..evaluation.data import Data
-from ..evaluation.yesno import YesNo
+from ..evaluation.yesno import YesNo, pair_scores
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
-HALLUCINATION = PERCEPTION[:4]
+HALLUCINATION = ("existence", "count", "position", "color")
+PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TOTALS = {"perception": PERCEPTION, "cognition": COGNITION, "hallucination": HALLUCINATION}
 SUFFIX = " Please answer yes or no."
 _HOMES = ("mme/MME_Benchmark_release_version", "mme/MME_Benchmark", "mme")
@@ -99,8 +83,8 @@ class MME(YesNo):
 
     def _home(self, data: Data) -> Path | None:
         """The folder that holds the folders of the tasks."""
-        found = data.find(*(f"{home}/{task}" for home in _HOMES for task in self.tasks))
-        return found and found.parent
+        folder = data.find(*(f"{home}/{task}" for home in _HOMES for task in self.tasks))
+        return folder and folder.parent
 
     def _files(self, folder: Path) -> list[Path]:
         """The question files of a task, one per image, by name."""
@@ -117,7 +101,7 @@ class MME(YesNo):
                 data.problems.add("broken lines", f"{file.name} line {i + 1}")
 
     def _image(self, data: Data, folder: Path, stem: str) -> Path:
-        """The image called `stem`, whatever its ending and inner folder."""
+        """The image called `stem`, with any ending, in any inner folder."""
         assert data.root is not None
         inside = str(folder.relative_to(data.root))
         folders = [f"{inside}/images", f"{inside}/images/toy_dataset", inside]
@@ -148,41 +132,24 @@ class MME(YesNo):
     def _sample(
         self, task: str, line: int, name: str, question: str, label: str, image: Any
     ) -> Sample:
-        return Sample(
-            split=task,
-            line=line,
-            id=f"{name}/{line % 2}",
-            question=question,
-            prompt=question.removesuffix(SUFFIX) + self.suffix,
-            label=label,
-            image=image,
-            image_name=f"{task}/{Path(name).name}",
-        )
+        prompt, number = question.removesuffix(SUFFIX) + self.suffix, f"{name}/{line % 2}"
+        picture = f"{task}/{Path(name).name}"
+        return self.sample(task, line, number, question, label, image, picture, prompt=prompt)
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         scores: dict[str, float] = {}
         for task, group in by_split(records).items():
-            images: dict[int, list[bool]] = {}
-            for record in group:  # lines 2k and 2k + 1 are about one image
-                right = self.parse(record["answer"]) == record["label"]
-                images.setdefault(record["line"] // 2, []).append(right)
-            accuracy = sum(map(sum, images.values())) / len(group)
-            both = sum(all(image) and len(image) == 2 for image in images.values()) / len(images)
-            scores[f"{task}/acc"] = 100 * accuracy
-            scores[f"{task}/acc+"] = 100 * both
-            scores[f"{task}/score"] = 100 * accuracy + 100 * both
+            right = ((record["line"], self.grade(record) == 1) for record in group)
+            scores |= prefixed(task, pair_scores(right))
         for total, tasks in TOTALS.items():
             if all(f"{task}/score" in scores for task in tasks):
                 scores[total] = sum(scores[f"{task}/score"] for task in tasks)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:
-        rows: list[list[str | float]] = [
-            [task, *(scores[f"{task}/{key}"] for key in ("acc", "acc+", "score"))]
-            for task in (*PERCEPTION, *COGNITION)
-            if f"{task}/score" in scores
-        ]
+        tasks = {task: task for task in (*PERCEPTION, *COGNITION)}
+        rows = score_rows(scores, tasks, ("acc", "acc+", "score"))
         rows += [[total.capitalize(), "", "", scores[total]] for total in TOTALS if total in scores]
         return ["Task", "Accuracy", "Accuracy+", "Score"], rows

@@ -7,20 +7,27 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import nan
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered, by_split
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Sample,
+    Table,
+    answered,
+    by_split,
+    percent,
+    prefixed,
+    unread_note,
+)
 from ..evaluation.data import Data
+from ..evaluation.vocabulary import of_scenes
 from ..scenes import questions, world
 from ..scenes.questions import View
-
-if TYPE_CHECKING:
-    from ..insight.heads import Vocabulary
 
 Category = Literal[
     "existence-random",
@@ -119,8 +126,8 @@ class PocketBench(Benchmark):
                     scene = world.sample(FIRST_SCENE + 1_000_003 * self.seed + number, habit)
                     for category in open_:
                         rng = random.Random(f"pocket-bench-{category}-{habit}-{scene.seed}")
-                        found = ask(questions.look(scene), rng, category, TASKS[number % 4])
-                        for question in found[: self.questions - asked[category, habit]]:
+                        asking = ask(questions.look(scene), rng, category, TASKS[number % 4])
+                        for question in asking[: self.questions - asked[category, habit]]:
                             line = asked[category, habit]
                             yield self._sample(scene, line, category, question)
                             asked[category, habit] += 1
@@ -134,17 +141,9 @@ class PocketBench(Benchmark):
         if category == "print":
             boxes = world.boxes(scene, SIZE)
             meta["boxes"] = [list(boxes[thing]) for thing in things]
-        return Sample(
-            split=f"{category}/{scene.habit}",
-            line=line,
-            id=str(line),
-            question=text,
-            prompt=text + self.suffix,
-            label=label,
-            image=functools.partial(picture, scene.seed, scene.habit),
-            image_name=f"{scene.habit}-{scene.seed}",
-            meta=meta,
-        )
+        split, name = f"{category}/{scene.habit}", f"{scene.habit}-{scene.seed}"
+        image = functools.partial(picture, scene.seed, scene.habit)
+        return self.sample(split, line, line, text, label, image, name, meta=meta)
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -152,52 +151,35 @@ class PocketBench(Benchmark):
         """Yes or no where the answer says so; else all of it, without case and outer marks."""
         return yesno.first_word(answer) or re.sub(r"^\W+|\W+$", "", answer.lower())
 
-    def correct(self, record: Record) -> float | None:
+    def grade(self, record: EvalRecord) -> float:
         """1 for the right answer, and for a caption that names nothing that is not there."""
-        if record.get("answer") is None:
-            return None
         label = record["label"]
         if record["meta"]["category"] == "captions":
             return float(set(named(record["answer"])) <= set(label))
         return float(self.parse(record["answer"]) in (label, NUMERALS.get(label)))
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
-        return {
-            f"{split}/{key}": value
-            for split, group in by_split(records).items()
-            for key, value in self._metrics(group[0]["meta"]["category"], group).items()
-        }
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for split, group in by_split(records).items():
+            scores |= prefixed(split, self._metrics(group[0]["meta"]["category"], group))
+        return scores
 
-    def _metrics(self, category: Category, group: list[Record]) -> dict[str, float]:
+    def _metrics(self, category: Category, group: list[EvalRecord]) -> dict[str, float]:
         if category == "captions":
             return caption_scores(group)
-        right = [self.correct(record) == 1 for record in group]
         if category == "pairs":
-            pairs: dict[int, list[bool]] = {}
-            for record, hit in zip(group, right, strict=True):
-                pairs.setdefault(record["line"] // 2, []).append(hit)
-            both = fmean(len(pair) == 2 and all(pair) for pair in pairs.values())
-            return {
-                "acc": 100 * fmean(right),
-                "acc+": 100 * both,
-                "score": 100 * fmean(right) + 100 * both,
-            }
+            return yesno.pair_scores((r["line"], self.grade(r) == 1) for r in group)
         if category in YES_NO:
             said = [(self.parse(r["answer"]), r["label"]) for r in group]
             return yesno.Counts.of(said, "yes").percent()
-        return {"accuracy": 100 * fmean(right)}
+        return {"accuracy": percent(map(self.grade, group))}
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         given = [r for r in answered(records) if r["meta"]["category"] in YES_NO]
         unread = [r["answer"] for r in given if self.parse(r["answer"]) not in ("yes", "no")]
-        notes = super().notes(records)
-        if unread:
-            notes.append(
-                f"{len(unread)} of {len(given)} answers to yes/no questions say neither and count "
-                f"as wrong, such as {unread[0][:60]!r}."
-            )
-        return notes
+        what = "to yes/no questions say neither"
+        return super().notes(records) + unread_note(unread, len(given), what)
 
     def table(self, scores: dict[str, float]) -> Table:
         """Per category accuracy (or what the line says), F1 and yes ratio of both habits."""
@@ -225,20 +207,20 @@ def ask(view: View, rng: random.Random, category: Category, task: str) -> list[A
         return [(PROMPT, sorted(view.counts()), "caption", ())]
     if category == "number":  # of a kind that is there once, and of one that is there more often
         drawn = [questions.opened(view, rng, category) for _ in range(20)]
-        found = list(
+        chosen = list(
             {question.answer == "one": question for question in drawn if question}.values()
         )
-        found = found if len(found) == 2 else []
+        chosen = chosen if len(chosen) == 2 else []
     elif category == "print":  # on two things, where there are two
         drawn = [questions.opened(view, rng, category) for _ in range(2)]
-        found = list({question.things: question for question in drawn if question}.values())
+        chosen = list({question.things: question for question in drawn if question}.values())
     elif category == "pairs":
-        found = list(questions.pairs(view, rng, task) or ())
+        chosen = list(questions.pairs(view, rng, task) or ())
     else:
         kind, _, split = category.partition("-")
-        found = list(questions.pairs(view, rng, kind, split) or ())
-    topics = [task if category == "pairs" else q.topic for q in found]
-    return [(q.text, q.answer, topic, q.things) for q, topic in zip(found, topics, strict=True)]
+        chosen = list(questions.pairs(view, rng, kind, split) or ())
+    topics = [task if category == "pairs" else q.topic for q in chosen]
+    return [(q.text, q.answer, topic, q.things) for q, topic in zip(chosen, topics, strict=True)]
 
 
 def picture(seed: int, habit: str) -> Image.Image:
@@ -246,27 +228,17 @@ def picture(seed: int, habit: str) -> Image.Image:
     return world.draw(world.sample(seed, habit), SIZE)
 
 
-def caption_scores(group: list[Record]) -> dict[str, float]:
+def caption_scores(group: list[EvalRecord]) -> dict[str, float]:
     """CHAIR, Cover and Hal over all captions, in percent, and their mean length in words."""
     told = [(named(record["answer"]), set(record["label"])) for record in group]
-    mentions = sum(len(kinds) for kinds, _ in told)
-    invented = [sum(kind not in there for kind in kinds) for kinds, there in told]
-    covered = sum(len(there & set(kinds)) for kinds, there in told)
     return {
-        "chair": 100 * sum(invented) / mentions if mentions else nan,
-        "cover": 100 * covered / sum(len(there) for _, there in told),
-        "hal": 100 * fmean(count > 0 for count in invented),
+        "chair": percent(kind not in there for kinds, there in told for kind in kinds),
+        "cover": percent(kind in kinds for kinds, there in told for kind in there),
+        "hal": percent(not there.issuperset(kinds) for kinds, there in told),
         "length": fmean(len(record["answer"].split()) for record in group),
     }
 
 
 def named(caption: str) -> list[str]:
     """The kinds of things that a caption names, repeats kept."""
-    return [mention.category for mention in _vocabulary().find(caption)]
-
-
-@functools.cache
-def _vocabulary() -> Vocabulary:
-    from ..insight.heads import pocket_samples  # imports transformers
-
-    return pocket_samples(0)[1]
+    return [mention.category for mention in of_scenes().find(caption)]

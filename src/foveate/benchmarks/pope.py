@@ -9,13 +9,20 @@ from statistics import fmean
 from typing import ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Table, by_split
+from ..evaluation.benchmark import (
+    EvalRecord,
+    Sample,
+    Table,
+    by_split,
+    percent,
+    prefixed,
+    score_rows,
+)
 from ..evaluation.data import Data
-from ..evaluation.yesno import Counts, YesNo
+from ..evaluation.yesno import HEADS, METRICS, Counts, YesNo
 
 Split = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[Split, ...] = ("random", "popular", "adversarial")
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,9 @@ class POPE(YesNo):
                 if (label := str(row["label"]).strip().lower()) not in ("yes", "no"):
                     data.problems.add("labels that are not yes or no", f"{row['label']!r}")
                     continue
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row["question_id"]),
-                    question=row["text"],
-                    prompt=row["text"] + self.suffix,
-                    label=label,
-                    image=data.image(row["image"], *self._folders()),
-                    image_name=row["image"],
+                image = data.image(row["image"], *self._folders())
+                yield self.sample(
+                    split, line, row["question_id"], row["text"], label, image, row["image"]
                 )
             expected = 2910 if (self.version, split) == ("e3e3926", "random") else 3000
             if count != expected:
@@ -122,43 +123,35 @@ class POPE(YesNo):
                 continue
             line, lines[split] = lines[split], lines[split] + 1
             if split in self.splits:
-                yield Sample(
-                    split=split,
-                    line=line,
-                    id=str(row.get("question_id", line)),
-                    question=row["question"],
-                    prompt=row["question"] + self.suffix,
-                    label=row["answer"].strip().lower(),
-                    image=picture,
-                    image_name=row.get("image_source") or name or f"{split}/{line}",
-                )
+                label, number = row["answer"].strip().lower(), row.get("question_id", line)
+                name = row.get("image_source") or name or f"{split}/{line}"
+                yield self.sample(split, line, number, row["question"], label, picture, name)
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def counts(self, records: list[Record]) -> Counts:
+    def counts(self, records: list[EvalRecord]) -> Counts:
         """TP, FP, TN, FN of answered records by the chosen rule."""
         return Counts.of(self.pairs(records), "yes", only_read=self.parser == "lmms")
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         scores: dict[str, float] = {}
         groups = by_split(records)
         for split in [s for s in SPLITS if s in groups]:
-            scores |= {f"{split}/{k}": v for k, v in self._percent(groups[split]).items()}
+            scores |= prefixed(split, self._percent(groups[split]))
         for key in METRICS if groups else ():
             scores[f"average/{key}"] = fmean(scores[f"{split}/{key}"] for split in groups)
         if self.parser in ("lmms", "vlmevalkit"):  # they pool the rows instead
             pooled = self._percent([r for group in groups.values() for r in group])
-            scores |= {f"pooled/{k}": v for k, v in pooled.items()}
+            scores |= prefixed("pooled", pooled)
         return scores
 
-    def _percent(self, records: list[Record]) -> dict[str, float]:
+    def _percent(self, records: list[EvalRecord]) -> dict[str, float]:
         harness = self.parser in ("lmms", "vlmevalkit")
         counts = self.counts(records)
-        yes = sum(r["label"] == "yes" for r in records)
-        percent = counts.percent(undefined=0.0) if harness else counts.percent()
-        return {**percent, "label_yes_ratio": 100 * yes / max(1, len(records))}
+        scores = counts.percent(undefined=0.0) if harness else counts.percent()
+        return {**scores, "label_yes_ratio": percent(r["label"] == "yes" for r in records)}
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         undefined = [
             split for split, group in by_split(records).items() if isnan(self._percent(group)["f1"])
@@ -172,9 +165,5 @@ class POPE(YesNo):
         return notes
 
     def table(self, scores: dict[str, float]) -> Table:
-        rows: list[list[str | float]] = [
-            [split.capitalize(), *(scores[f"{split}/{key}"] for key in METRICS)]
-            for split in (*SPLITS, "average")
-            if f"{split}/accuracy" in scores
-        ]
-        return ["Split", "Accuracy", "Precision", "Recall", "F1", "Yes ratio"], rows
+        splits = {split: split.capitalize() for split in (*SPLITS, "average")}
+        return ["Split", *HEADS], score_rows(scores, splits, METRICS)

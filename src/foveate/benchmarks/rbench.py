@@ -9,11 +9,10 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from ..evaluation import yesno
-from ..evaluation.benchmark import Record, Sample, Table, answered
+from ..evaluation.benchmark import EvalRecord, Sample, Table, answered, prefixed, score_rows
 from ..evaluation.data import Data
-from ..evaluation.yesno import Counts, YesNo
+from ..evaluation.yesno import HEADS, METRICS, Counts, YesNo
 
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 SUBSETS = ("1", "2", "3", "4", "5")
 EPSILON = 1e-5
 SPLIT = "image"
@@ -58,27 +57,20 @@ class RBench(YesNo):
             if str(row["label"]).strip().lower() not in ("yes", "no"):
                 data.problems.add("labels that are not yes or no", repr(row["label"]))
             counts = {i: ids[row["question_id"]] for i, ids in lists.items()}
-            yield Sample(
-                split=SPLIT,
-                line=line,
-                id=str(row["question_id"]),
-                question=row["text"],
-                prompt=row["text"] + self.suffix,
-                label=_label(row["label"]),
-                image=image,
-                image_name=name,
-                meta={
-                    "kind": str(row.get("qtype", "")),
-                    "subsets": {i: count for i, count in counts.items() if count},
-                    "last_label": last[row["question_id"]],
-                },
+            meta = {
+                "kind": str(row.get("qtype", "")),
+                "subsets": {i: count for i, count in counts.items() if count},
+                "last_label": last[row["question_id"]],
+            }
+            label = _label(row["label"])
+            yield self.sample(
+                SPLIT, line, row["question_id"], row["text"], label, image, name, meta=meta
             )
 
     def _rows(self, data: Data) -> Iterator[tuple[int, dict[str, Any], Any, str]]:
         """Position, question, image and image name of every line."""
-        names = [f"{home}/image-level_filterd.json" for home in _HOMES]
-        path = data.find(*names)
-        if path is None and (data.root is None or data.tables()):
+        path = data.file_or_table(*(f"{home}/image-level_filterd.json" for home in _HOMES))
+        if path is None:
             for line, (row, picture, name) in enumerate(
                 data.table("question_id", "question", "label")
             ):
@@ -87,8 +79,6 @@ class RBench(YesNo):
                     continue
                 yield line, {**row, "text": row["question"]}, picture, name or f"row {line}"
             return
-        if path is None:
-            raise data.missing(names[0])
         for line, row in data.rows(path, "question_id", "image", "text", "label"):
             yield line, row, data.image(row["image"], "rbench/images", "rbench"), row["image"]
 
@@ -104,13 +94,13 @@ class RBench(YesNo):
                 lists[i] = Counter(data.json(path))
         return lists
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
         if not given:
             return {}
-        scores = {f"all/{key}": value for key, value in _percent(self.pairs(given)).items()}
+        scores = prefixed("all", _percent(self.pairs(given)))
         last = {record["id"]: record for record in given}
-        found = []
+        subsets = []
         for i in SUBSETS:
             pairs = [
                 (self.parse(record["answer"]), record["meta"]["last_label"])
@@ -118,20 +108,16 @@ class RBench(YesNo):
                 for _ in range(record["meta"]["subsets"].get(i, 0))
             ]
             if pairs:
-                found.append(_percent(pairs))
-                scores |= {f"subset{i}/{key}": value for key, value in found[-1].items()}
-        for key in METRICS if found else ():
-            scores[f"average/{key}"] = round(fmean(values[key] for values in found), 2)
+                subsets.append(_percent(pairs))
+                scores |= prefixed(f"subset{i}", subsets[-1])
+        for key in METRICS if subsets else ():
+            scores[f"average/{key}"] = round(fmean(values[key] for values in subsets), 2)
         return scores
 
     def table(self, scores: dict[str, float]) -> Table:
-        groups = ("all", *(f"subset{i}" for i in SUBSETS), "average")
-        rows: list[list[str | float]] = [
-            [group.capitalize(), *(scores[f"{group}/{key}"] for key in METRICS)]
-            for group in groups
-            if f"{group}/accuracy" in scores
-        ]
-        return ["Questions", "Accuracy", "Precision", "Recall", "F1", "Yes ratio"], rows
+        groups = {name: name.capitalize() for name in ("all", *map("subset{}".format, SUBSETS))}
+        groups["average"] = "Average"
+        return ["Questions", *HEADS], score_rows(scores, groups, METRICS)
 
 
 _HOMES = ("rbench/data_filterd", "rbench/data", "rbench")
@@ -143,13 +129,4 @@ def _label(label: Any) -> str:
 
 
 def _percent(pairs: list[tuple[str | None, str]]) -> dict[str, float]:
-    counts = Counts.of(pairs, "yes")
-    precision = counts.hits / (counts.said + EPSILON)
-    recall = counts.hits / (counts.hits + counts.missed + EPSILON)
-    return {
-        "accuracy": 100 * counts.right / counts.total,
-        "precision": 100 * precision,
-        "recall": 100 * recall,
-        "f1": 100 * 2 * precision * recall / (precision + recall + EPSILON),
-        "yes_ratio": 100 * counts.said / counts.total,
-    }
+    return Counts.of(pairs, "yes").percent(epsilon=EPSILON)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered
+from ..evaluation.benchmark import Benchmark, EvalRecord, Sample, Source, Table, answered, percent
 from ..evaluation.data import Data
 from ..evaluation.vqa import leave_one_out, normalise, three_tenths
 
@@ -40,42 +39,33 @@ class TextVQA(Benchmark):
     origin: ClassVar[str] = "questions and train_val_images.zip from textvqa.org"
 
     def read(self, data: Data) -> Iterator[Sample]:
-        path = data.find(FILE)
-        if path is None and (data.root is None or data.tables()):
+        path = data.file_or_table(FILE)
+        if path is None:
             table = data.table("question", "answers", split="validation")
             for line, (row, picture, _) in enumerate(table):
                 yield self._sample(line, row, picture, str(row.get("image_id", line)))
             return
-        for line, row in data.entries(data.need(FILE), "data", *NEEDED):
+        for line, row in data.entries(path, "data", *NEEDED):
             name = str(row["image_id"])
             image = data.image(f"{name}.jpg", "textvqa/train_images", "textvqa")
             yield self._sample(line, row, image, name)
 
     def _sample(self, line: int, row: dict[str, Any], image: Source, image_name: str) -> Sample:
-        question = str(row["question"])
-        return Sample(
-            split="val",
-            line=line,
-            id=str(row.get("question_id", line)),
-            question=question,
-            prompt=(question.capitalize() if self.capitalize else question) + self.suffix,
-            label=[str(answer) for answer in row["answers"]],
-            image=image,
-            image_name=image_name,
-        )
+        question, name = str(row["question"]), row.get("question_id", line)
+        prompt = (question.capitalize() if self.capitalize else question) + self.suffix
+        people = [str(answer) for answer in row["answers"]]
+        return self.sample("val", line, name, question, people, image, image_name, prompt=prompt)
 
     def parse(self, answer: str) -> str:
         return normalise(answer)
 
-    def correct(self, record: Record) -> float | None:
-        if record.get("answer") is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
         rule = leave_one_out if self.accuracy == "official" else three_tenths
         return rule(self.parse(record["answer"]), [normalise(person) for person in record["label"]])
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
-        values = [self.correct(record) or 0.0 for record in answered(records)]
-        return {"accuracy": 100 * fmean(values)} if values else {}
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
+        given = answered(records)
+        return {"accuracy": percent(map(self.grade, given))} if given else {}
 
     def table(self, scores: dict[str, float]) -> Table:
         rows: list[list[str | float]] = [["Validation", value] for value in scores.values()]

@@ -7,10 +7,19 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from ..evaluation.benchmark import Benchmark, Record, Sample, Source, Table, answered, by_split
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Sample,
+    Source,
+    Table,
+    answered,
+    by_split,
+    percent,
+    unread_note,
+)
 from ..evaluation.data import Data
 from ..evaluation.vqa import LETTERS, letter, lettered, nearest
 
@@ -57,15 +66,15 @@ class VStar(Benchmark):
 
     def _sample(self, line: int, row: dict[str, Any], image: Source, image_name: str) -> Sample:
         text = str(row["text"])
-        return Sample(
-            split=str(row["category"]),
-            line=line,
-            id=str(row.get("question_id", line)),
-            question=text,
+        return self.sample(
+            str(row["category"]),
+            line,
+            row.get("question_id", line),
+            text,
+            str(row["label"]).strip().upper(),
+            image,
+            image_name,
             prompt=prompt(text) + self.suffix,
-            label=str(row["label"]).strip().upper(),
-            image=image,
-            image_name=image_name,
             meta={"options": re.findall(r"^\([A-H]\).*", text, re.MULTILINE)},
         )
 
@@ -97,38 +106,25 @@ class VStar(Benchmark):
     def parse(self, answer: str) -> str | None:
         return letter(answer)
 
-    def correct(self, record: Record) -> float | None:
-        if record.get("answer") is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
         if self.parser == "lmms":
             said = letter(record["answer"])
         else:
             said = LETTERS[nearest(record["answer"], record["meta"]["options"])]
         return float(said == record["label"])
 
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         given = answered(records)
-        values = {
-            f"{split}/accuracy": fmean(map(self._right, group))
-            for split, group in sorted(by_split(given).items())
-        }
-        if given:
-            values["overall/accuracy"] = fmean(map(self._right, given))
-        return {key: 100 * value for key, value in values.items()}
+        groups = dict(sorted(by_split(given).items())) | ({"overall": given} if given else {})
+        return {f"{name}/accuracy": percent(map(self.grade, g)) for name, g in groups.items()}
 
-    def _right(self, record: Record) -> float:
-        return self.correct(record) or 0.0
-
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         given = answered(records)
         unread = [r["answer"] for r in given if letter(r["answer"]) is None]
         notes = super().notes(records)
-        if unread and self.parser == "lmms":
-            notes.append(
-                f"{len(unread)} of {len(given)} answers name no option and count as wrong, such as "
-                f"{unread[0][:60]!r}."
-            )
+        if self.parser == "lmms":
+            notes += unread_note(unread, len(given), "name no option")
         return notes
 
     def table(self, scores: dict[str, float]) -> Table:

@@ -1,11 +1,12 @@
 """Evaluation on many workers: an actor pool of Ray Data around `foveate.evaluation.ask`.
 
     load = functools.partial(VLM.load, "llava-hf/llava-1.5-7b-hf")
-    evaluate([POPE()], load, ["vanilla", "clvs"], Path("runs/x"), workers=8, root=data)
+    plan = Plan([POPE()], ["vanilla", "clvs"], Path("runs/x"), root=data)
+    evaluate(plan, load, workers=8)
 
-Every worker is a process with a model of its own, and is given the questions about one image at a
-time. The calling process needs no GPU: it writes the records into the run's folder as they come in
-(`foveate.evaluation.run`), where either engine goes on with what the other has left. On a cluster,
+Every worker is a process with its own model. It gets the questions about one image at a time. The
+calling process needs no GPU: it writes the records into the run's folder as they come in
+(`foveate.evaluation.run`), and a later run, with or without Ray, goes on from there. On a cluster,
 model and data must have the same paths on all machines.
 """
 
@@ -19,57 +20,56 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..base.errors import FoveateError
 from ..core.method import Method
-from ..evaluation.ask import Asker, Stack, as_record
-from ..evaluation.benchmark import Benchmark, Record
-from ..evaluation.run import Question, Run, Watch, environment, hardware
+from ..evaluation.ask import Asker, as_record
+from ..evaluation.benchmark import EvalRecord
+from ..evaluation.run import (
+    Plan,
+    Question,
+    Run,
+    Stack,
+    Watch,
+    environment,
+    hardware,
+    unwatched,
+)
 from ..vlm.vlm import VLM
 
-TRIES = 2  # of a job whose workers die, before it is asked by itself, and then again
-LOSSES = 16  # jobs that workers may die of; more must have another cause
+TRIES = 2  # attempts at a job whose workers die, in each of the two rounds
+LOSSES = 16  # jobs that may kill workers; more must have another cause
 
 Job = tuple[list[Question], list[str]]  # questions, and the methods that are missing
 
 
 def evaluate(
-    benchmarks: Sequence[Benchmark],
+    plan: Plan,
     load: Callable[[], VLM],
-    methods: Sequence[str | Method | Stack],
-    out: Path,
     *,
     workers: int | None = None,
     cpus: float | None = None,
     gpus: float | None = None,
     patience: float = 3600.0,
-    root: Path | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    seed: int = 0,
-    share: bool = True,
-    resume: bool = True,
-    watch: Watch = lambda done, total, what: None,
+    watch: Watch = unwatched,
 ) -> dict[str, Any]:
-    """`foveate.evaluation.ask.evaluate` on workers: the same records, in the order they are found.
+    """`foveate.evaluation.ask.evaluate` on workers: the same records, in the order they come in.
 
     Uses the Ray that this process is connected to, or the cluster that RAY_ADDRESS names, else
-    starts Ray on this machine for as long as it runs. A worker that dies is started again, and
-    asked again what it had not answered; questions that go on killing workers are recorded errors.
+    starts Ray on this machine and stops it at the end. A worker that dies is started again and
+    asked again what it had not answered; questions that keep killing workers become errors.
 
     Args:
-        load: gives the model; called once in every worker, and once before, to see who answers.
+        load: gives the model; called once in every worker, and once before in a process that
+            tells its name, dtype and batch size.
         workers: how many; None = one per GPU, or one.
         cpus, gpus: of each worker, also fractions. None = one GPU where there are any, with one
             CPU; else an equal share of the CPUs.
         patience: seconds without any answer after which the run ends.
-
-    All others are as in `foveate.evaluation.ask.evaluate`.
+        watch: as in `foveate.evaluation.ask.evaluate`.
 
     Raises:
         FoveateError: also where Ray is missing, the workers do not fit, or Ray gives up; what has
@@ -77,16 +77,13 @@ def evaluate(
     """
     with _ray() as ray:
         workers, needs = _divide(ray.cluster_resources(), workers, cpus, gpus)
-        asker = (load, methods, batch_size, share, seed)
+        asker = (load, plan.methods, plan.batch_size, plan.share, plan.seed)
         with _one_sentence(ray):
             look = ray.remote(**needs, max_retries=0)(_look).remote(*asker)
-            source, dtype, names, size, place = ray.get(look, timeout=patience)
-        with Run(
-            benchmarks, dtype=dtype, methods=names, out=out, **source,
-            root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
-        ) as run:  # fmt: skip
+            source, dtype, size, place = ray.get(look, timeout=patience)
+        with Run(plan, source, dtype, watch) as run:
             for at_once in (2, 1):  # images are read while other questions are answered
-                jobs = [(job, run.missing(job)) for job in run.jobs(size, share)]
+                jobs = [(job, run.missing(job)) for job in run.jobs(size)]
                 pool = ray.data.ActorPoolStrategy(
                     size=workers,
                     max_tasks_in_flight_per_actor=at_once,
@@ -96,11 +93,11 @@ def evaluate(
                 with _one_sentence(ray):
                     for records in _answers(ray, jobs, asker, pool, needs, patience):
                         run.keep(records)
-            for job in run.jobs(size, share):
+            for job in run.jobs(size):
                 for method in run.missing(job):
                     run.keep(as_record(q, method, "every worker asked has died", 0.0) for q in job)
-            found = environment(torch.device("cpu")) | place
-            return run.finish(found | {"ray": ray.__version__, "workers": workers})
+            place |= {"ray": ray.__version__, "workers": workers}
+            return run.finish(environment(torch.device("cpu")) | place)
 
 
 class Worker:
@@ -111,13 +108,13 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Records of pickled jobs, as JSON."""
-        found = []
+        answers = []
         for item in batch["item"]:
             questions, methods = pickle.loads(item)
             loaded = self.asker.load(questions)
             with self.turn:
-                found.append([r for m in methods for r in self.asker.answer(loaded, m)])
-        return {"records": [json.dumps(records) for records in found]}
+                answers.append([r for m in methods for r in self.asker.answer(loaded, m)])
+        return {"records": [json.dumps(records) for records in answers]}
 
 
 def _asker(
@@ -131,17 +128,16 @@ def _asker(
     return Asker(load(), methods, batch_size=batch_size, share=share)
 
 
-def _look(*asker: Any) -> tuple[dict[str, Any], str, list[str], int, dict[str, Any]]:
-    """What a worker says of itself: `VLM.source`, dtype, methods, batch size, and where it runs."""
-    found = _asker(*asker)
-    model = found.vlm.model
+def _look(*args: Any) -> tuple[dict[str, Any], str, int, dict[str, Any]]:
+    """What a worker says of itself: `VLM.source`, dtype, batch size, and where it runs."""
+    asker = _asker(*args)
+    device = asker.vlm.model.device
     place = {
-        "device": str(model.device),
-        "hardware": hardware(model.device),
+        "device": str(device),
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
     }
-    dtype = str(model.dtype).removeprefix("torch.")
-    return found.vlm.source, dtype, list(found.stacks), found.size.most, place
+    return asker.vlm.source, asker.dtype, asker.size.most, place
 
 
 def _answers(
@@ -151,8 +147,8 @@ def _answers(
     pool: Any,
     needs: dict[str, float],
     patience: float,
-) -> Iterator[list[Record]]:
-    """The records of jobs, as they are found; without those of jobs that workers died of."""
+) -> Iterator[list[EvalRecord]]:
+    """The records of jobs as they come in, without jobs that killed their workers."""
     if not jobs:
         return
     items = [ray.cloudpickle.dumps(job) for job in jobs]
@@ -161,9 +157,9 @@ def _answers(
     data.context.print_on_execution_start = False
     data.context.max_errored_blocks = LOSSES
     data.context.execution_no_progress_timeout_s = patience
-    with warnings.catch_warnings():  # that 2.64 will not take max_task_retries
+    with warnings.catch_warnings():  # Ray warns that 2.64 will not take max_task_retries
         warnings.simplefilter("ignore")
-        found = data.map_batches(
+        answers = data.map_batches(
             Worker,
             batch_size=1,
             compute=pool,
@@ -171,7 +167,7 @@ def _answers(
             max_task_retries=TRIES - 1,
             **needs,
         )
-    for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
+    for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
         for records in batch["records"]:
             yield json.loads(records)
 
@@ -198,14 +194,14 @@ def _divide(
 
 
 def set_environment() -> None:
-    """What Ray reads when it is imported and started, where nobody has set it."""
+    """Set what Ray reads when it is imported and started, unless the user has set it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes its time
 
 
 @contextmanager
 def _ray() -> Iterator[Any]:
-    """Ray, running; stopped afterwards where it was not running before."""
+    """A running Ray; stopped afterwards unless it ran before."""
     set_environment()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:

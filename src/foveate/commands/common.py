@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,6 +13,7 @@ import typer
 
 from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
+from ..base.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,29 +23,37 @@ if TYPE_CHECKING:
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="pocket, a saved model's folder, or a hub name.")
+    str, typer.Option("--model", "-m", help="Use pocket, a saved model's folder, or a hub name.")
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Of a hub model: a branch, tag or commit; default: main.")
+    str | None, typer.Option(help="Use this branch, tag or commit of a hub model; default: main.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Run on cpu, cuda, cuda:1 or mps; default: a GPU.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Load as float32, bfloat16, float16 or auto.")
+]
 # of runs over benchmarks
 DataRootOption = Annotated[
-    Path | None, typer.Option(help="Folder with your data sets; default: from the hub.")
+    Path | None, typer.Option(help="Read data sets from this folder; default: from the hub.")
 ]
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Only the first so many questions of every split.")
+    int | None, typer.Option(min=1, help="Ask only the first so many questions of every split.")
 ]
-BatchSizeOption = Annotated[str, typer.Option(help="Questions at a time, or auto.")]
+BatchSizeOption = Annotated[str, typer.Option(help="Ask so many questions at a time, or auto.")]
 ShardOption = Annotated[
     str | None,
-    typer.Option(help="i/n, from 0/n: every n-th image. Default: RANK and WORLD_SIZE, if set."),
+    typer.Option(
+        help="Take every n-th image: i/n, from 0/n. Default: RANK and WORLD_SIZE, if set."
+    ),
 ]
-DrawnOption = Annotated[int, typer.Option(min=0, help="For methods that draw at random.")]
+DrawnOption = Annotated[
+    int, typer.Option(min=0, help="Seed methods that draw at random with this number.")
+]
 ResumeOption = Annotated[bool, typer.Option(help="Go on with the records in --out.")]
 
-SIDE_BY_SIDE = ("vanilla", "clvs")  # what is compared where nobody chose
+SIDE_BY_SIDE = ("vanilla", "clvs")  # compared by default
 
 
 def note(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -51,7 +61,7 @@ def note(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def quiet() -> None:
-    """No progress bars for models that load in a moment, nor where nobody watches."""
+    """Turn off transformers' progress bars where stderr is not a terminal."""
     from transformers import logging
 
     if not sys.stderr.isatty():
@@ -66,7 +76,7 @@ def load(name: str, **options: Any) -> VLM:
 
 
 def serves(model: Any, stack: tuple[Any, ...]) -> bool:
-    """Whether the methods can be had on this model; says why not."""
+    """Whether the methods work on this model; prints why not."""
     try:
         for method in stack:
             method.resolve(anatomy(model))
@@ -97,7 +107,7 @@ def make_folder(path: Path) -> Path:
 
 
 def read_shard(text: str | None) -> tuple[int, int]:
-    """The number of a shard and of how many, from ``i/n`` or as torchrun and Slurm scripts say."""
+    """(i, n) from ``i/n``; without a text from RANK and WORLD_SIZE, as torchrun sets them."""
     if text is None:
         text = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     number, _, count = text.partition("/")
@@ -107,7 +117,7 @@ def read_shard(text: str | None) -> tuple[int, int]:
 
 
 def own_card(shard: str | None) -> str | None:
-    """The GPU of this process among those that RANK counts."""
+    """The GPU of this process among those that torchrun started."""
     import torch
 
     local = os.environ.get("LOCAL_RANK", "")
@@ -121,51 +131,19 @@ def read_batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-class Progress:
-    """How far a run is, on stderr: a bar for who watches, else a line now and then.
-
-    Args:
-        unit: what is counted.
-    """
-
-    EVERY = 30.0  # seconds between lines
-
-    def __init__(self, unit: str = "questions") -> None:
-        self.unit = unit
-
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self.console = Console(stderr=True, highlight=False, markup=False)
-        self.bar = Bar(
-            BarColumn(), TextColumn("{task.description}", markup=False), console=self.console
-        )
-        self.task = self.bar.add_task("looking at the data")
-        if self.console.is_terminal:
-            self.bar.start()
-        self.start, self.told, self.before = time.monotonic(), time.monotonic(), -1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if self.before < 0:  # what an earlier start has answered
-            self.before, self.start = done - 1, now
-        rate = (done - self.before) / max(now - self.start, 1e-3)
-        line = f"{done:,} of {total:,} {self.unit}, {rate:.1f}/s, {what}"
-        self.bar.update(self.task, completed=done, total=total, description=line)
-        if not self.console.is_terminal and now - self.told > self.EVERY:
-            self.told = now
-            print(f"foveate: {line}", file=sys.stderr, flush=True)
+@contextmanager
+def stoppable(unit: str = "questions") -> Iterator[Progress]:
+    """A `Progress`; Ctrl-C ends the command with a note that the same command goes on."""
+    try:
+        with Progress(unit) as watch:
+            yield watch
+    except KeyboardInterrupt:
+        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def draw(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
-    """Chains of the methods that look again, where there are any, else attention by layer."""
+    """Draw the chains of methods that look again; without any, attention by layer."""
     chains = {n: a.chat.notes["chain"] for n, a in answers.items() if "chain" in a.chat.notes}
     if not chains:
         draw_attention(vlm, question, answers, path)
@@ -178,7 +156,7 @@ def draw(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> Non
 
 
 def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Path) -> None:
-    """Attention to the first image, mean over the answer's tokens."""
+    """Draw the attention to the first image, mean over the answer's tokens."""
     import torch
 
     from ..families.layout import Grid, together
@@ -207,7 +185,7 @@ def rounded(value: float | None) -> str:
 
 
 def brief(value: Any) -> str:
-    """A parameter's value; a run of layers as its ends."""
+    """A parameter's value; consecutive layers as first..last."""
     whole = isinstance(value, tuple) and all(isinstance(v, int) for v in value)
     if whole and len(value) > 3 and value == (*range(value[0], value[-1] + 1),):
         return f"{value[0]}..{value[-1]}"

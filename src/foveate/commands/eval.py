@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from dataclasses import replace
 from enum import StrEnum
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +25,6 @@ from .common import (
     DtypeOption,
     LimitOption,
     ModelOption,
-    Progress,
     ResumeOption,
     RevisionOption,
     ShardOption,
@@ -34,6 +35,7 @@ from .common import (
     read_batch_size,
     read_shard,
     serves,
+    stoppable,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """Who answers the questions of an evaluation: this process, or workers of Ray Data."""
+    """What answers the questions: this process, or workers of Ray Data."""
 
     PLAIN, RAY = "plain", "ray"
 
@@ -50,13 +52,17 @@ class Engine(StrEnum):
 def evaluate(
     bench: Annotated[
         list[str],
-        typer.Argument(metavar="BENCH...", help="Text forms: pocket, pope(source=gqa), ..."),
+        typer.Argument(
+            metavar="BENCH...", help="Benchmarks as text: pocket, pope(source=gqa), ..."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder: records.jsonl, results.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Write records.jsonl and results.json into this folder.")
+    ],
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="As in ask; repeat it, or all. Default: vanilla and clvs."),
+        typer.Option(help="Methods as in ask; repeat it, or give all. Default: vanilla and clvs."),
     ] = None,
     data_root: DataRootOption = None,
     limit: LimitOption = None,
@@ -65,19 +71,22 @@ def evaluate(
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
     one_by_one: Annotated[
-        bool, typer.Option("--one-by-one", help="Share nothing between questions: slow.")
+        bool, typer.Option("--one-by-one", help="Ask every question alone, which is slow.")
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="plain: this process; ray: the workers of Ray Data.")
+        Engine, typer.Option(help="Answer in this process (plain) or on workers of Ray Data (ray).")
     ] = Engine.PLAIN,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of ray, a model in each. Default: one per GPU.")
+        int | None,
+        typer.Option(min=1, help="Start so many workers, each with a model. Default: one per GPU."),
     ] = None,
     cpus: Annotated[
-        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: an equal share.")
+        float | None,
+        typer.Option(min=0, help="Give each worker so many CPUs, also 0.5. Default: equal shares."),
     ] = None,
     gpus: Annotated[
-        float | None, typer.Option(min=0, help="Per worker, also 0.5. Default: 1 where there is.")
+        float | None,
+        typer.Option(min=0, help="Give each worker so many GPUs, also 0.5. Default: 1 if any."),
     ] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -85,59 +94,49 @@ def evaluate(
 ) -> None:
     """Ask all questions of benchmarks with every method given, and score the answers.
 
-    Stop it whenever you like, also by force: the same command goes on.
+    You may stop it at any time, also by force: the same command goes on.
     """
     from ..evaluation.benchmark import parse
+    from ..evaluation.run import Plan
 
     benchmarks = [b for given in bench for b in parse(given)]
-    part, size = read_shard(shard), read_batch_size(batch_size)
     chosen = method or list(SIDE_BY_SIDE)
     stacks = [as_stack(m) for m in chosen if m != "all"]
-    options: dict[str, Any] = {
-        "root": data_root,
-        "limit": limit,
-        "batch_size": size,
-        "shard": part,
-        "seed": seed,
-        "share": not one_by_one,
-        "resume": resume,
-    }
-    vlm: Any
+    plan = Plan(
+        benchmarks, stacks, out,
+        root=data_root, limit=limit, batch_size=read_batch_size(batch_size),
+        shard=read_shard(shard), seed=seed, share=not one_by_one, resume=resume,
+    )  # fmt: skip
     run: Callable[..., dict[str, Any]]
     if engine is Engine.RAY:
-        from ..bridges.ray import evaluate as run
+        from ..bridges.ray import evaluate as answer
         from ..vlm.loading import outline
         from ..vlm.vlm import VLM
 
         vlm = functools.partial(VLM.load, model, revision=revision, device=device, dtype=dtype)
         gpus = 0.0 if device == "cpu" and gpus is None else gpus
-        options |= {"workers": workers, "cpus": cpus, "gpus": gpus}
+        run = functools.partial(answer, load=vlm, workers=workers, cpus=cpus, gpus=gpus)
+        whole = outline(model, revision) if "all" in chosen else None
     elif workers or cpus is not None or gpus is not None:
         raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
     else:
-        from ..evaluation.ask import evaluate as run
+        from ..evaluation.ask import evaluate as answer_here
 
-        vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
+        loaded = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
+        run, whole = functools.partial(answer_here, vlm=loaded), loaded.model
     if "all" in chosen:
-        whole = outline(model, revision) if engine is Engine.RAY else vlm.model
         known = [(), *((cls(),) for cls in methods().values())]
         stacks += [stack for stack in known if stack not in stacks and serves(whole, stack)]
-    try:
-        with Progress() as watch, contextlib.redirect_stdout(sys.stderr):  # Ray prints, too
-            results = run(benchmarks, vlm, stacks, out, watch=watch, **options)
-    except KeyboardInterrupt:
-        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        plan = replace(plan, methods=stacks)
+    with stoppable() as watch, contextlib.redirect_stdout(sys.stderr):  # Ray prints, too
+        results = run(plan, watch=watch)
     for b in benchmarks:
         _print_scores(b, results["benchmarks"][str(b)]["methods"])
-    home = out if part[1] == 1 else out / f"shard-{part[0]}-of-{part[1]}"
-    print(f"results: {home / 'results.json'}; more: foveate report {out}")
+    print(f"results: {plan.folder / 'results.json'}; more: foveate report {out}")
 
 
 def _print_scores(b: Any, entries: dict[str, Any]) -> None:
-    """The benchmark's own table of every method, and what its reader must know."""
-    from math import isnan, nan
-
+    """Print the benchmark's table and notes for every method."""
     for name, entry in entries.items():
         if entry["scores"]:
             scores = {k: nan if v is None else v for k, v in entry["scores"].items()}
@@ -145,16 +144,13 @@ def _print_scores(b: Any, entries: dict[str, Any]) -> None:
             table = new_table(*heads)
             table.title, table.title_justify = f"{b}, {name}", "left"
             for cells in rows:
-                table.add_row(
-                    *(
-                        cell
-                        if isinstance(cell, str)
-                        else ""
-                        if isnan(cell)
-                        else f"{cell:.{b.digits}f}"
-                        for cell in cells
-                    )
-                )
+                table.add_row(*(_shown(cell, b.digits) for cell in cells))
             print_table(table)
         for line in entry["notes"]:
             print(f"{b}, {name}: {line}")
+
+
+def _shown(cell: str | float, digits: int) -> str:
+    if isinstance(cell, str):
+        return cell
+    return "" if isnan(cell) else f"{cell:.{digits}f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,6 @@ from .common import (
     DtypeOption,
     LimitOption,
     ModelOption,
-    Progress,
     ResumeOption,
     RevisionOption,
     ShardOption,
@@ -30,23 +28,29 @@ from .common import (
     print_table,
     read_batch_size,
     read_shard,
+    stoppable,
 )
 
 
 @app.command()
 def sweep(
-    method: Annotated[str, typer.Argument(help="The method to vary: clvs, clvs(top_k=5), ...")],
+    method: Annotated[str, typer.Argument(help="Vary this method: clvs, clvs(top_k=5), ...")],
     over: Annotated[
         list[str],
         typer.Option(
-            help="smoothing=0.5,0.7,0.9 or smoothing=0.5..1.0/0.1; give it twice for a map."
+            help="Try smoothing=0.5,0.7 or smoothing=0.5..1.0/0.1; give it twice for a map."
         ),
     ],
-    bench: Annotated[str, typer.Option(help="One benchmark's text form: pocket, pope, ...")],
-    out: Annotated[Path, typer.Option(help="The run's folder; also sweep.json and sweep.png.")],
+    bench: Annotated[
+        str, typer.Option(help="Ask the questions of this benchmark: pocket, pope, ...")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Write the run, sweep.json and sweep.png into this folder.")
+    ],
     model: ModelOption = "pocket",
     metric: Annotated[
-        str, typer.Option(help="accuracy over all questions, or a score of the benchmark's.")
+        str,
+        typer.Option(help="Measure accuracy over all questions, or this score of the benchmark."),
     ] = "accuracy",
     figure: Annotated[
         Path | None, typer.Option(help="Draw into this file; default: sweep.png in --out.")
@@ -63,58 +67,48 @@ def sweep(
 ) -> None:
     """Try values of a method's parameters on a benchmark, against vanilla, and draw the result.
 
-    One parameter gives a line with its interval, two give a map. Stop it whenever you like: the
+    One parameter gives a line with its interval, two give a map. You may stop it at any time: the
     same command goes on.
     """
     from ..evaluation.benchmark import parse
-    from ..evaluation.sweep import Grid
+    from ..evaluation.run import Plan
+    from ..evaluation.sweep import SweepGrid
     from ..evaluation.sweep import sweep as run
     from ..insight.plots.style import check_path
+    from ..insight.plots.sweep import show_sweep
 
-    grid, benchmarks = Grid.read(method, over), parse(bench)
+    grid, benchmarks = SweepGrid.read(method, over), parse(bench)
     if len(benchmarks) > 1:
         raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")
-    part, size = read_shard(shard), read_batch_size(batch_size)
-    check_path(figure or make_folder(out) / "sweep.png")
+    plan = Plan(
+        benchmarks, grid.methods, out,
+        root=data_root, limit=limit, batch_size=read_batch_size(batch_size),
+        shard=read_shard(shard), seed=seed, resume=resume,
+    )  # fmt: skip
+    figure = figure or make_folder(out) / "sweep.png"
+    check_path(figure)
     vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
-    try:
-        with Progress() as watch:
-            found = run(
-                grid,
-                benchmarks[0],
-                vlm,
-                out,
-                metric=metric,
-                figure=figure,
-                root=data_root,
-                limit=limit,
-                batch_size=size,
-                shard=part,
-                seed=seed,
-                resume=resume,
-                watch=watch,
-            )
-    except KeyboardInterrupt:
-        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
-    names = [axis.parameter for axis in found.axes]
-    table = new_table(*names, f"{metric}, {found.unit}", "difference", "95 % interval", "p (Holm)")
-    table.title, table.title_justify = f"{found.method}, {found.model}, {bench}", "left"
-    table.add_row("vanilla", *[""] * (len(names) - 1), f"{found.vanilla:.{found.digits}f}")
-    for point in found.points:
+    with stoppable() as watch:
+        result = run(grid, plan, vlm, metric=metric, watch=watch)
+    show_sweep(result, figure)
+    names = [axis.parameter for axis in result.axes]
+    table = new_table(*names, f"{metric}, {result.unit}", "difference", "95 % interval", "p (Holm)")
+    table.title, table.title_justify = f"{result.method}, {result.model}, {bench}", "left"
+    table.add_row("vanilla", *[""] * (len(names) - 1), f"{result.vanilla:.{result.digits}f}")
+    for point in result.points:
         change, low, high = (
-            "" if value is None else f"{value:+.{found.digits}f}"
+            "" if value is None else f"{value:+.{result.digits}f}"
             for value in (point.difference, point.low, point.high)
         )
         table.add_row(
             *map(brief, point.values),
-            "" if point.value is None else f"{point.value:.{found.digits}f}",
+            "" if point.value is None else f"{point.value:.{result.digits}f}",
             change,
             low and f"{low} to {high}",
             "" if point.corrected is None else f"{point.corrected:.3g}",
         )
     print_table(table)
-    print(f"n = {found.questions} questions about {found.images} images, the same for all")
-    for note in found.notes:
+    print(f"n = {result.questions} questions about {result.images} images, the same for all")
+    for note in result.notes:
         print(note)
-    print(f"figure: {figure or out / 'sweep.png'}, numbers: {out / 'sweep.json'}")
+    print(f"figure: {figure}, numbers: {out / 'sweep.json'}")

@@ -1,6 +1,7 @@
 """Evaluation: questions, asked with every method, answers appended to a journal, scores derived.
 
-    results = evaluate([POPE()], VLM.load("pocket"), ["vanilla", "clvs"], Path("runs/x"), root=data)
+    plan = Plan([POPE()], ["vanilla", "clvs"], Path("runs/x"), root=data)
+    results = evaluate(plan, VLM.load("pocket"))
 
 A run that was killed goes on where it stopped, and ends with the records of an undisturbed one
 (`foveate.evaluation.run`). Questions about one image share its prefix (`foveate.vlm.prefix`).
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,72 +22,33 @@ from PIL import Image
 
 from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
-from ..core.method import Method, as_stack, text
+from ..core.method import Method
 from ..vlm.answering import answer_all
 from ..vlm.prefix import Prompts, prepare
 from ..vlm.vlm import VLM, Answer, Chat
-from .benchmark import Benchmark, Record
-from .run import RECORDS, RESULTS, Question, Run, Watch, environment, key, read_run, run_folders
+from .benchmark import EvalRecord
+from .run import Plan, Question, Run, Stack, Watch, environment, read_stacks, unwatched
 
-__all__ = [
-    "RECORDS",
-    "RESULTS",
-    "Asker",
-    "Question",
-    "Run",
-    "evaluate",
-    "key",
-    "read_run",
-    "run_folders",
-]
+__all__ = ["Asker", "Plan", "evaluate"]
 
-Stack = tuple[Method, ...]
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def evaluate(
-    benchmarks: Sequence[Benchmark],
-    vlm: VLM,
-    methods: Sequence[str | Method | Stack],
-    out: Path,
-    *,
-    root: Path | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    seed: int = 0,
-    share: bool = True,
-    resume: bool = True,
-    watch: Watch = lambda done, total, what: None,
-) -> dict[str, Any]:
+def evaluate(plan: Plan, vlm: VLM, watch: Watch = unwatched) -> dict[str, Any]:
     """Ask every question with every method; the content of ``results.json``.
 
     Args:
-        methods: text forms, methods, or stacks of them; "vanilla" is the plain model.
-        out: the run's folder. A shard of several writes to ``shard-i-of-n`` in it.
-        root: the folder with the user's data sets; None reads from the hub.
-        limit: only the first so many questions of every split.
-        batch_size: questions at a time; None = 64 on an accelerator, 32 on a CPU. Halved where
-            memory does not suffice, and grown back (`foveate.base.memory.Size`).
-        shard: (i, n): every n-th image, from the i-th on, counted from 0.
-        seed: of torch's generator, for methods that draw from it.
-        share: False asks one by one, as published code does.
-        resume: go on with what the folder holds; False refuses a folder that holds records.
         watch: called with (questions done, of how many, what was asked).
 
     Raises:
         FoveateError: missing data, a folder with another configuration, a method that the model
             cannot be served with.
     """
-    asker = Asker(vlm, methods, batch_size=batch_size, share=share)
-    names, dtype = list(asker.stacks), str(vlm.model.dtype).removeprefix("torch.")
-    torch.manual_seed(seed)
-    with Run(
-        benchmarks, vlm.name, dtype, names, out, revision=vlm.revision, commit=vlm.commit,
-        root=root, limit=limit, shard=shard, seed=seed, resume=resume, watch=watch,
-    ) as run:  # fmt: skip
-        jobs = run.jobs(asker.size.most, share)
+    asker = Asker(vlm, plan.methods, batch_size=plan.batch_size, share=plan.share)
+    torch.manual_seed(plan.seed)
+    with Run(plan, vlm.source, asker.dtype, watch) as run:
+        jobs = run.jobs(asker.size.most)
         for job, loaded in zip(jobs, _ahead(jobs, asker.load), strict=True):
             for name in run.missing(job):
                 run.keep(asker.answer(loaded, name))
@@ -112,7 +73,7 @@ class Asker:
     """Puts jobs of questions to a model, with each of several methods.
 
     Args:
-        methods, batch_size, share: as in `evaluate`.
+        methods, batch_size, share: as in `Plan`.
 
     Attributes:
         stacks: the methods by their text form.
@@ -130,19 +91,19 @@ class Asker:
         batch_size: int | None = None,
         share: bool = True,
     ) -> None:
-        self.vlm, self.share, self.stacks = vlm, share, dict[str, Stack]()
-        if batch_size is not None and batch_size < 1:
-            raise FoveateError(f"The batch size must be 1 or more, got {batch_size}.")
+        self.vlm, self.share, self.stacks = vlm, share, read_stacks(methods)
         self.size = Size(batch_size or (64 if vlm.model.device.type != "cpu" else 32))
-        for given in methods:
-            stack = as_stack(*(given if isinstance(given, tuple) else (given,)))
-            if text(stack) in self.stacks:
-                raise FoveateError(f"The method {text(stack)} is given twice: give it once.")
+        for stack in self.stacks.values():
             with vlm.using(stack):  # refusals come before the first question
-                self.stacks[text(stack)] = stack
+                pass
+
+    @property
+    def dtype(self) -> str:
+        """The model's, as runs note it."""
+        return str(self.vlm.model.dtype).removeprefix("torch.")
 
     def load(self, job: list[Question]) -> Loaded:
-        """Open the images of a job; may run beside the model, in another thread."""
+        """Open the images of a job. May run in another thread while the model answers."""
         chats: list[Chat | str] = []
         opened: dict[Hashable, list[Image.Image] | str] = {}
         for question in job:
@@ -153,7 +114,7 @@ class Asker:
                     picture = sample.load()
                     opened[place] = [] if picture is None else [picture]
                 except Exception as error:
-                    opened[place] = _told(error)
+                    opened[place] = _reason(error)
             images = opened[place]
             if isinstance(images, str):
                 chats.append(images)
@@ -174,30 +135,32 @@ class Asker:
                 prompts = prepare(self.vlm, good)
         return Loaded(job, chats, prompts)
 
-    def answer(self, loaded: Loaded, method: str) -> list[Record]:
+    def answer(self, loaded: Loaded, method: str) -> list[EvalRecord]:
         """One record per question: an answer, or an error."""
         asked = [chat for chat in loaded.chats if isinstance(chat, Chat)]
         start, limit = time.perf_counter(), loaded.questions[0].limit  # one for the whole job
-        found = answer_all(
+        given = answer_all(
             self.vlm, asked, self.stacks[method], limit,
             size=self.size, share=self.share, prompts=loaded.prompts,
         )  # fmt: skip
-        ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(found)
+        ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(given)
         records = []
         for question, chat in zip(loaded.questions, loaded.chats, strict=True):
             if isinstance(chat, str):
                 records.append(as_record(question, method, chat, 0.0))
-                continue
-            answer = next(answers)
-            told = answer if isinstance(answer, Answer) else _told(answer)
-            records.append(as_record(question, method, told, ms))
+            else:
+                records.append(as_record(question, method, next(answers), ms))
         return records
 
 
-def as_record(question: Question, method: str, answer: Answer | str, ms: float) -> Record:
+def as_record(
+    question: Question, method: str, answer: Answer | Exception | str, ms: float
+) -> EvalRecord:
     """The record of an answer, or of what went wrong."""
-    sample, error = question.sample, answer if isinstance(answer, str) else None
-    record: Record = {
+    sample = question.sample
+    if isinstance(answer, Exception):
+        answer = _reason(answer)
+    record: EvalRecord = {
         "benchmark": question.benchmark,
         "split": sample.split,
         "line": sample.line,
@@ -209,7 +172,7 @@ def as_record(question: Question, method: str, answer: Answer | str, ms: float) 
         "meta": sample.meta,
         "method": method,
         "answer": None,
-        "error": error,
+        "error": answer if isinstance(answer, str) else None,
         "yes": None,
         "probability": None,
         "tokens": None,
@@ -219,19 +182,17 @@ def as_record(question: Question, method: str, answer: Answer | str, ms: float) 
     if isinstance(answer, str):
         return record
     if any(map(math.isnan, answer.probabilities)):
-        return record | {"error": "the model's logits are NaN: try another --dtype"}
+        record["error"] = "the model's logits are NaN: try another --dtype"
+        return record
     kinds = (str, int, float, bool, list, tuple, type(None))  # what JSON can hold of the notes
-    return record | {
-        "answer": answer.text,
-        "yes": answer.yes,
-        "probability": answer.probability,
-        "tokens": len(answer.tokens),
-        "notes": {k: v for k, v in answer.chat.notes.items() if isinstance(v, kinds)},
-    }
+    record["answer"], record["yes"] = answer.text, answer.yes
+    record["probability"], record["tokens"] = answer.probability, len(answer.tokens)
+    record["notes"] = {k: v for k, v in answer.chat.notes.items() if isinstance(v, kinds)}
+    return record
 
 
 def _ahead(jobs: list[T], load: Callable[[T], R]) -> Iterator[R]:
-    """`load` of every job, in order, the next two already under way in the background."""
+    """`load` of every job, in order; a background thread loads the next two ahead."""
     pool = ThreadPoolExecutor(1, "foveate-images")
     try:
         waiting = [pool.submit(load, job) for job in jobs[:2]]
@@ -243,8 +204,8 @@ def _ahead(jobs: list[T], load: Callable[[T], R]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def _told(error: Exception) -> str:
-    """An error in a record: a sentence as it is, another failure with its kind."""
+def _reason(error: Exception) -> str:
+    """An error for a record: our sentences as they are, other failures with their type."""
     if isinstance(error, FoveateError):
         return str(error)
     return "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
-from typing import Any, ClassVar
+from statistics import fmean
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 from PIL import Image
 
@@ -21,17 +23,15 @@ from ..base.form import Form, Registry
 from ..base.images import decode
 from .data import Data, Problems
 
-__all__ = ["Benchmark", "Problems", "Record", "Sample", "benchmarks", "get", "parse"]
+__all__ = ["Benchmark", "EvalRecord", "Problems", "Sample", "benchmarks", "get", "parse"]
 
 Source = Path | bytes | Callable[[], Image.Image | bytes]
 """Where a picture comes from: a file, an encoded file, or a call that draws or fetches one."""
 
-Record = dict[str, Any]
-"""One answered question: at least split, line, id, image, prompt, label, meta of its `Sample`, and
-``answer``: the model's text, or None where it failed."""
-
 Table = tuple[list[str], list[list[str | float]]]
 """Column heads, and rows that start with their own head."""
+
+Scores = dict[str, float]
 
 registry = Registry(
     "benchmark", "foveate.benchmarks", 'pope(source=gqa, suffix=" One word.")', ("all",)
@@ -53,7 +53,7 @@ class Sample:
         label: the right answer, in the form the benchmark compares.
         image: where the picture comes from, None for a question without one.
         image_name: equal for questions about the same picture, and different otherwise.
-        meta: whatever else `Benchmark.score` needs, ready for JSON.
+        meta: what else `Benchmark.score` needs, ready for JSON.
     """
 
     split: str
@@ -71,6 +71,31 @@ class Sample:
         if self.image is None:
             return None
         return decode(self.image() if callable(self.image) else self.image)
+
+
+class EvalRecord(TypedDict):
+    """One line of ``records.jsonl``: a question, and how one method answered it.
+
+    Benchmarks score it by split, line, id, label, meta and answer.
+    """
+
+    benchmark: str
+    split: str
+    line: int
+    id: str
+    image: NotRequired[str | None]  # `Sample.image_name`
+    question: str
+    prompt: NotRequired[str]
+    label: Any
+    meta: dict[str, Any]
+    method: str
+    answer: Any  # a text; None where the method failed
+    error: NotRequired[str | None]  # why it failed
+    yes: NotRequired[float | None]
+    probability: NotRequired[float | None]
+    tokens: NotRequired[int | None]
+    ms: NotRequired[float]
+    notes: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class Benchmark(Form, ABC):
     folder: ClassVar[str] = ""  # under the data root; empty: the name
     origin: ClassVar[str] = ""  # where its files come from, for messages
     digits: ClassVar[int] = 2  # after the point, as papers print its table
+    unanswered: ClassVar[str] = "are left out"  # what happens to questions without an answer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,35 +140,52 @@ class Benchmark(Form, ABC):
 
         Args:
             root: the folder with the user's data sets; None reads from the hub.
-            problems: gets whatever is wrong with the data but leaves other questions usable.
+            problems: collects what is wrong with single questions.
 
         Raises:
-            FoveateError: a needed file is missing, or not one question or image is usable.
+            FoveateError: a needed file is missing, or no question or no image is usable.
         """
         problems = Problems() if problems is None else problems
         data = Data(self, None if root is None else Path(root).expanduser(), problems)
-        found = list(self.read(data))
-        if not found:
+        samples = list(self.read(data))
+        if not samples:
             raise FoveateError(
                 f"{self.name}: there is no question in {data.place}{problems.first}."
             )
-        pictured = [s.image for s in found if s.image is not None]
+        pictured = [s.image for s in samples if s.image is not None]
         files = [image for image in pictured if isinstance(image, Path)]
         if files and len(files) == len(pictured) and not any(map(Path.exists, files)):
             raise FoveateError(
                 f"{self.name}: not one image is there, the first is expected at {files[0]}: "
                 f"{data.source}."
             )
-        ids = Counter((s.split, s.id) for s in found)
+        ids = Counter((s.split, s.id) for s in samples)
         for (split, name), count in ids.items():
             if count > 1:
                 problems.add("repeated ids", f"{name} {count} times in {split}")
-        return found
+        return samples
+
+    def sample(
+        self,
+        split: str,
+        line: int,
+        id: object,
+        question: str,
+        label: Any,
+        image: Source | None,
+        image_name: str | None,
+        *,
+        prompt: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Sample:
+        """A `Sample`; its prompt is the question and the suffix where no other is given."""
+        asked = question + self.suffix if prompt is None else prompt
+        return Sample(split, line, str(id), question, asked, label, image, image_name, meta or {})
 
     # -- answers -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def score(self, records: Iterable[Record]) -> dict[str, float]:
+    def score(self, records: Iterable[EvalRecord]) -> Scores:
         """The benchmark's numbers under flat names such as ``existence/accuracy``.
 
         The order of `records` is free. Records without an answer are left out. A number that is
@@ -150,38 +193,91 @@ class Benchmark(Form, ABC):
         """
 
     @abstractmethod
-    def table(self, scores: dict[str, float]) -> Table:
+    def table(self, scores: Scores) -> Table:
         """The table that papers print, from `score`'s numbers."""
 
     def parse(self, answer: str) -> str | None:
         """What the answer says, in the form of the labels; None where it cannot be read."""
         return answer
 
-    def correct(self, record: Record) -> float | None:
-        """The score of one answer in 0..1, for paired tests; None without an answer."""
-        if record.get("answer") is None:
-            return None
+    def grade(self, record: EvalRecord) -> float:
+        """The score of one given answer, in 0..1."""
         return float(self.parse(record["answer"]) == record["label"])
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def correct(self, record: EvalRecord) -> float | None:
+        """`grade` for paired tests; None without an answer."""
+        return None if record["answer"] is None else self.grade(record)
+
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         """What a reader of the scores must know, in sentences."""
         records = list(records)
-        lost = sum(r.get("answer") is None for r in records)
-        return [f"{lost} of {len(records)} questions have no answer and are left out."] * bool(lost)
+        lost = sum(r["answer"] is None for r in records)
+        note = f"{lost} of {len(records)} questions have no answer and {self.unanswered}."
+        return [note] * bool(lost)
 
 
-def answered(records: Iterable[Record]) -> list[Record]:
+# -- what benchmarks share -------------------------------------------------------------------------
+
+
+def answered(records: Iterable[EvalRecord]) -> list[EvalRecord]:
     """The records that have an answer, in the order of the questions."""
-    found = [r for r in records if r.get("answer") is not None]
-    return sorted(found, key=lambda r: (r["split"], r["line"]))
+    given = [r for r in records if r["answer"] is not None]
+    return sorted(given, key=lambda r: (r["split"], r["line"]))
 
 
-def by_split(records: Iterable[Record]) -> dict[str, list[Record]]:
+def by_split(records: Iterable[EvalRecord]) -> dict[str, list[EvalRecord]]:
     """`answered` records per split."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[EvalRecord]] = {}
     for record in answered(records):
         groups.setdefault(record["split"], []).append(record)
     return groups
+
+
+def image_of(record: EvalRecord) -> Hashable:
+    """What questions about one image have in common."""
+    return record.get("image") or (record["split"], record["line"])
+
+
+def percent(values: Iterable[float]) -> float:
+    """100 times the mean; NaN of nothing."""
+    listed = list(values)
+    return 100 * fmean(listed) if listed else nan
+
+
+def scored(b: Benchmark, records: Iterable[EvalRecord]) -> tuple[Scores, list[str]]:
+    """Scores and notes; where the records cannot be scored, a note says why."""
+    records = list(records)
+    notes = b.notes(records)
+    if all(r["answer"] is None for r in records):
+        return {}, notes
+    try:
+        return b.score(records), notes
+    except FoveateError as error:  # a package or word list is missing or damaged
+        return {}, [*notes, f"Not scored: {error}"]
+
+
+def prefixed(group: str, scores: Scores) -> Scores:
+    """The scores of a group under ``group/name``."""
+    return {f"{group}/{name}": value for name, value in scores.items()}
+
+
+def score_rows(
+    scores: Scores, groups: Mapping[str, str], keys: Sequence[str]
+) -> list[list[str | float]]:
+    """Rows of a table: per group that has scores its head, then ``group/key`` for every key."""
+    return [
+        [head, *(scores[f"{group}/{key}"] for key in keys)]
+        for group, head in groups.items()
+        if f"{group}/{keys[0]}" in scores
+    ]
+
+
+def unread_note(unread: Sequence[str], count: int, what: str) -> list[str]:
+    """A note on answers, of `count`, that cannot be read; none where all can."""
+    if not unread:
+        return []
+    example = f"such as {unread[0][:60]!r}"
+    return [f"{len(unread)} of {count} answers {what} and count as wrong, {example}."]
 
 
 benchmarks = registry.all

@@ -13,47 +13,53 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from ..base.errors import FoveateError
 
-if TYPE_CHECKING:
-    from .benchmark import Benchmark
-
-Row = dict[str, Any]
-Picture = Callable[[], bytes]
+Fields = dict[str, Any]
+ImageBytes = Callable[[], bytes]
 
 
 class Problems:
-    """What was wrong with the data, by kind, with the first few cases of each."""
+    """What was wrong with the data, by kind."""
 
     SHOWN = 3
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
         self.cases: dict[str, list[str]] = {}
 
     def add(self, kind: str, case: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        cases = self.cases.setdefault(kind, [])
-        if len(cases) < self.SHOWN:
-            cases.append(case)
+        self.cases.setdefault(kind, []).append(case)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {kind: len(cases) for kind, cases in self.cases.items()}
 
     def lines(self) -> list[str]:
         """One line per kind: ``3 missing images: a.jpg, b.jpg, c.jpg``."""
         return [
-            f"{count} {kind}: {', '.join(self.cases[kind])}"
-            + (", ..." if count > len(self.cases[kind]) else "")
-            for kind, count in self.counts.items()
+            f"{len(cases)} {kind}: {', '.join(cases[: self.SHOWN])}"
+            + ", ..." * (len(cases) > self.SHOWN)
+            for kind, cases in self.cases.items()
         ]
 
     @property
     def first(self) -> str:
         """The lines as the tail of a sentence, empty without problems."""
-        return f" ({'; '.join(self.lines())})" if self.counts else ""
+        return f" ({'; '.join(self.lines())})" if self.cases else ""
 
     def __bool__(self) -> bool:
-        return bool(self.counts)
+        return bool(self.cases)
+
+
+class DataSet(Protocol):
+    """What messages and look-ups need to know of a benchmark's data."""
+
+    name: ClassVar[str]
+    hub: ClassVar[tuple[str, ...]]
+    folder: ClassVar[str]
+    origin: ClassVar[str]
 
 
 class Data:
@@ -64,7 +70,7 @@ class Data:
         problems: collects what is wrong.
     """
 
-    def __init__(self, benchmark: Benchmark, root: Path | None, problems: Problems) -> None:
+    def __init__(self, benchmark: DataSet, root: Path | None, problems: Problems) -> None:
         self.benchmark, self.root, self.problems = benchmark, root, problems
         self._folders: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[tuple[str, ...], Path] = {}
@@ -102,6 +108,13 @@ class Data:
             raise self.missing(names[0])
         return path
 
+    def file_or_table(self, *names: str) -> Path | None:
+        """The question file; None where the questions are in a table. Refused without either."""
+        path = self.find(*names)
+        if path is None and self.root is not None and not self.tables():
+            raise self.missing(names[0])
+        return path
+
     def missing(self, name: str) -> FoveateError:
         """The error for a file that is needed: where it should be, and where it comes from."""
         if self.root is None:
@@ -128,7 +141,7 @@ class Data:
         except json.JSONDecodeError as error:
             raise FoveateError(f"{path} is not valid JSON ({error}): get it again.") from error
 
-    def rows(self, path: Path, *required: str) -> Iterator[tuple[int, Row]]:
+    def rows(self, path: Path, *required: str) -> Iterator[tuple[int, Fields]]:
         """Position and object of every entry of a JSON array or of JSON lines.
 
         Entries that cannot be read, or lack a `required` key, are counted and keep their position.
@@ -137,7 +150,7 @@ class Data:
         rows = _array(text) if text.startswith("[") else map(_line, _filled(text))
         return self._whole(path, rows, required)
 
-    def entries(self, path: Path, key: str, *required: str) -> Iterator[tuple[int, Row]]:
+    def entries(self, path: Path, key: str, *required: str) -> Iterator[tuple[int, Fields]]:
         """`rows` of the list under `key` in a JSON object."""
         value = self.json(path)
         rows = value.get(key) if isinstance(value, dict) else None
@@ -147,7 +160,7 @@ class Data:
 
     def _whole(
         self, path: Path, rows: Iterable[Any], required: tuple[str, ...]
-    ) -> Iterator[tuple[int, Row]]:
+    ) -> Iterator[tuple[int, Fields]]:
         for position, row in enumerate(rows):
             if isinstance(row, dict) and all(key in row for key in required):
                 yield position, row
@@ -159,7 +172,7 @@ class Data:
     def image(self, name: str, *folders: str) -> Path:
         """The file `name` under one of `folders`; where it is missing, where it should be.
 
-        Tried as written first; then by the end of the path, whatever the case.
+        Tried as written first, then by the end of the path, upper and lower case alike.
         """
         key = (name, *folders)
         if key not in self._images:
@@ -197,11 +210,13 @@ class Data:
             return []
         home = self.root / (self.benchmark.folder or self.benchmark.name)
         for pattern in ("*.parquet", "data/*.parquet", "*.arrow", "*/*.arrow"):
-            if found := sorted(home.glob(pattern)):
-                return found
+            if files := sorted(home.glob(pattern)):
+                return files
         return []
 
-    def table(self, *required: str, split: str = "test") -> Iterator[tuple[Row, Picture, str]]:
+    def table(
+        self, *required: str, split: str = "test"
+    ) -> Iterator[tuple[Fields, ImageBytes, str]]:
         """Rows without their image, a call that gives the image's bytes, and the image's name.
 
         Read from files under the root, or from the hub's `split`. The name is empty where the
@@ -216,7 +231,7 @@ class Data:
                 )
             yield row, picture, name
 
-    def _files(self) -> Iterator[tuple[Row, Picture, str]]:
+    def _files(self) -> Iterator[tuple[Fields, ImageBytes, str]]:
         for path in self.tables():
             for batch in range(_batches(path)):
                 for i, row in enumerate(_fields(path, batch)):
@@ -224,7 +239,7 @@ class Data:
                     name = image.get("path") if isinstance(image, dict) else None
                     yield row, functools.partial(_bytes, path, batch, i), name or ""
 
-    def _hub(self, split: str) -> Iterator[tuple[Row, Picture, str]]:
+    def _hub(self, split: str) -> Iterator[tuple[Fields, ImageBytes, str]]:
         if not self.benchmark.hub:
             raise FoveateError(
                 f"{self.benchmark.name} is not on the hub: give --data-root DIR ({self.source})."
@@ -241,7 +256,7 @@ class Data:
             try:
                 table = datasets.load_dataset(name, split=split)
                 break
-            except Exception as error:  # offline, renamed, gated: whatever the client raises
+            except Exception as error:  # offline, renamed, gated: the client has many errors
                 reason = (
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 )
@@ -327,7 +342,7 @@ def _batches(path: Path) -> int:
     return file.num_row_groups if path.suffix == ".parquet" else len(file)
 
 
-def _fields(path: Path, index: int) -> list[Row]:
+def _fields(path: Path, index: int) -> list[Fields]:
     """The rows of one batch; of an image only its name, where it has one."""
     file, arrow = _open(path), _pyarrow()
     schema = file.schema_arrow if path.suffix == ".parquet" else file[index].schema

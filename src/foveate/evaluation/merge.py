@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FoveateError
-from .benchmark import Record
+from .benchmark import EvalRecord
 from .run import RECORDS, RESULTS, key, read_run, run_folders
 
 APART = ("benchmarks", "methods", "shard", "root", "limit")  # answers do not depend on these
@@ -29,7 +29,7 @@ class RunFolder:
 
     folder: Path
     settings: dict[str, Any]
-    records: list[Record]
+    records: list[EvalRecord]
     environment: dict[str, Any]
     problems: dict[str, dict[str, int]]
 
@@ -47,15 +47,15 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
     """The runs in and directly inside `folders`, each once.
 
     Raises:
-        FoveateError: a folder is no run's, a file is damaged, or there is no record at all.
+        FoveateError: a folder holds no run, a file is damaged, or there is no record at all.
     """
-    found: dict[Path, Path] = {}
+    by_path: dict[Path, Path] = {}
     for given in folders:
         inside = run_folders(Path(given)) or [Path(given)]
-        found |= {folder.resolve(): folder for folder in inside}
-    if not found:
+        by_path |= {folder.resolve(): folder for folder in inside}
+    if not by_path:
         raise FoveateError("Name at least one folder of a run: `foveate eval` makes them.")
-    runs = [_read(folder) for folder in found.values()]
+    runs = [_read(folder) for folder in by_path.values()]
     if not any(run.records for run in runs):
         raise FoveateError(
             f"There is no record in {', '.join(str(run.folder) for run in runs)}: wait until "
@@ -78,11 +78,10 @@ def _read(folder: Path) -> RunFolder:
     return RunFolder(folder, settings, read_records(folder / RECORDS), environment, problems)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[EvalRecord]:
     """The records of a run; of several with one key the last one.
 
-    The file is only read, also while a run still writes to it: a last line without its end is left
-    out.
+    A run may still be writing to the file: an unfinished last line is left out.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -90,38 +89,38 @@ def read_records(path: Path) -> list[Record]:
         return []
     except OSError as error:
         raise FoveateError(f"{path} cannot be read: {error.strerror}.") from error
-    found: dict[Any, Record] = {}
+    by_key: dict[Any, EvalRecord] = {}
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
             if missing := [name for name in NEEDED if name not in record]:
                 raise KeyError(missing[0])
-            found[key(record)] = record
+            by_key[key(record)] = record
         except (ValueError, KeyError, TypeError) as error:
             raise FoveateError(
                 f"Line {number + 1} of {path} is damaged: delete that line, and run `foveate eval` "
                 "again to ask its question anew."
             ) from error
-    return list(found.values())
+    return list(by_key.values())
 
 
 def by_settings(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
-    """Runs grouped with those whose answers may stand beside theirs: same model, same settings."""
+    """Runs grouped by model and settings: answers within a group can be compared."""
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.shared, sort_keys=True), []).append(run)
     return [group for group in groups.values() if any(run.records for run in group)]
 
 
-def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, Record]]]:
-    """Benchmark -> method -> question -> record. An answer stands before a failure.
+def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, EvalRecord]]]:
+    """Benchmark -> method -> question -> record. An answer replaces a failure.
 
     Raises:
         FoveateError: two runs have other data for a question, or another answer of one method.
     """
-    merged: dict[str, dict[str, dict[Key, Record]]] = {}
-    asked: dict[tuple[str, Key], tuple[Record, RunFolder]] = {}
-    told: dict[tuple[str, str, Key], RunFolder] = {}
+    merged: dict[str, dict[str, dict[Key, EvalRecord]]] = {}
+    asked: dict[tuple[str, Key], tuple[EvalRecord, RunFolder]] = {}
+    sources: dict[tuple[str, str, Key], RunFolder] = {}
     for run in runs:
         for record in run.records:
             name, question = record["benchmark"], (record["split"], record["line"])
@@ -129,18 +128,18 @@ def merge(runs: Sequence[RunFolder]) -> dict[str, dict[str, dict[Key, Record]]]:
             for what in ("question", "prompt", "label", "image"):
                 if first.get(what) != record.get(what):
                     raise _contradiction(owner, run, record, what)
-            own = merged.setdefault(name, {}).setdefault(record["method"], {})
-            known = own.get(question)
+            answers = merged.setdefault(name, {}).setdefault(record["method"], {})
+            known = answers.get(question)
             if known is None or known["answer"] is None:
-                own[question] = record
-                told[name, record["method"], question] = run
+                answers[question] = record
+                sources[name, record["method"], question] = run
             elif record["answer"] not in (None, known["answer"]):
-                other = told[name, record["method"], question]
+                other = sources[name, record["method"], question]
                 raise _contradiction(other, run, record, "answer")
     return merged
 
 
-def _contradiction(one: RunFolder, other: RunFolder, record: Record, what: str) -> FoveateError:
+def _contradiction(one: RunFolder, other: RunFolder, record: EvalRecord, what: str) -> FoveateError:
     return FoveateError(
         f"{one.folder} and {other.folder} contradict each other, with another {what} for "
         f"{record['benchmark']}, {record['split']}, line {record['line']} ({record['method']}): "
@@ -150,7 +149,7 @@ def _contradiction(one: RunFolder, other: RunFolder, record: Record, what: str) 
 
 def gaps(runs: Sequence[RunFolder]) -> list[str]:
     """What a reader must know about what is not here, in sentences."""
-    found = [
+    notes = [
         f"The run in {run.folder} has not ended: questions may be missing."
         for run in runs
         if not run.environment
@@ -159,11 +158,11 @@ def gaps(runs: Sequence[RunFolder]) -> list[str]:
     for run in runs:
         number, count = run.settings.get("shard") or (0, 1)
         here.setdefault(count, set()).add(number)
-    found += [
+    notes += [
         f"Only {len(numbers)} of {count} shards are here: questions are missing."
         for count, numbers in here.items()
         if len(numbers) < count
     ]
     limits = {run.settings["limit"] for run in runs if run.settings.get("limit")}
-    found += [f"Only the first {limit} questions of every split were asked." for limit in limits]
-    return found
+    notes += [f"Only the first {limit} questions of every split were asked." for limit in limits]
+    return notes

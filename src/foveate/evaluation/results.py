@@ -1,171 +1,42 @@
-"""The verdict: runs merged, every method held against the plain model, papers' rows beside ours.
+"""Reports: runs merged, every method compared with the plain model, papers' numbers beside ours.
 
-    report(["runs/shard-0", "runs/shard-1"], "runs/report")
+    report(["runs/shard-0", "runs/shard-1"], Path("runs/report"))
 
-writes ``report.md``, ``report.json`` and ``report.html``. All of it derives from the records.
+writes ``report.md`` and ``report.json``. All of it derives from the records.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
-import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..base import significance
 from ..base.errors import FoveateError
-from ..base.journal import write_json
-from ..insight.pages.report import html, markdown
-from . import benchmark as benchmark_module
-from . import published
-from .benchmark import Benchmark, Record, Sample
-from .merge import Key, RunFolder, by_settings, gaps, merge, read_runs
+from ..base.journal import finite, write_json
+from .merge import RunFolder, by_settings, gaps, merge, read_runs
+from .published import PROTOCOLS, Comparison
+from .verdict import Example, Result, Test, Verdict, judge
 
-VANILLA = "vanilla"
-EXAMPLES = 4  # of each kind, per method and benchmark
-LONG = 8  # words: answers longer than this on average are captions
-THUMBNAIL = 160  # pixels
-
-
-@dataclass
-class Test:
-    """A method against the plain model, on the questions that both answered.
-
-    Scores are `Benchmark.correct`, in percent; the difference is in percentage points.
-
-    Attributes:
-        what: a split, or "all questions".
-        low, high: ends of the 95 % bootstrap interval, images resampled; None with one image.
-        gained, lost: answers that score higher, and lower, than the plain model's.
-        p: McNemar's exact two-sided p.
-        corrected: p after Holm's correction.
-        verdict: "better", "worse", "not significant" or "no score changed".
-    """
-
-    what: str
-    questions: int
-    images: int
-    vanilla: float
-    method: float
-    difference: float
-    low: float | None
-    high: float | None
-    gained: int
-    lost: int
-    p: float
-    corrected: float = math.nan
-    verdict: str = ""
-
-
-@dataclass
-class Example:
-    """An answer that changed; `thumbnail` is a data URI, or None without the picture."""
-
-    split: str
-    line: int
-    image: str | None
-    question: str
-    label: str
-    vanilla: str
-    answer: str
-    thumbnail: str | None = None
-
-
-@dataclass
-class Captions:
-    """How long answers are written.
-
-    Attributes:
-        answers: how many.
-        words: mean length in words.
-        repeated: mean share, in percent, of pairs of neighbouring words that occurred before in
-            the same answer.
-        longest: mean length, in words, of the longest sequence that occurs again later.
-    """
-
-    answers: int
-    words: float
-    repeated: float
-    longest: float
-
-
-@dataclass
-class Result:
-    """One method on one benchmark.
-
-    Attributes:
-        answered, failed, missing: of the questions that any method was asked.
-        yes_ratio: percent of yes among `yes_questions` answers to yes/no questions.
-        label_yes_ratio: the same of the labels.
-        ms: median milliseconds per answer.
-    """
-
-    method: str
-    answered: int
-    failed: int
-    missing: int
-    scores: dict[str, float]
-    notes: list[str]
-    errors: list[str]
-    yes_questions: int
-    yes_ratio: float
-    label_yes_ratio: float
-    ms: float
-    captions: Captions | None = None
-    test: Test | None = None
-    splits: list[Test] = field(default_factory=list)
-    gained: list[Example] = field(default_factory=list)
-    lost: list[Example] = field(default_factory=list)
-
-
-@dataclass
-class Beside:
-    """One number of a paper beside ours.
-
-    Attributes:
-        difference: ours minus theirs.
-        gain, our_gain: what the method adds to the plain model, there and here.
-        fewer: how many questions we asked, where the paper asked more.
-    """
-
-    score: str
-    method: str
-    variant: str
-    source: str
-    paper: float
-    ours: float
-    difference: float
-    gain: float | None
-    our_gain: float | None
-    questions: int
-    fewer: int | None
-
-
-@dataclass
-class Verdict:
-    """All methods on one benchmark.
-
-    Attributes:
-        heads, rows: the benchmark's own tables in one, with the method behind each row's head.
-    """
-
-    benchmark: str
-    title: str
-    digits: int
-    questions: int
-    images: int
-    results: list[Result]
-    heads: list[str]
-    rows: list[list[str | float]]
-    published: list[Beside]
-    notes: list[str]
+MARKS = {"better": "▲", "worse": "▼"}
+FOLDED = 30  # rows: longer tables of details open on demand
+HOW = (
+    "Every method is compared with the plain model (vanilla) on the questions that both answered. "
+    "A difference is the mean of the benchmark's own score of single answers (right or wrong, or "
+    "in parts where answers are graded; a caption is right if it invents nothing), in percentage "
+    "points. It may differ from a headline score such as F1.",
+    "Intervals are 95 % percentile bootstrap intervals of 10,000 resamples that draw whole images "
+    "with all of their questions, as questions about one image are not independent. They are not "
+    "corrected for several methods, and with fewer than some 30 images they are too narrow.",
+    "p is McNemar's exact two-sided p of answers gained against answers lost, which takes "
+    "questions as independent. It is corrected after Holm over all methods of a benchmark; by "
+    "split, over all methods and splits.",
+    "Better or worse is said only where the corrected p is below 0.05 and the interval leaves out "
+    "0; otherwise the difference is not significant, which is no proof that there is none.",
+)
 
 
 @dataclass
@@ -188,18 +59,20 @@ def report(
     images: bool = True,
     seed: int = 0,
 ) -> list[Section]:
-    """Merge runs and write ``report.md``, ``report.json`` and ``report.html`` to `out`.
+    """Merge runs, and write ``report.md`` and ``report.json`` to `out`.
 
-    Runs with the same model and settings become one section, as the shards of a run do; others get
-    sections of their own.
+    Runs with the same model and settings, such as the shards of a run, become one section.
 
     Args:
         folders: run folders, or folders that hold the shards of a run.
         out: a folder; made where it is missing.
-        root: where the benchmarks' data are, for the examples' pictures; None = where the runs
-            had them. Without the data there are no pictures.
-        images: False leaves out pictures, and reads no data.
+        root: the folder with the data sets, for the examples' pictures; None = the runs' own.
+            Without the data there are no pictures.
+        images: False reads no data and leaves out the pictures.
         seed: of the bootstrap.
+
+    Returns:
+        What the files show, for other pages.
 
     Raises:
         FoveateError: no run, no records, a damaged file, or runs that contradict each other.
@@ -208,12 +81,16 @@ def report(
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "report.json", _plain({"seed": seed, "sections": sections}))
+        told = [dataclasses.asdict(s, dict_factory=_without_pictures) for s in sections]
+        write_json(out / "report.json", finite({"seed": seed, "sections": told}))
         (out / "report.md").write_text(markdown(sections), "utf-8")
-        (out / "report.html").write_text(html(sections), "utf-8")
     except OSError as error:
         raise FoveateError(f"The report cannot be written to {out}: {error.strerror}.") from error
     return sections
+
+
+def _without_pictures(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in entries if name != "thumbnail"}
 
 
 # -- one model -------------------------------------------------------------------------------------
@@ -225,28 +102,22 @@ def _section(runs: list[RunFolder], root: str | Path | None, images: bool, seed:
     for run in runs:
         if run.environment and run.environment not in environments:
             environments.append(run.environment)
+    model = str(runs[0].settings["model"])
     return Section(
-        model=str(runs[0].settings["model"]),
+        model=model,
         settings=runs[0].shared,
         folders=[str(run.folder) for run in runs],
         notes=gaps(runs),
         environments=environments,
         verdicts=[
-            _verdict(
-                runs[0].settings["model"],
-                name,
-                methods,
-                _problems(runs, name),
-                roots if images else [],
-                seed,
-            )
+            judge(model, name, methods, _problems(runs, name), roots if images else [], seed)
             for name, methods in merge(runs).items()
         ],
     )
 
 
 def _problems(runs: list[RunFolder], name: str) -> list[str]:
-    """What was wrong with a benchmark's data; shards read all of them, so the most counts."""
+    """What was wrong with a benchmark's data: the largest counts, as every shard reads all data."""
     counts: dict[str, int] = {}
     for run in runs:
         for kind, count in run.problems.get(name, {}).items():
@@ -254,336 +125,289 @@ def _problems(runs: list[RunFolder], name: str) -> list[str]:
     return [f"In the data: {count} {kind}." for kind, count in counts.items()]
 
 
-# -- one benchmark ---------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
-def _verdict(
-    model: str,
-    name: str,
-    methods: dict[str, dict[Key, Record]],
-    problems: list[str],
-    roots: list[str | Path | None],
-    seed: int,
-) -> Verdict:
-    b: Benchmark = benchmark_module.parse(name)[0]
-    order = sorted(methods, key=lambda method: method != VANILLA)
-    asked = {key: record for group in methods.values() for key, record in group.items()}
-    results = [_result(b, method, methods[method], asked) for method in order]
-    plain = methods.get(VANILLA)
-    if plain is not None:
-        tested = [r for r in results if r.method != VANILLA and r.scores]
-        before = _scored(b, plain) if tested else {}
-        for result in tested:
-            _compare(result, _pairs(b, plain, before, methods[result.method]), seed)
-        _correct([r.test for r in results if r.test])
-        _correct([test for r in results for test in r.splits])
-        _add_thumbnails(b, results, roots)
-    else:
-        problems = [*problems, "No vanilla answers are here to compare with."]
-    heads, rows = _table(b, results)
-    return Verdict(
-        benchmark=name,
-        title=(b.title or b.name) + ("" if name == b.name else f": {name}"),
-        digits=b.digits,
-        questions=len(asked),
-        images=len({_image(record) for record in asked.values()}),
-        results=results,
-        heads=heads,
-        rows=rows,
-        published=_published(model, b, results, len(asked)),
-        notes=problems,
-    )
+@dataclass
+class Heading:
+    level: int
+    text: str
+    anchor: str = ""
 
 
-def _result(b: Benchmark, method: str, own: dict[Key, Record], asked: dict[Key, Record]) -> Result:
-    rows = list(own.values())
-    given = [r for r in rows if r["answer"] is not None]
-    yes_no = [r for r in given if r["label"] in ("yes", "no")]
-    failed = [r for r in rows if r["answer"] is None]
-    scores, notes = dict[str, float](), b.notes(rows)
-    try:
-        scores = b.score(rows) if given else {}
-    except FoveateError as error:  # it needs a package or word list that is not here
-        notes.append(f"Not scored: {error}")
-    return Result(
-        method=method,
-        answered=len(given),
-        failed=len(failed),
-        missing=len(asked) - len(rows),
-        scores=scores,
-        notes=notes,
-        errors=list(dict.fromkeys(_brief(str(r.get("error")), 160) for r in failed))[:3],
-        yes_questions=len(yes_no),
-        yes_ratio=_percent([b.parse(r["answer"]) == "yes" for r in yes_no]),
-        label_yes_ratio=_percent([r["label"] == "yes" for r in yes_no]),
-        ms=median([r.get("ms") or 0.0 for r in given]) if given else math.nan,
-        captions=_captions(given),
-    )
+@dataclass
+class Lines:
+    """Sentences, each with a verdict, or none."""
+
+    items: list[tuple[str, str]]
 
 
-def _table(b: Benchmark, results: list[Result]) -> tuple[list[str], list[list[str | float]]]:
-    """The benchmark's own tables in one: each of its rows once per method."""
-    heads: list[str] = []
-    found: dict[str, list[list[str | float]]] = {}
-    for result in results:
-        if result.scores:
-            heads, rows = b.table(result.scores)
-            for row in rows:
-                found.setdefault(str(row[0]), []).append([row[0], result.method, *row[1:]])
-    heads = [*heads[:1], "Method", *heads[1:]]
-    return heads, [row for group in found.values() for row in group]
+@dataclass
+class Interval:
+    """A difference and its interval; the axis of its column runs from -reach to reach."""
+
+    low: float | None
+    middle: float
+    high: float | None
+    reach: float
 
 
-def _image(record: Record) -> Any:
-    """What a question shares with others: its image, or nothing."""
-    return record.get("image") or (record["split"], record["line"])
+@dataclass
+class ReportTable:
+    """A table, `grouped` by its first cells; a `folded` one opens on demand."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str | Interval]]
+    grouped: bool = False
+    folded: bool = False
 
 
-def _percent(values: Sequence[float | bool]) -> float:
-    return 100 * fmean(values) if values else math.nan
+@dataclass
+class Changed:
+    """Examples of one method."""
+
+    method: str
+    gained: list[Example] = field(default_factory=list)
+    lost: list[Example] = field(default_factory=list)
 
 
-# -- against the plain model -----------------------------------------------------------------------
+Part = Heading | Lines | ReportTable | Changed
 
 
-class _Pair(NamedTuple):
-    """One question, answered by the plain model and by a method, with both scores."""
-
-    plain: Record
-    own: Record
-    before: float
-    after: float
-
-
-def _scored(b: Benchmark, records: dict[Key, Record]) -> dict[Key, float]:
-    """The score of every single answer."""
-    found = {key: b.correct(record) for key, record in records.items()}
-    return {key: score for key, score in found.items() if score is not None}
+def parts(sections: list[Section]) -> Iterator[Part]:
+    """The whole report, in order."""
+    yield Lines([("", sentence) for sentence in HOW])
+    for number, section in enumerate(sections):
+        yield Heading(2, section.model, f"section-{number}")
+        yield Lines([("", text) for text in _about(section)])
+        for index, verdict in enumerate(section.verdicts):
+            yield Heading(3, verdict.title, f"benchmark-{number}-{index}")
+            yield from _benchmark(verdict)
 
 
-def _pairs(
-    b: Benchmark, plain: dict[Key, Record], before: dict[Key, float], own: dict[Key, Record]
-) -> list[_Pair]:
-    """The questions that both answered, in order."""
-    after = _scored(b, own)
-    both = sorted(before.keys() & after.keys())
-    return [_Pair(plain[key], own[key], before[key], after[key]) for key in both]
+def _about(section: Section) -> list[str]:
+    settings = ", ".join(f"{k} {v}" for k, v in section.settings.items() if k != "model")
+    lines = [f"Runs: {', '.join(section.folders)}."]
+    if settings:
+        lines.append(f"Settings: {settings}.")
+    made: dict[str, dict[str, None]] = {}  # name -> its values, each once
+    for environment in section.environments:
+        for name, value in environment.items():
+            made.setdefault(name, {})[str(value)] = None
+    if made:
+        values = ", ".join(f"{name} {' / '.join(values)}" for name, values in made.items())
+        lines.append(f"Made with: {values}.")
+    return lines + section.notes
 
 
-def _compare(result: Result, pairs: list[_Pair], seed: int) -> None:
-    """Fill in a method's tests and examples."""
-    if not pairs:
-        return
-    result.test = _test("all questions", pairs, seed)
-    splits: dict[str, list[_Pair]] = {}
-    for pair in pairs:
-        splits.setdefault(pair.plain["split"], []).append(pair)
-    if len(splits) > 1:
-        result.splits = [_test(split, group, seed) for split, group in splits.items()]
-    result.gained = _examples([p for p in pairs if p.after > p.before])
-    result.lost = _examples([p for p in pairs if p.after < p.before])
+def _benchmark(verdict: Verdict) -> Iterator[Part]:
+    results, digits = verdict.results, verdict.digits
+    tested = [(r, r.test) for r in results if r.test]
+    yield Lines([(test.verdict, sentence(r, test)) for r, test in tested])
+    yield Lines([("", note) for note in _notes(verdict)])
+    if tested:
+        yield _tests("Against vanilla: right answers, percent", tested, without=("Split",))
+    if verdict.rows:
+        counts = {r.answered for r in results}
+        n = f"n = {counts.pop()}" if len(counts) == 1 else "n of each method below"
+        cells: list[list[str | Interval]] = [[_cell(c, digits) for c in r] for r in verdict.rows]
+        yield ReportTable(f"The benchmark's own table, {n}", verdict.heads, cells, grouped=True)
+    if splits := [(r, test) for r in results for test in r.splits]:
+        order = list(dict.fromkeys(test.what for _, test in splits))
+        splits.sort(key=lambda row: order.index(row[1].what))
+        table = _tests("By split", splits, without=("p", "With it", "Images"))
+        table.grouped, table.folded = True, len(splits) > FOLDED
+        yield table
+    yield _answers(results)
+    if any(r.captions for r in results):
+        yield _captions(results)
+    if verdict.published:
+        yield _published(verdict)
+        sources = dict.fromkeys(c.source for c in verdict.published)
+        yield Lines([("", f"{source}: {PROTOCOLS[source]}") for source in sources])
+    yield from (Changed(r.method, r.gained, r.lost) for r in results if r.gained or r.lost)
 
 
-def _test(what: str, pairs: list[_Pair], seed: int) -> Test:
-    changes = [pair.after - pair.before for pair in pairs]
-    images = [_image(pair.plain) for pair in pairs]
-    gained, lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    ends = significance.interval(changes, images, seed)
-    return Test(
-        what=what,
-        questions=len(pairs),
-        images=len(set(images)),
-        vanilla=_percent([pair.before for pair in pairs]),
-        method=_percent([pair.after for pair in pairs]),
-        difference=_percent(changes),
-        low=None if ends is None else 100 * ends[0],
-        high=None if ends is None else 100 * ends[1],
-        gained=gained,
-        lost=lost,
-        p=significance.mcnemar(gained, lost),
-    )
+def _notes(verdict: Verdict) -> list[str]:
+    notes = [f"{verdict.benchmark}: {verdict.questions} questions on {verdict.images} images."]
+    notes += verdict.notes
+    methods: dict[str, list[str]] = {}  # note -> the methods that it is about
+    for r in verdict.results:
+        if r.failed or r.missing:
+            why = f" ({'; '.join(r.errors)})" if r.errors else ""
+            notes.append(f"{r.method}: {r.failed} questions failed{why}, {r.missing} are missing.")
+        for note in r.notes:
+            methods.setdefault(note, []).append(r.method)
+    for note, names in methods.items():
+        everyone = len(names) == len(verdict.results) > 1
+        notes.append(note if everyone else f"{', '.join(names)}: {note}")
+    return notes
 
 
-def _correct(tests: list[Test]) -> None:
-    """Holm's correction over these tests, and what they say then."""
-    for test, p in zip(tests, significance.holm([t.p for t in tests]), strict=True):
-        test.corrected = p
-        ends = None if test.low is None or test.high is None else (test.low, test.high)
-        if test.gained == test.lost == 0:
-            test.verdict = "no score changed"
-        elif significance.significant(p, ends):
-            test.verdict = "better" if test.difference > 0 else "worse"
-        else:
-            test.verdict = "not significant"
-
-
-def _examples(pairs: list[_Pair]) -> list[Example]:
-    """A few changed answers about different images, evenly spread over the questions."""
-    firsts = list({_image(pair.plain): pair for pair in reversed(pairs)}.values())[::-1]
-    count = min(EXAMPLES, len(firsts))
-    return [
-        Example(
-            split=plain["split"],
-            line=plain["line"],
-            image=plain.get("image"),
-            question=plain["question"],
-            label=_as_text(plain["label"]),
-            vanilla=_brief(plain["answer"]),
-            answer=_brief(own["answer"]),
-        )
-        for plain, own, _, _ in (firsts[i * len(firsts) // count] for i in range(count))
+def sentence(result: Result, test: Test) -> str:
+    """What a test says, in words, with all of its numbers."""
+    says = {
+        "better": "helps",
+        "worse": "hurts",
+        "not significant": "makes no significant difference",
+        "no score changed": "changes no score",
+    }[test.verdict]
+    told = [
+        f"{result.method} {says}: {test.difference:+.2f} points ({_ends(test.low, test.high)}), "
+        f"answers gained {test.gained}, lost {test.lost}; n = {test.questions} questions on "
+        f"{test.images} images; p = {p_value(test.p)}, corrected {p_value(test.corrected)}."
     ]
+    for verdict in MARKS:
+        names = [s.what for s in result.splits if s.verdict == verdict]
+        if names:
+            told.append(f"By split, {verdict} on {', '.join(names)}.")
+    return " ".join(told)
 
 
-def _as_text(label: Any) -> str:
-    return ", ".join(dict.fromkeys(map(str, label))) if isinstance(label, list) else str(label)
+def p_value(p: float) -> str:
+    return "< 1e-12" if p < 1e-12 else f"{p:.1e}" if p < 0.001 else f"{p:.3f}"
 
 
-def _brief(text: str, length: int = 400) -> str:
-    return text if len(text) <= length else text[: length - 4].rstrip() + " ..."
+def _ends(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "no interval from one image"
+    return f"95 % interval {low:+.2f} to {high:+.2f}"
 
 
-def _add_thumbnails(b: Benchmark, results: list[Result], roots: list[str | Path | None]) -> None:
-    """Pictures of all examples, where the data can still be read."""
-    wanted = [example for r in results for example in (*r.gained, *r.lost)]
-    samples: dict[Key, Sample] = {}
-    for root in roots if wanted else []:
-        try:
-            samples = {(s.split, s.line): s for s in b.samples(root)}
-            break
-        except FoveateError:
-            continue
-    known: dict[Key, str | None] = {}
-    for example in wanted:
-        key = (example.split, example.line)
-        sample = samples.get(key)
-        if sample is not None and sample.question == example.question:
-            if key not in known:
-                known[key] = _thumbnail(sample)
-            example.thumbnail = known[key]
+# -- tables: the head of each column, and what stands in it ----------------------------------------
 
 
-def _thumbnail(sample: Sample) -> str | None:
-    try:
-        picture = sample.load()
-    except Exception:  # a report without this picture is better than none, whatever the source says
-        return None
-    if picture is None:
-        return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=75, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _table(
+    title: str, columns: dict[str, Callable[[Any], str | Interval]], items: Iterable[Any]
+) -> ReportTable:
+    """One row per item."""
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    return ReportTable(title, list(columns), rows)
 
 
-# -- captions --------------------------------------------------------------------------------------
+def _tests(
+    title: str, tested: Sequence[tuple[Result, Test]], without: Sequence[str]
+) -> ReportTable:
+    tests = [test for _, test in tested]
+    reach = max(abs(x) for t in tests for x in (t.low or 0, t.high or 0, t.difference)) or 1.0
+    columns: dict[str, Callable[[tuple[Result, Test]], str | Interval]] = {
+        "Split": lambda row: row[1].what,
+        "Method": lambda row: row[0].method,
+        "Verdict": lambda row: row[1].verdict,
+        "Difference": lambda row: f"{row[1].difference:+.2f}",
+        "95 % interval": lambda row: Interval(row[1].low, row[1].difference, row[1].high, reach),
+        "Gained": lambda row: str(row[1].gained),
+        "Lost": lambda row: str(row[1].lost),
+        "p": lambda row: p_value(row[1].p),
+        "p, corrected": lambda row: p_value(row[1].corrected),
+        "Vanilla": lambda row: f"{row[1].vanilla:.2f}",
+        "With it": lambda row: f"{row[1].method:.2f}",
+        "n": lambda row: str(row[1].questions),
+        "Images": lambda row: str(row[1].images),
+    }
+    return _table(title, {h: cell for h, cell in columns.items() if h not in without}, tested)
 
 
-def _captions(given: list[Record]) -> Captions | None:
-    """Length and repetition of long answers; None where there are none.
-
-    Long are the answers in splits whose labels are not yes and no, and whose mean length is more
-    than `LONG` words.
-    """
-    splits: dict[str, list[list[str]]] = {}
-    for record in given:
-        if record["label"] not in ("yes", "no"):
-            splits.setdefault(record["split"], []).append(words(record["answer"]))
-    long = [w for group in splits.values() if fmean(map(len, group)) > LONG for w in group]
-    if not long:
-        return None
-    return Captions(
-        answers=len(long),
-        words=fmean(map(len, long)),
-        repeated=_percent([repeated_pairs(w) for w in long]),
-        longest=fmean(map(longest_repeat, long)),
-    )
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, without marks."""
-    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
-
-
-def repeated_pairs(sequence: Sequence[str]) -> float:
-    """Share of the pairs of neighbours that occurred before in the same sequence (RE-2)."""
-    pairs = list(itertools.pairwise(sequence))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def longest_repeat(sequence: Sequence[str]) -> int:
-    """Length of the longest piece that occurs again later; the two may overlap, as loops do."""
-
-    def twice(length: int) -> bool:
-        pieces = [tuple(sequence[i : i + length]) for i in range(len(sequence) - length + 1)]
-        return len(set(pieces)) < len(pieces)
-
-    low, high = 0, max(0, len(sequence) - 1)  # a piece that repeats holds shorter ones that do
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if twice(middle) else (low, middle - 1)
-    return low
-
-
-# -- papers ----------------------------------------------------------------------------------------
-
-
-def _published(model: str, b: Benchmark, results: list[Result], questions: int) -> list[Beside]:
-    """Every number of a paper for which we have one too.
-
-    Our method is matched by its name, whatever its parameters: they stand in its text form.
-    """
-    ours = {r.method: r.scores for r in results}
-    plain = ours.get(VANILLA, {})
-    known = published.rows(model, b, {name(method) for method in ours})
-    bases = {(row.source, key): row.values[key] for row in known if row.method == VANILLA
-             for key in row.values}  # fmt: skip
-    found = []
-    for row in known:
-        for method, scores in ours.items():
-            for score, value in row.values.items():
-                if name(method) != row.method or math.isnan(scores.get(score, math.nan)):
-                    continue
-                base = bases.get((row.source, score))
-                compared = row.method != VANILLA
-                found.append(
-                    Beside(
-                        score=score,
-                        method=method,
-                        variant=row.variant,
-                        source=row.source,
-                        paper=value,
-                        ours=scores[score],
-                        difference=scores[score] - value,
-                        gain=value - base if compared and base is not None else None,
-                        our_gain=scores[score] - plain[score]
-                        if compared and score in plain
-                        else None,
-                        questions=row.questions,
-                        fewer=questions if questions < row.questions else None,
-                    )
-                )
-    return found
-
-
-def name(method: str) -> str:
-    """A method's name without its parameters; stacks stay as they are."""
-    return method if "+" in method else method.partition("(")[0]
-
-
-# -- JSON ------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts; what is not defined is None; pictures stay out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if f.name != "thumbnail"
+def _answers(results: list[Result]) -> ReportTable:
+    columns: dict[str, Callable[[Result], str | Interval]] = {
+        "Method": lambda r: r.method,
+        "Answered": lambda r: str(r.answered),
+        "Failed": lambda r: str(r.failed),
+        "Missing": lambda r: str(r.missing),
+        "ms per answer, median": lambda r: _cell(r.ms, 1),
+    }
+    if any(r.yes_questions for r in results):
+        columns |= {
+            "Yes/no answers": lambda r: str(r.yes_questions),
+            "Yes, %": lambda r: _cell(r.yes_ratio, 2),
+            "Yes labels, %": lambda r: _cell(r.label_yes_ratio, 2),
         }
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _table("Answers", columns, results)
+
+
+def _captions(results: list[Result]) -> ReportTable:
+    heads = ["Method", "Captions", "Words", "Repeated word pairs, %", "Longest repeat, words"]
+    rows: list[list[str | Interval]] = [
+        [r.method, str(c.answers), f"{c.words:.1f}", f"{c.repeated:.2f}", f"{c.longest:.2f}"]
+        for r in results
+        if (c := r.captions)
+    ]
+    return ReportTable("Length and repetition of captions, means", heads, rows)
+
+
+def _published(verdict: Verdict) -> ReportTable:
+    def signed(value: float | None) -> str:
+        return "" if value is None else f"{value:+.{verdict.digits}f}"
+
+    columns: dict[str, Callable[[Comparison], str | Interval]] = {
+        "Score": lambda c: c.score,
+        "Method": lambda c: f"{c.method}, {c.variant}" if c.variant else c.method,
+        "n, ours": lambda c: (
+            str(verdict.questions) if c.fewer is None else f"{c.fewer} of its {c.questions}"
+        ),
+        "Ours": lambda c: _cell(c.ours, verdict.digits),
+        "Paper": lambda c: _cell(c.paper, verdict.digits),
+        "Difference": lambda c: signed(c.difference),
+        "Our gain": lambda c: signed(c.our_gain),
+        "Its gain": lambda c: signed(c.gain),
+        "Source": lambda c: c.source,
+    }
+    title = "Beside published numbers (difference: ours minus theirs; gain: over vanilla)"
+    table = _table(title, columns, sorted(verdict.published, key=lambda c: c.score))
+    table.grouped = True
+    return table
+
+
+def _cell(value: str | float, digits: int) -> str:
+    if isinstance(value, str):
+        return value
+    return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+# -- Markdown --------------------------------------------------------------------------------------
+
+
+def markdown(sections: list[Section]) -> str:
+    """The report as Markdown, without pictures."""
+    return "\n".join(["# Report", "", *map(_as_markdown, parts(sections))])
+
+
+def _as_markdown(part: Part) -> str:
+    if isinstance(part, Heading):
+        return f"{'#' * part.level} {_escaped(part.text)}\n"
+    if isinstance(part, Lines):
+        return "".join(f"- {marked(v)}{_escaped(t)}\n" for v, t in part.items)
+    if isinstance(part, ReportTable):
+        return f"**{part.title}**\n\n" + _pipes(part.heads, [[*map(flat, r)] for r in part.rows])
+    lines = [f"**Answers that {part.method} changed**\n"]
+    for what, examples in (("gained", part.gained), ("lost", part.lost)):
+        rows = [[what, _place(e), e.question, e.label, e.vanilla, e.answer] for e in examples]
+        if rows:
+            lines.append(_pipes(["", "Image", "Question", "Label", "Vanilla", part.method], rows))
+    return "\n".join(lines)
+
+
+def _place(example: Example) -> str:
+    return f"{example.image or ''} ({example.split} {example.line})"
+
+
+def _pipes(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def marked(verdict: str) -> str:
+    return f"{MARKS[verdict]} " if verdict in MARKS else ""
+
+
+def flat(cell: str | Interval) -> str:
+    if isinstance(cell, Interval):
+        known = cell.low is not None and cell.high is not None
+        return f"{cell.low:+.2f} to {cell.high:+.2f}" if known else "none"
+    return marked(cell) + cell

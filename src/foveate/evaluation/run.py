@@ -10,15 +10,15 @@ A run of n shards has one such folder per shard, ``shard-i-of-n``, inside its ow
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import platform
 import shlex
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,13 +26,91 @@ from typing import Any
 
 from ..base import __version__
 from ..base.errors import FoveateError
-from ..base.journal import Journal, alike, difference, write_json
-from .benchmark import Benchmark, Problems, Record, Sample
+from ..base.journal import Journal, alike, difference, finite, write_json
+from ..core.method import Method, as_stack, text
+from .benchmark import Benchmark, EvalRecord, Problems, Sample, scored
 
 RECORDS, RUN, RESULTS, SESSIONS = "records.jsonl", "run.json", "results.json", "sessions.jsonl"
-HEARTBEAT = 10.0  # seconds between notes of the time worked: what a kill may lose of it
+HEARTBEAT = 10.0  # seconds between notes of the time worked; a kill loses no more
 
+Stack = tuple[Method, ...]
 Watch = Callable[[int, int, str], None]
+
+
+def unwatched(done: int, total: int, what: str) -> None:
+    """A `Watch` that does nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which questions to ask with which methods, how, and where the answers go.
+
+    Attributes:
+        methods: text forms, methods, or stacks of them; "vanilla" is the plain model.
+        out: the run's folder. A shard of several writes to ``shard-i-of-n`` in it.
+        root: the folder with the user's data sets; None reads from the hub.
+        limit: only the first so many questions of every split.
+        batch_size: questions at a time; None = 64 on an accelerator, 32 on a CPU. Halved where
+            memory does not suffice, and grown back (`foveate.base.memory.Size`).
+        shard: (i, n): every n-th image, from the i-th on, counted from 0.
+        seed: of torch's generator, for methods that draw from it.
+        share: False asks one by one, as published code does.
+        resume: go on with what the folder holds; False refuses a folder that holds records.
+
+    Raises:
+        FoveateError: a method that cannot be read, numbers that make no sense, or something given
+            twice.
+    """
+
+    benchmarks: Sequence[Benchmark]
+    methods: Sequence[str | Method | Stack]
+    out: Path
+    root: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    seed: int = 0
+    share: bool = True
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        number, count = self.shard
+        names = [str(b) for b in self.benchmarks]
+        for name in names:
+            if names.count(name) > 1:
+                raise FoveateError(f"The benchmark {name} is given twice: give it once.")
+        if not 0 <= number < count:
+            raise FoveateError(
+                f"There is no shard {number}/{count}: shards of {count} are 0/{count} to "
+                f"{count - 1}/{count}."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise FoveateError(f"The limit must be 1 or more questions, got {self.limit}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise FoveateError(f"The batch size must be 1 or more, got {self.batch_size}.")
+        _ = self.stacks
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """The methods by their text form."""
+        return read_stacks(self.methods)
+
+    @property
+    def folder(self) -> Path:
+        """Where this shard writes."""
+        number, count = self.shard
+        return self.out if count == 1 else self.out / f"shard-{number}-of-{count}"
+
+
+def read_stacks(methods: Sequence[str | Method | Stack]) -> dict[str, Stack]:
+    """Stacks of methods by their text form. Raises `FoveateError` for one given twice."""
+    stacks: dict[str, Stack] = {}
+    for given in methods:
+        stack = as_stack(*(given if isinstance(given, tuple) else (given,)))
+        if text(stack) in stacks:
+            raise FoveateError(f"The method {text(stack)} is given twice: give it once.")
+        stacks[text(stack)] = stack
+    return stacks
 
 
 @dataclass(frozen=True)
@@ -41,8 +119,7 @@ class Question:
 
     Attributes:
         benchmark: its text form.
-        limit: length limit of the answer, in tokens; the sample's own stands before the
-            benchmark's.
+        limit: of the answer, in tokens; the sample's own limit comes before the benchmark's.
     """
 
     benchmark: str
@@ -54,8 +131,8 @@ class Question:
         return (self.benchmark, self.sample.split, self.sample.line, method)
 
 
-def key(record: Record) -> Hashable:
-    """What tells records apart: ids do not, as some benchmarks repeat them."""
+def key(record: EvalRecord) -> Hashable:
+    """What tells records apart. Ids do not, as some benchmarks repeat them."""
     return (record["benchmark"], record["split"], record["line"], record["method"])
 
 
@@ -63,67 +140,39 @@ class Run:
     """A run's folder while it is filled.
 
     Args:
-        benchmarks, root, limit: what to ask, see `foveate.evaluation.ask.evaluate`.
-        model, dtype, methods: names, who answers; revision, commit: of a model from the hub.
-        out: the folder; of a shard of several its parent.
+        source: the model, as `VLM.source` says it.
+        dtype: of the model.
+        watch: called with (questions done, of how many, what was asked).
 
     Raises:
         FoveateError: missing data, a folder that cannot be used, or that holds another run.
     """
 
     def __init__(
-        self,
-        benchmarks: Sequence[Benchmark],
-        model: str,
-        dtype: str,
-        methods: Sequence[str],
-        out: Path,
-        *,
-        revision: str | None = None,
-        commit: str | None = None,
-        root: Path | None = None,
-        limit: int | None = None,
-        shard: tuple[int, int] = (0, 1),
-        seed: int = 0,
-        resume: bool = True,
-        watch: Watch = lambda done, total, what: None,
+        self, plan: Plan, source: Mapping[str, str | None], dtype: str, watch: Watch = unwatched
     ) -> None:
-        names = [str(b) for b in benchmarks]
-        for kind, given in (("benchmark", names), ("method", methods)):
-            for name in given:
-                if list(given).count(name) > 1:
-                    raise FoveateError(f"The {kind} {name} is given twice: give it once.")
-        if not (0 <= shard[0] < shard[1]):
-            raise FoveateError(
-                f"There is no shard {shard[0]}/{shard[1]}: shards of {shard[1]} are "
-                f"0/{shard[1]} to {shard[1] - 1}/{shard[1]}."
-            )
-        if limit is not None and limit < 1:
-            raise FoveateError(f"The limit must be 1 or more questions, got {limit}.")
-        self.benchmarks, self.methods, self.watch = list(benchmarks), list(methods), watch
+        self.plan, self.watch, self.methods = plan, watch, list(plan.stacks)
+        names = [str(b) for b in plan.benchmarks]
         self.problems = {name: Problems() for name in names}
-        self.units = [
-            unit
-            for b in benchmarks
-            for unit in _units(b, _limited(b.samples(root, self.problems[str(b)]), limit), shard)
-        ]
+        self.units: list[list[Question]] = []
+        for b in plan.benchmarks:
+            samples = b.samples(plan.root, self.problems[str(b)])
+            self.units += _units(b, _limited(samples, plan.limit), plan.shard)
         for name, problems in self.problems.items():
             for line in problems.lines():
                 warnings.warn(f"{name}: {line}", stacklevel=3)
         self.configuration: dict[str, Any] = {
             "benchmarks": names,
-            "model": model,
-            "revision": revision,
-            "commit": commit,
+            **source,
             "dtype": dtype,
-            "methods": list(methods),
-            "root": None if root is None else str(root),
-            "limit": limit,
-            "shard": None if shard[1] == 1 else list(shard),
-            "seed": seed,
+            "methods": self.methods,
+            "root": None if plan.root is None else str(plan.root),
+            "limit": plan.limit,
+            "shard": None if plan.shard[1] == 1 else list(plan.shard),
+            "seed": plan.seed,
         }
-        self.folder = out if shard[1] == 1 else out / f"shard-{shard[0]}-of-{shard[1]}"
-        self._begin(out, resume)
+        self.folder = plan.folder
+        self._begin()
         self.journal = Journal(self.folder / RECORDS, key)
         try:
             self._compare()
@@ -137,18 +186,18 @@ class Run:
 
     # -- filling -----------------------------------------------------------------------------------
 
-    def jobs(self, size: int, share: bool = True) -> list[list[Question]]:
+    def jobs(self, size: int) -> list[list[Question]]:
         """Questions to ask together, of which some record is missing.
 
-        All about one image, or up to `size` about an image each, with one limit; without `share`,
-        one by one. They depend on what is asked alone and not on what is there already, so a
-        batch that was cut off is asked again as it was.
+        All questions of a job are about one image, or up to `size` questions about an image each;
+        they have one limit. Without `share` they are single questions. Jobs do not depend on the
+        records that are there, so a batch that was cut off is asked again as it was.
         """
         jobs: list[list[Question]] = []
         open_: dict[Hashable, list[Question]] = {}  # jobs with room, about an image each
         for unit in self.units:
-            if len(unit) > 1 or not share:
-                jobs += [unit] if share else [[question] for question in unit]
+            if len(unit) > 1 or not self.plan.share:
+                jobs += [unit] if self.plan.share else [[question] for question in unit]
                 continue
             kind = (unit[0].benchmark, unit[0].limit)
             if kind not in open_:
@@ -163,11 +212,11 @@ class Run:
         questions, rows = list(job), self.journal.rows
         return [name for name in self.methods if any(q.key(name) not in rows for q in questions)]
 
-    def keep(self, records: Iterable[Record]) -> None:
+    def keep(self, records: Iterable[EvalRecord]) -> None:
         """Write the records that are not there yet."""
         for record in records:
             if key(record) not in self.journal.rows:
-                self.journal.append(_finite(record))
+                self.journal.append(finite(record))
                 what = f"{record['benchmark']}, {record['method']}"
                 self.watch(len(self.journal.rows), self.total, what)
             if time.monotonic() - self.beat > HEARTBEAT:
@@ -177,7 +226,8 @@ class Run:
         """Write ``results.json`` and return its content."""
         self._note_time()
         sessions = list(self.sessions.rows.values())
-        results = summarise(self.configuration, list(self.journal.rows.values()), self.benchmarks)
+        records = list(self.journal.rows.values())
+        results = summarise(self.configuration, records, self.plan.benchmarks)
         for name, problems in self.problems.items():
             results["benchmarks"][name]["problems"] = problems.counts
         results["environment"] = environment | {
@@ -186,7 +236,7 @@ class Run:
             "sessions": len(sessions),
             "wall_seconds": round(sum(row["seconds"] for row in sessions), 3),
         }
-        results = _finite(results)
+        results = finite(results)
         write_json(self.folder / RESULTS, results)
         return results
 
@@ -207,14 +257,14 @@ class Run:
 
     # -- the folder --------------------------------------------------------------------------------
 
-    def _begin(self, out: Path, resume: bool) -> None:
-        """Make the folder, or see that what is there is this run's."""
-        own = self.configuration["shard"]
-        for other in run_folders(out):
+    def _begin(self) -> None:
+        """Make the folder, or check that what is there belongs to this run."""
+        shard = self.configuration["shard"]
+        for other in run_folders(self.plan.out):
             begun = read_run(other)
-            shards = isinstance(begun, dict) and begun.get("shard") and own
+            shards = isinstance(begun, dict) and begun.get("shard") and shard
             if shards and other != self.folder:  # another shard, whose number differs
-                begun = begun | {"shard": [own[0], begun["shard"][1]]}
+                begun = begun | {"shard": [shard[0], begun["shard"][1]]}
             if not alike(begun, self.configuration):
                 raise FoveateError(f"{other} {difference(begun, self.configuration)}.")
         records = self.folder / RECORDS
@@ -222,7 +272,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             size = records.stat().st_size if records.exists() else 0
             if (self.folder / RUN).exists():
-                if size and not resume:
+                if size and not self.plan.resume:
                     raise FoveateError(
                         f"{self.folder} already holds records: go on with --resume, or give "
                         "another --out."
@@ -239,7 +289,7 @@ class Run:
             ) from error
 
     def _compare(self) -> None:
-        """See that the records are about the questions that the data hold now."""
+        """Check that the records answer the questions that the data hold now."""
         questions = {q.key(m): q.sample for unit in self.units for q in unit for m in self.methods}
         for row_key, row in self.journal.rows.items():
             sample = questions.get(row_key)
@@ -301,45 +351,31 @@ def _units(b: Benchmark, samples: list[Sample], shard: tuple[int, int]) -> list[
 
 
 def summarise(
-    configuration: dict[str, Any], records: Sequence[Record], benchmarks: Sequence[Benchmark]
+    configuration: dict[str, Any], records: Sequence[EvalRecord], benchmarks: Sequence[Benchmark]
 ) -> dict[str, Any]:
     """Scores of every benchmark and method of a run among its records."""
-    found = {}
-    parts: dict[tuple[str, str], list[Record]] = {}
+    results = {}
+    parts: dict[tuple[str, str], list[EvalRecord]] = {}
     for record in records:
         parts.setdefault((record["benchmark"], record["method"]), []).append(record)
     for b in benchmarks:
         entries: dict[str, Any] = {}
         for name in configuration["methods"]:
-            own = parts.get((str(b), name), [])
-            errors = [r["error"] for r in own if r["error"] is not None]
-            times = sorted(r["ms"] for r in own)
-            scores: dict[str, float] = {}
-            notes = b.notes(own)
+            rows = parts.get((str(b), name), [])
+            errors = [r["error"] for r in rows if r["error"] is not None]
+            times = sorted(r["ms"] for r in rows)
+            scores, notes = scored(b, rows)
             if errors:
-                notes.append(f"{len(errors)} of {len(own)} failed, the first: {errors[0]}")
-            try:
-                scores = b.score(own) if len(errors) < len(own) else {}
-            except FoveateError as error:  # a word list that is not there, a damaged one
-                notes.append(f"Not scored: {error}")
+                notes.append(f"{len(errors)} of {len(rows)} failed, the first: {errors[0]}")
             entries[name] = {
-                "questions": len(own),
+                "questions": len(rows),
                 "errors": len(errors),
                 "ms": times[len(times) // 2] if times else None,
                 "scores": scores,
                 "notes": notes,
             }
-        found[str(b)] = {"options": b.parameters(), "methods": entries}
-    return {"run": configuration, "benchmarks": found}
-
-
-def _finite(value: Any) -> Any:
-    """The same as JSON knows it: lists, and None for what is no finite number."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        results[str(b)] = {"options": b.parameters(), "methods": entries}
+    return {"run": configuration, "benchmarks": results}
 
 
 # -- environment -----------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Sweeps: a method over values of one or two of its parameters, as one run, held against vanilla.
+"""Sweeps: a method over values of one or two of its parameters, in one run, compared with vanilla.
 
-    grid = Grid.read("clvs", ["smoothing=0.5..1.0/0.1"])
-    sweep(grid, POPE(), VLM.load("pocket"), Path("runs/s"), root=data)
+    grid = SweepGrid.read("clvs", ["smoothing=0.5..1.0/0.1"])
+    sweep(grid, Plan([POPE()], grid.methods, Path("runs/s"), root=data), VLM.load("pocket"))
 
-Every combination of values is a method like any other, so a sweep is an ordinary run of
-`foveate.evaluation.ask`: it goes on where it was killed, and `foveate report` reads it, too.
+Every combination of values is a method, so a sweep is an ordinary run of `foveate.evaluation.ask`:
+it goes on where it was killed, and `foveate report` reads it, too.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..backends.transformers.anatomy import anatomy
-from ..base import significance
+from ..base import stats
 from ..base.errors import FoveateError
 from ..base.journal import write_json
 from ..core.method import Method, as_stack, text
-from ..insight.plots.sweep import show_sweep
 from ..vlm.vlm import VLM
-from .ask import evaluate
-from .benchmark import Benchmark, Record
+from .ask import as_record, evaluate
+from .benchmark import Benchmark, EvalRecord, image_of
 from .merge import Key, gaps, merge, read_runs
-from .run import Watch
+from .run import Plan, Question, Stack, Watch, unwatched
+
+Records = list[EvalRecord]
+ByMethod = dict[str, Records]
 
 ACCURACY = "accuracy"
 MOST = 1_000  # settings in a sweep
-GROUPS = 50  # of images, for the intervals of scores that are no mean over questions
+GROUPS = 50  # of images, for the intervals of scores that are not a mean over questions
 UNITS = {"length": "words", "score": "points", "perception": "points", "cognition": "points"}
 NUMBER = r"([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}/{NUMBER}")
@@ -59,17 +60,17 @@ class Axis:
 
     @property
     def numeric(self) -> bool:
-        """Whether all values are numbers and have a place on a scale."""
+        """Whether all values are numbers."""
         return _numbers(self.values)
 
     @property
     def places(self) -> list[float]:
-        """Of the values on a line: numbers where they are, others one after the other."""
+        """Where the values lie on a line: numbers at their value, others at 0, 1, 2, ..."""
         return list(self.values) if self.numeric else list(map(float, range(len(self.values))))
 
     @property
     def default_at(self) -> float | None:
-        """The default's place on that line; None where it is not on it."""
+        """Where the default lies on that line; None outside of it."""
         if self.default in self.values:
             return self.places[self.values.index(self.default)]
         within = self.numeric and _numbers([self.default])
@@ -77,23 +78,28 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """Every combination of values as methods.
 
     Attributes:
         stack: the methods that are varied.
         axes: one or two.
-        places: per axis, which method of the stack has the parameter, and the field's name.
+        places: per axis, the number of the method in the stack, and the field's name.
         settings: a value of every axis -> the methods with these values.
     """
 
-    stack: tuple[Method, ...]
+    stack: Stack
     axes: tuple[Axis, ...]
     places: tuple[tuple[int, str], ...]
-    settings: dict[tuple[Any, ...], tuple[Method, ...]]
+    settings: dict[tuple[Any, ...], Stack]
+
+    @property
+    def methods(self) -> list[str | Method | Stack]:
+        """What a sweep asks: vanilla, and every setting."""
+        return ["vanilla", *self.settings.values()]
 
     @classmethod
-    def read(cls, method: str, over: Sequence[str]) -> Grid:
+    def read(cls, method: str, over: Sequence[str]) -> SweepGrid:
         """From ``"clvs"`` and one or two such as ``"smoothing=0.5,0.7..1.0/0.1"``.
 
         Values are those of a method's text form, separated by commas; ``a..b/step`` stands for
@@ -122,19 +128,19 @@ class Grid:
                 f"The sweep has {count:,} settings, at most {MOST:,} are possible: give fewer "
                 "values."
             )
-        found: dict[tuple[Any, ...], tuple[Method, ...]] = {}
+        settings: dict[tuple[Any, ...], Stack] = {}
         for pieces in itertools.product(*(pieces for *_, pieces in named)):
             chosen = dict(zip(places, pieces, strict=True))
             varied = _varied(stack, chosen)
-            found[tuple(getattr(varied[place], field) for place, field in places)] = varied
+            settings[tuple(getattr(varied[place], field) for place, field in places)] = varied
         axes = tuple(
-            Axis(name, _ordered(key[n] for key in found)) for n, (name, *_) in enumerate(named)
+            Axis(name, _ordered(key[n] for key in settings)) for n, (name, *_) in enumerate(named)
         )
         keys = itertools.product(*(axis.values for axis in axes))
-        return cls(stack, axes, places, {key: found[key] for key in keys})
+        return cls(stack, axes, places, {key: settings[key] for key in keys})
 
 
-def _over(stack: tuple[Method, ...], given: str) -> tuple[str, int, str, list[str]]:
+def _over(stack: Stack, given: str) -> tuple[str, int, str, list[str]]:
     """The parameter as written, which method of the stack has it, its field, and the values."""
     name, _, values = (part.strip() for part in given.partition("="))
     pieces = [piece.strip() for piece in re.split(r",(?![^(\[]*[)\]])", values)]
@@ -162,9 +168,9 @@ def _values(piece: str) -> list[str]:
     """A value as it is; a range as its values."""
     if ".." not in piece or piece[0] in "'\"([":
         return [piece]
-    found = RANGE.fullmatch(piece.replace(" ", ""))
-    first, last, step = map(Decimal, found.groups()) if found else (Decimal(0),) * 3
-    if not found or step <= 0 or last < first:
+    match = RANGE.fullmatch(piece.replace(" ", ""))
+    first, last, step = map(Decimal, match.groups()) if match else (Decimal(0),) * 3
+    if not match or step <= 0 or last < first:
         raise FoveateError(
             f"Cannot read the range {piece!r}: write it like 0.5..1.0/0.1, from the smallest to "
             "the largest in steps above 0."
@@ -175,12 +181,12 @@ def _values(piece: str) -> list[str]:
             f"The range {piece!r} has {count:,} values, at most {MOST:,} are possible: take larger "
             "steps."
         )
-    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in found.groups())
+    whole = all(re.fullmatch(r"[+-]?\d+", part) for part in match.groups())
     steps = [first + number * step for number in range(count)]
     return [str(int(value)) if whole else repr(float(value)) for value in steps]
 
 
-def _varied(stack: tuple[Method, ...], chosen: dict[tuple[int, str], str]) -> tuple[Method, ...]:
+def _varied(stack: Stack, chosen: dict[tuple[int, str], str]) -> Stack:
     """The stack with the chosen texts as values, read and checked as every text form is."""
     forms = []
     for number, method in enumerate(stack):
@@ -199,8 +205,8 @@ def _varied(stack: tuple[Method, ...], chosen: dict[tuple[int, str], str]) -> tu
 
 def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
     """Each value once, numbers in ascending order."""
-    found = tuple(dict.fromkeys(values))
-    return tuple(sorted(found)) if _numbers(found) else found
+    unique = tuple(dict.fromkeys(values))
+    return tuple(sorted(unique)) if _numbers(unique) else unique
 
 
 def _numbers(values: Iterable[Any]) -> bool:
@@ -221,7 +227,7 @@ class Point:
         difference: from vanilla.
         low, high: ends of the difference's 95 % bootstrap interval; None for fewer than two images.
         gained, lost: answers that score higher, and lower, than vanilla's; None for metrics that
-            are no mean over questions.
+            are not a mean over questions.
         p: McNemar's exact two-sided p.
         corrected: p after Holm's correction for all settings.
     """
@@ -275,54 +281,42 @@ class Sweep:
 
 
 def sweep(
-    grid: Grid,
-    b: Benchmark,
-    vlm: VLM,
-    out: Path,
-    *,
-    metric: str = ACCURACY,
-    figure: Path | None = None,
-    root: Path | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    seed: int = 0,
-    resume: bool = True,
-    watch: Watch = lambda done, total, what: None,
+    grid: SweepGrid, plan: Plan, vlm: VLM, *, metric: str = ACCURACY, watch: Watch = unwatched
 ) -> Sweep:
-    """Ask every question with vanilla and every setting; write ``sweep.json`` and the figure.
+    """Ask every question with vanilla and every setting, and write ``sweep.json``.
 
     With shards, each one that ends writes what all of them have answered by then.
 
     Args:
+        plan: of one benchmark, with the grid's `methods`.
         metric: "accuracy" over all questions, or one of the names of `Benchmark.score`.
-        figure: a picture to write; None = ``sweep.png`` in `out`.
-        out, root, limit, batch_size, shard, seed, resume, watch: as in
-            `foveate.evaluation.ask.evaluate`.
+        watch: as in `foveate.evaluation.ask.evaluate`.
 
     Raises:
         FoveateError: what `evaluate` refuses, an unknown metric, a model that answered nothing.
     """
+    stats.require_statsmodels()
+    [b] = plan.benchmarks
     if metric != ACCURACY:
-        _check_metric(b, metric, root)
-    resolved = [method.resolve(anatomy(vlm.model)) for method in grid.stack]
+        _check_metric(b, metric, plan.root)
+    resolved = [method.resolve(vlm.model) for method in grid.stack]
     axes = tuple(
         dataclasses.replace(axis, default=getattr(resolved[place], field))
         for axis, (place, field) in zip(grid.axes, grid.places, strict=True)
     )
-    evaluate(
-        [b], vlm, ["vanilla", *grid.settings.values()], out,
-        root=root, limit=limit, batch_size=batch_size, shard=shard, seed=seed, resume=resume,
-        watch=watch,
-    )  # fmt: skip
-    runs = read_runs([out])
+    evaluate(plan, vlm, watch)
+    runs = read_runs([plan.out])
     points = [Point(text(stack), values) for values, stack in grid.settings.items()]
     shared, notes = _shared(merge(runs)[str(b)], ["vanilla", *(point.method for point in points)])
     if metric != ACCURACY:
         shared = {name: _about(metric, records) for name, records in shared.items()}
     plain = shared.pop("vanilla")
-    vanilla = _fill([p for p in points if p.method in shared], plain, shared, b, metric)
-    found = Sweep(
+    answered = [point for point in points if point.method in shared]
+    if metric == ACCURACY:
+        vanilla = _fill_accuracy(answered, plain, shared, b)
+    else:
+        vanilla = _fill_score(answered, plain, shared, b, metric)
+    result = Sweep(
         method=text(grid.stack),
         model=vlm.name,
         benchmark=str(b),
@@ -332,33 +326,30 @@ def sweep(
         digits=b.digits,
         axes=axes,
         questions=len(plain),
-        images=len({_image(record) for record in plain}),
+        images=len(set(map(image_of, plain))),
         vanilla=vanilla,
         points=points,
         notes=[*gaps(runs), *notes],
         revision=vlm.revision,
         commit=vlm.commit,
     )
-    write_json(out / "sweep.json", dataclasses.asdict(found))
-    show_sweep(found, figure or out / "sweep.png")
-    return found
+    write_json(plan.out / "sweep.json", dataclasses.asdict(result))
+    return result
 
 
 def _check_metric(b: Benchmark, metric: str, root: Path | None) -> None:
     """Refuse, before anything is asked, a name that the benchmark does not score."""
-    names = ("split", "line", "id", "question", "prompt", "label", "meta")
-    made_up: list[Record] = [
-        {**{name: getattr(s, name) for name in names}, "image": s.image_name, "answer": "Yes"}
-        for s in b.samples(root)
-    ]
+    made_up = [as_record(Question(str(b), s, 1), "vanilla", "", 0.0) for s in b.samples(root)]
+    for record in made_up:
+        record["answer"] = "Yes"
     known = list(dict.fromkeys([ACCURACY, *b.score(made_up)]))
     if metric not in known:
         raise FoveateError(f"{b.name} has no score {metric!r}; there are {', '.join(known)}.")
 
 
 def _shared(
-    answers: dict[str, dict[Key, Record]], names: list[str]
-) -> tuple[dict[str, list[Record]], list[str]]:
+    answers: dict[str, dict[Key, EvalRecord]], names: list[str]
+) -> tuple[ByMethod, list[str]]:
     """The questions that all settings answered, per setting and in order; what was left out.
 
     Settings without any answer are left out themselves.
@@ -368,15 +359,15 @@ def _shared(
         for name in names
     }
     silent = [name for name in names if not given[name]]
-    spoken = [set(own) for own in given.values() if own]
+    spoken = [set(records) for records in given.values() if records]
     common = set.intersection(*spoken) if spoken else set()
     if "vanilla" in silent or len(silent) == len(names) - 1 or not common:
-        errors = [r["error"] for own in answers.values() for r in own.values() if r.get("error")]
+        errors = [e for rs in answers.values() for r in rs.values() if (e := r.get("error"))]
         why = f", the first failure is: {errors[0].rstrip('.')}" if errors else ""
         raise FoveateError(
             f"There is no question that vanilla and some setting both answered{why}."
         )
-    asked = {key for own in answers.values() for key in own}
+    asked = {key for records in answers.values() for key in records}
     notes = [f"{name} answered no question." for name in silent]
     if lost := len(asked) - len(common):
         notes.append(
@@ -385,36 +376,36 @@ def _shared(
     return {n: [given[n][k] for k in sorted(common)] for n in names if n not in silent}, notes
 
 
-def _about(metric: str, records: list[Record]) -> list[Record]:
-    """The records of the split that the metric is named after; all, where it is after none."""
+def _about(metric: str, records: Records) -> Records:
+    """The records of the split in the metric's name; all records where it names none."""
     splits = {r["split"] for r in records if metric.startswith(f"{r['split']}/")}
     return [r for r in records if r["split"] in splits or not splits]
 
 
-def _fill(
-    points: list[Point],
-    plain: list[Record],
-    own: dict[str, list[Record]],
-    b: Benchmark,
-    metric: str,
-) -> float:
-    """Fill in every point's numbers; returns vanilla's."""
-    if metric == ACCURACY:
-        images = [_image(record) for record in plain]
-        before = [100 * (b.correct(record) or 0.0) for record in plain]
-        for point in points:
-            after = [100 * (b.correct(record) or 0.0) for record in own[point.method]]
-            changes = [new - old for new, old in zip(after, before, strict=True)]
-            _put(point, fmean(after), fmean(changes), significance.interval(changes, images))
-            point.gained, point.lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-            point.p = significance.mcnemar(point.gained, point.lost)
-        corrected = significance.holm([point.p for point in points if point.p is not None])
-        for point, p in zip(points, corrected, strict=True):
-            point.corrected = p
-        return fmean(before)
+def _fill_accuracy(points: list[Point], plain: Records, records: ByMethod, b: Benchmark) -> float:
+    """Fill in every point's mean score of single answers; returns vanilla's."""
+    images = [image_of(record) for record in plain]
+    before = [100 * b.grade(record) for record in plain]
+    for point in points:
+        after = [100 * b.grade(record) for record in records[point.method]]
+        changes = [new - old for new, old in zip(after, before, strict=True)]
+        point.value, point.difference = fmean(after), fmean(changes)
+        point.low, point.high = stats.interval(changes, images) or (None, None)
+        point.gained, point.lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
+        point.p = stats.mcnemar(point.gained, point.lost)
+    corrected = stats.holm([point.p for point in points if point.p is not None])
+    for point, p in zip(points, corrected, strict=True):
+        point.corrected = p
+    return fmean(before)
 
-    def measure(records: list[Record]) -> float:
-        return b.score(records).get(metric, math.nan)
+
+def _fill_score(
+    points: list[Point], plain: Records, records: ByMethod, b: Benchmark, metric: str
+) -> float:
+    """Fill in every point's score of the benchmark; returns vanilla's."""
+
+    def measure(answers: Records) -> float:
+        return b.score(answers).get(metric, math.nan)
 
     whole = measure(plain)
     if math.isnan(whole):
@@ -424,42 +415,31 @@ def _fill(
         )
     parts = _without_each(measure, plain)
     for point in points:
-        records = own[point.method]
-        value = measure(records)
+        value = measure(records[point.method])
         if math.isnan(value):
             continue
         change = value - whole
-        left = [new - old for new, old in zip(_without_each(measure, records), parts, strict=True)]
-        ends = None
+        without = _without_each(measure, records[point.method])
+        left = [new - old for new, old in zip(without, parts, strict=True)]
+        point.value, point.difference = value, change
         if left and not any(map(math.isnan, left)):
             middle = fmean(left)
             pseudo = [change + (len(left) - 1) * (middle - part) for part in left]
-            ends = significance.interval(pseudo, range(len(left)))
-        _put(point, value, change, ends)
+            point.low, point.high = stats.interval(pseudo, range(len(left))) or (None, None)
     return whole
 
 
-def _put(point: Point, value: float, difference: float, ends: tuple[float, float] | None) -> None:
-    point.value, point.difference = value, difference
-    point.low, point.high = ends or (None, None)
-
-
-def _without_each(measure: Callable[[list[Record]], float], records: list[Record]) -> list[float]:
+def _without_each(measure: Callable[[Records], float], records: Records) -> list[float]:
     """The score without one group of images, for each of up to `GROUPS` groups drawn at random.
 
-    How the score of all moves when a group is missing is what that group adds to it: the
-    jackknife's pseudo-values (Tukey 1958), which are resampled in place of single questions
-    where a score is no mean over questions (F1, pairs that must both be right, CHAIR).
+    How the score changes when a group is missing is what that group contributes: the jackknife's
+    pseudo-values (Tukey 1958). We resample these instead of single questions where a score is not
+    a mean over questions (F1, pairs that must both be right, CHAIR).
     """
-    images = list(dict.fromkeys(map(_image, records)))
+    images = list(dict.fromkeys(map(image_of, records)))
     count = min(len(images), GROUPS)
     if count < 2:
         return []
     random.Random(0).shuffle(images)
     group = {image: number % count for number, image in enumerate(images)}
-    return [measure([r for r in records if group[_image(r)] != g]) for g in range(count)]
-
-
-def _image(record: Record) -> Hashable:
-    """What a question shares with others: its image, or nothing."""
-    return record.get("image") or (record["split"], record["line"])
+    return [measure([r for r in records if group[image_of(r)] != g]) for g in range(count)]

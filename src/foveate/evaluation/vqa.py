@@ -111,10 +111,10 @@ def letter(answer: str) -> str | None:
         r"([A-D])\s*[.)\]]",
         r"(?:^|\s)([A-D])(?:\s|$)",
     ):
-        if found := re.search(place, text):
-            return found[1]
-    found_letters = re.findall(r"[A-D]", text)
-    return found_letters[0] if len(found_letters) == 1 else None
+        if match := re.search(place, text):
+            return match[1]
+    letters = re.findall(r"[A-D]", text)
+    return letters[0] if len(letters) == 1 else None
 
 
 def nearest(answer: str, options: Sequence[str]) -> int:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import nan
+from statistics import fmean
 from typing import ClassVar
 
-from .benchmark import Benchmark, Record, answered
+from .benchmark import Benchmark, EvalRecord, answered, unread_note
 from .vqa import nearest, punctuation
 
 
@@ -34,7 +35,7 @@ def opera(answer: str) -> str:
 
 
 def lmms(answer: str) -> str | None:
-    """lmms-eval's POPE: the answer must be the word and nothing else, whatever its case."""
+    """lmms-eval's POPE: the answer must be the word and nothing else; case does not matter."""
     word = answer.lower().strip()
     return word if word in ("yes", "no") else None
 
@@ -83,13 +84,17 @@ def exact(answer: str) -> str | None:
 def first_word(answer: str) -> str | None:
     """Ours: the first word where it is yes or no, else the only yes or no of the first sentence.
 
-    Case, marks and markup before the word do not matter; "know" and "not" are no answers.
+    Case, marks and markup before the word do not matter; "know" and "not" do not count.
     """
     text = answer.lower().lstrip("".join(c for c in set(answer) if not c.isalnum()))
     if start := re.match(r"(yes|no)\b", text):
         return start[1]
-    found = set(re.findall(r"\b(?:yes|no)\b", re.split(r"[.!?\n]", text)[0]))
-    return found.pop() if len(found) == 1 else None
+    said = set(re.findall(r"\b(?:yes|no)\b", re.split(r"[.!?\n]", text)[0]))
+    return said.pop() if len(said) == 1 else None
+
+
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+HEADS = ["Accuracy", "Precision", "Recall", "F1", "Yes ratio"]
 
 
 @dataclass(frozen=True)
@@ -138,25 +143,40 @@ class Counts:
             said=said,
         )
 
-    def percent(self, undefined: float = nan) -> dict[str, float]:
+    def percent(self, undefined: float = nan, epsilon: float = 0.0) -> dict[str, float]:
         """Accuracy, precision, recall, F1 and the share of the positive class, in percent.
 
-        Without smoothing: `undefined` stands for what would divide by zero.
+        Args:
+            undefined: stands for what would divide by zero.
+            epsilon: added to the denominators of precision, recall and F1.
         """
 
         def ratio(part: float, whole: float) -> float:
             return part / whole if whole else undefined
 
-        precision = ratio(self.hits, self.said)
-        recall = ratio(self.hits, self.hits + self.missed)
+        precision = ratio(self.hits, self.said + epsilon)
+        recall = ratio(self.hits, self.hits + self.missed + epsilon)
         values = {
             "accuracy": ratio(self.right, self.total),
             "precision": precision,
             "recall": recall,
-            "f1": ratio(2 * precision * recall, precision + recall),
+            "f1": ratio(2 * precision * recall, precision + recall + epsilon),
             "yes_ratio": ratio(self.said, self.total),
         }
         return {key: 100 * value for key, value in values.items()}
+
+
+def pair_scores(right: Iterable[tuple[int, bool]]) -> dict[str, float]:
+    """MME's scores of (line, right) in percent; lines 2k and 2k + 1 are a pair.
+
+    ``acc`` per question, ``acc+`` per pair of which both are right, ``score`` their sum.
+    """
+    pairs: dict[int, list[bool]] = {}
+    for line, hit in right:
+        pairs.setdefault(line // 2, []).append(hit)
+    single = 100 * fmean(hit for pair in pairs.values() for hit in pair)
+    both = 100 * fmean(len(pair) == 2 and all(pair) for pair in pairs.values())
+    return {"acc": single, "acc+": both, "score": single + both}
 
 
 @dataclass(frozen=True)
@@ -174,18 +194,13 @@ class YesNo(Benchmark):
     def parse(self, answer: str) -> str | None:
         return self.parsers[self.parser](answer)
 
-    def pairs(self, records: Iterable[Record]) -> list[tuple[str | None, str]]:
+    def pairs(self, records: Iterable[EvalRecord]) -> list[tuple[str | None, str]]:
         """What each answer says, and the label."""
         return [(self.parse(r["answer"]), r["label"]) for r in records]
 
-    def notes(self, records: Iterable[Record]) -> list[str]:
+    def notes(self, records: Iterable[EvalRecord]) -> list[str]:
         records = list(records)
         given = answered(records)
         unread = [r["answer"] for r in given if self.parse(r["answer"]) is None]
-        notes = super().notes(records)
-        if unread:
-            notes.append(
-                f"{len(unread)} of {len(given)} answers say neither yes nor no to the parser and "
-                f"count as wrong, such as {unread[0][:60]!r}."
-            )
-        return notes
+        what = "say neither yes nor no to the parser"
+        return super().notes(records) + unread_note(unread, len(given), what)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...backends.transformers.record import Recorder
 from ...base.errors import FoveateError
-from ...base.intervals import mean, ratio
+from ...base.stats import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.answering import answer_all, complete
 from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded

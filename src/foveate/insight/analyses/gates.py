@@ -11,7 +11,7 @@ import torch
 
 from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
-from ...base.intervals import mean
+from ...base.stats import mean
 from ...methods.cli.method import CLI
 from ..analysis import Analysis, Numbers, Row, Stack, rounded
 from ..truth import Picture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ...base.intervals import mean, ratio
+from ...base.stats import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.look import read
 from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
-from ...base.intervals import mean
+from ...base.stats import mean
 from ...methods.laser import LASER
 from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
 from ..truth import Picture
