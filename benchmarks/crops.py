@@ -53,11 +53,10 @@ from foveate import VLM, FoveateError
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.base.journal import Journal, write_json
 from foveate.base.stats import holm, interval, mcnemar
-from foveate.benchmarks.pocket import HABITS, SIZE, PocketBench
-from foveate.core.method import parse, text
+from foveate.benchmarks.pocket import HABITS, SIZE
+from foveate.core.method import text
 from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.benchmark import EvalRecord, Sample
-from foveate.evaluation.data import Data
 from foveate.evaluation.run import RECORDS, key
 from foveate.methods.vicrop import ViCrop, window_search
 from foveate.vlm.look import GENERAL, SHORT, read
@@ -114,7 +113,7 @@ def ask(
                     progress.update(bar, completed=done, total=total)
 
                 shard = (number, TENTHS)
-                results = evaluate(Plan([bench], [methods_], folder, shard=shard), vlm, watch=watch)
+                results = evaluate(Plan([bench], [stack], folder, shard=shard), vlm, watch=watch)
                 path = folder / f"shard-{number}-of-{TENTHS}" / RECORDS
                 with contextlib.closing(Journal(path, key)) as journal:
                     records[name] += journal.rows.values()

@@ -64,14 +64,11 @@ from benchmarks.injection_page import (  # noqa: E402
 from foveate import FoveateError  # noqa: E402
 from foveate.base.journal import Journal, difference, write_json  # noqa: E402
 from foveate.base.stats import interval  # noqa: E402
-from foveate.benchmarks.pocket import CATEGORIES, HABITS, PocketBench  # noqa: E402
-from foveate.evaluation.ask import Plan, evaluate  # noqa: E402
-from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample  # noqa: E402
-from foveate.evaluation.data import Data  # noqa: E402
+from foveate.benchmarks.pocket import CATEGORIES, PocketBench  # noqa: E402
+from foveate.evaluation.benchmark import EvalRecord  # noqa: E402
 from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
 from foveate.pocket import build  # noqa: E402
 from foveate.scenes import lessons, questions  # noqa: E402
-from foveate.scenes.export import conversations  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
 START = "start"
@@ -168,7 +165,7 @@ def make_data(folder: Path, settings: Settings) -> None:
             image = f"images/{item:05d}.png"
             Image.fromarray(np.array(pool.pixels[item])).save(folder / image)
             view, rng = questions.look(scene, box), random.Random(f"injection-{item}")
-            for row in itertools.islice(conversations(view, rng, image), settings.each):
+            for row in itertools.islice(questions.conversations(view, rng, image), settings.each):
                 file.write(json.dumps(row) + "\n")
     part.replace(folder / "conversations.jsonl")
     shutil.rmtree(folder / "pool")
@@ -228,14 +225,8 @@ def work(folder: Path, commands: Sequence[Sequence[str]]) -> None:
             raise FoveateError(f"{folder.name} ended with {done.returncode}: {' '.join(last)}")
 
 
-def ask(run: Path, model: Path, method: str, out: Path, settings: Settings) -> str:
-    """Put all questions to a model that has not answered them yet."""
-    if (out / RESULTS).exists():
-        return f"{model}: known"
-    torch.set_num_threads(1)
-    vlm = VLM.load(str(model), device="cpu", dtype=torch.float32)
-    evaluate(Plan(benches(run, settings), [method], out), vlm)
-    return f"{model}: asked"
+def complete(run: Path, runs: list[Training], settings: Settings, workers: int, limit: int) -> None:
+    """Bring every run to its end.
 
     Args:
         limit: pictures that gates are read of.
@@ -357,7 +348,7 @@ def about(run: Path, training: Training, settings: Settings) -> dict[str, Any]:
 
 def collect(run: Path, runs: list[Training], settings: Settings) -> dict[str, Any]:
     """Everything that the page shows."""
-    by_name: dict[str, dict[int, list[Record]]] = {}
+    by_name: dict[str, dict[int, list[EvalRecord]]] = {}
     for t in runs:
         by_name.setdefault(t.configuration, {})[t.seed] = answers(run, t.name, settings)
     base, first = by_name[BASE], SEEDS[0]

@@ -21,7 +21,7 @@ from foveate.backends.transformers.compat import passing, start_checkpointing
 from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
 from foveate.evaluation.ask import Plan, evaluate
-from foveate.methods.cli import method as cli
+from foveate.methods.cli import files
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.methods.cli.module import CrossLayerInjection, Summary
 from foveate.vlm.prefix import next_position, suffix_batch

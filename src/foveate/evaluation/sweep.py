@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..backends.transformers.anatomy import anatomy
 from ..base import stats
 from ..base.errors import FoveateError
 from ..base.journal import write_json
@@ -299,7 +300,7 @@ def sweep(
     [b] = plan.benchmarks
     if metric != ACCURACY:
         _check_metric(b, metric, plan.root)
-    resolved = [method.resolve(vlm.model) for method in grid.stack]
+    resolved = [method.resolve(anatomy(vlm.model)) for method in grid.stack]
     axes = tuple(
         dataclasses.replace(axis, default=getattr(resolved[place], field))
         for axis, (place, field) in zip(grid.axes, grid.places, strict=True)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...backends.transformers.anatomy import anatomy
 from ...base.stats import correlation, mean, proportion
 from ...methods.carve import CARVE
 from ...vlm.look import GENERAL, SHORT, read

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...backends.transformers.anatomy import anatomy
 from ...backends.transformers.record import Recorder
 from ...base.stats import correlation, mean, proportion
+from ...core import Sequences, Stream
 from ...methods.clvs import CLVS
 from ...vlm.answering import answer_all, complete
 from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
