@@ -9,18 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import nan
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from PIL import Image
 
 from ..evaluation import yesno
 from ..evaluation.benchmark import Benchmark, Record, Sample, Table, answered, by_split
 from ..evaluation.data import Data
+from ..evaluation.vocabulary import of_scenes
 from ..scenes import questions, world
 from ..scenes.questions import Look
-
-if TYPE_CHECKING:
-    from ..insight.heads import Vocabulary
 
 Category = Literal[
     "existence-random",
@@ -262,11 +260,4 @@ def caption_scores(group: list[Record]) -> dict[str, float]:
 
 def named(caption: str) -> list[str]:
     """The kinds of things that a caption names, repeats kept."""
-    return [mention.category for mention in _vocabulary().find(caption)]
-
-
-@functools.cache
-def _vocabulary() -> Vocabulary:
-    from ..insight.heads import pocket_samples  # imports transformers
-
-    return pocket_samples(0)[1]
+    return [mention.category for mention in of_scenes().find(caption)]

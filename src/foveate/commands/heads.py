@@ -10,7 +10,15 @@ import typer
 
 from ..base.errors import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, RevisionOption, load, new_table, print_table
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    Progress,
+    RevisionOption,
+    load,
+    new_table,
+    print_table,
+)
 
 
 @app.command()
@@ -63,7 +71,7 @@ def heads(
     The model describes every image; at each word for an object every head is removed in turn.
     Stop it whenever you like: the same command goes on, from the .jsonl file beside --out.
     """
-    from ..insight.heads import PROMPT, find_heads, folder_samples, pocket_samples
+    from ..insight.heads import PROMPT, counted, find_heads, folder_samples, pocket_samples
 
     if images and objects:
         samples, vocabulary = folder_samples(images, objects, synonyms)
@@ -80,24 +88,25 @@ def heads(
     given = {"images": images, "objects": objects, "synonyms": synonyms, "limit": limit,
              "top-k": top_k, "prompt": prompt, "max-new-tokens": max_new_tokens,
              "dtype": dtype, "revision": revision}  # fmt: skip
-    found = find_heads(
-        load(model, revision=revision, device=device, dtype=dtype),
-        samples,
-        vocabulary,
-        path,
-        prompt=prompt or PROMPT,
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        rows=rows,
-        command=shlex.join(
-            ["foveate", "heads", model]
-            + [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
-        ),
-    )
+    command = ["foveate", "heads", model]
+    command += [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    with Progress("captions") as watch:
+        content = find_heads(
+            vlm,
+            samples,
+            vocabulary,
+            path,
+            prompt=prompt or PROMPT,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            rows=rows,
+            command=shlex.join(command),
+            watch=watch,
+        )
     table = new_table("layer", "head", "score")
-    for layer, head in found["heads"]:
-        table.add_row(str(layer), str(head), f"{found['scores'][layer][head]:+.4f}")
+    for layer, head in content["heads"]:
+        table.add_row(str(layer), str(head), f"{content['scores'][layer][head]:+.4f}")
     print_table(table)
-    words = f"{found['hallucinated']} words hallucinated, {found['real']} real"
-    print(f"{found['images']} captions: {words}")
+    print(f"{content['images']} captions: {counted(content)}")
     print(f"heads: {path}, for --method \"adhh(heads='{path}')\"")
