@@ -19,7 +19,8 @@ from PIL import Image
 
 from foveate import VLM
 from foveate.scenes import world
-from foveate.serving.app import House, create_app
+from foveate.serving.app import create_app
+from foveate.serving.service import House
 from foveate.serving.settings import Settings
 
 PATIENCE = 60.0  # seconds for anything that a test waits for

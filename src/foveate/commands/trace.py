@@ -27,7 +27,7 @@ from .common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..insight.trace import Heads, Trace
+    from ..insight.seen import Heads, Seen
     from ..vlm.vlm import VLM
 
 BAR = 40  # characters
@@ -142,7 +142,7 @@ def _print_layers(vlm: VLM, picture: object, question: str, system: str | None) 
         print("The question changes nothing: no layer is chosen.")
 
 
-def _print_trace(traced: Trace, limit: int) -> None:
+def _print_trace(traced: Seen, limit: int) -> None:
     """A line per method: its answer, where its attention to the object peaks, where CLVS stopped.
 
     Means are over the answer's tokens.

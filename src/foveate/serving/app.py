@@ -2,15 +2,13 @@
 
     app = create_app(VLM.load("pocket"))        # any ASGI server runs it
 
-Whoever adds routes finds the model, the worker and the rest as ``request.app.state.house``, and
-guards them with ``Depends(authorised)``.
+More routes lie in `foveate.serving.explore`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import os
 import time
@@ -23,33 +21,18 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from ..base.errors import FoveateError
 from ..core.method import text
 from ..vlm.vlm import VLM
-from . import asking, errors, queue, wire
-from .naming import Catalogue
+from . import asking, errors, explore, queue, wire
 from .sampling import End, Event, Piece
+from .service import House, authorised, read_body
 from .settings import Settings
-
-
-class House:
-    """What the routes share: the model, its worker, what is allowed."""
-
-    def __init__(self, vlm: VLM, settings: Settings) -> None:
-        self.vlm, self.settings = vlm, settings
-        self.worker = queue.Worker(vlm, settings)
-        self.catalogue = Catalogue(vlm, settings.methods)
-        self.started = int(time.time())
-        # requests whose content is decoded at a time; fetching is waiting, and needs more
-        self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 4)
 
 
 def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
     """The server as an ASGI application; its worker runs while the application does."""
-    from . import explore  # which stands on this module
-
     house = House(vlm, settings or Settings())
 
     @contextlib.asynccontextmanager
@@ -74,16 +57,6 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
 async def refused(request: Request, error: Exception) -> Response:
     status, body, headers = errors.answer(error)
     return JSONResponse(body, status, headers)
-
-
-async def authorised(request: Request) -> None:
-    """Refuses a request without the key, where there is one."""
-    key = request.app.state.house.settings.api_key
-    given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
-    if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-        raise errors.Unauthorised(
-            "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
-        )
 
 
 open_routes = APIRouter()
@@ -143,24 +116,6 @@ async def chat_completions(request: Request) -> Response:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     return JSONResponse(writer.completion([first, *[event async for event in answer]]))
-
-
-async def read_body(request: Request, settings: Settings) -> bytes:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # what a web page may send elsewhere unasked is of another type
-        raise errors.WrongType("The body must be JSON, and its content type application/json.")
-    body, most = bytearray(), settings.body_bytes
-    try:
-        async with asyncio.timeout(settings.seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise errors.TooLarge(f"A request may have {most:,} bytes: make it smaller.")
-    except TimeoutError:
-        raise errors.TooSlow(f"The body took more than {settings.seconds:g} seconds.") from None
-    except ClientDisconnect:
-        raise errors.Gone from None
-    return bytes(body)
 
 
 def _question(house: House, body: bytes) -> tuple[wire.Completion, queue.Request]:

@@ -25,18 +25,26 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from ..core.method import get
-from ..insight.pages.report import STYLE
+from ..insight.pages.document import FOLDER
 from ..insight.pages.trace import drawn
 from ..insight.target import Target, of_kind, read
 from ..insight.trace import Trace, trace
 from ..scenes import questions, world
 from ..vlm.vlm import Chat
 from . import asking, wire
-from .app import House, authorised, read_body
 from .errors import Gone, Refusal
+from .service import House, authorised, read_body
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/draw.js": "draw.js"}
+FILES = {
+    "/": PAGE / "index.html",
+    "/page.css": PAGE / "page.css",
+    "/page.js": PAGE / "page.js",
+    "/server.js": PAGE / "server.js",
+    "/style.css": FOLDER / "style.css",  # those of saved traces, too
+    "/maps.css": FOLDER / "maps.css",
+    "/draw.js": FOLDER / "draw.js",
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -57,21 +65,15 @@ PLAIN = "The model as it is."
 page = APIRouter()
 
 
-@page.get("/style.css")
-async def style() -> Response:
-    """What all of foveate's pages look like."""
-    return Response(STYLE, media_type="text/css", headers=HEADERS)
-
-
-def _file(name: str) -> Callable[[], Any]:
+def _file(path: Path) -> Callable[[], Any]:
     async def send() -> Response:
-        return FileResponse(PAGE / name, headers=HEADERS)
+        return FileResponse(path, headers=HEADERS)
 
     return send
 
 
-for path, name in FILES.items():
-    page.get(path)(_file(name))
+for url, path in FILES.items():
+    page.get(url)(_file(path))
 
 
 # -- what it offers --------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ async def attention(request: Request) -> Response:
 
 
 def _work(house: House, body: bytes) -> Callable[[], Trace]:
-    """What the worker has to do, once everything about the request has been found to be right."""
+    """The job for the worker; a request that is not right is refused here."""
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:

@@ -364,16 +364,18 @@ class VLM:
         max_new_tokens: int,
         *,
         rewritten: float = 0.0,
+        inputs: BatchFeature | None = None,
         **generation: Any,
     ) -> list[Answer]:
         """Answers to chats as they are, from one left-padded batch.
 
         Args:
             methods: their `rewrite` has been run, which took `rewritten` seconds.
+            inputs: what `inputs` made of these chats, where it has been called.
         """
         options = self._options(max_new_tokens, generation)
         start = time.perf_counter()
-        inputs = self.inputs(chats)
+        inputs = self.inputs(chats) if inputs is None else inputs
         prepared = time.perf_counter()
         watch = Probabilities()
         if (options.get("num_beams") or self.model.generation_config.num_beams or 1) == 1:

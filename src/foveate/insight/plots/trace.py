@@ -5,10 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..seen import HeatMap, MethodTrace, Seen
 from .style import (
     BLUE,
     GAP,
@@ -26,9 +27,6 @@ from .style import (
     wrapped,
 )
 
-if TYPE_CHECKING:
-    from ..trace import Picture, Run, Trace
-
 LINES = (RED, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 OUTLINE = "#7fe0ff"
 ACROSS, HIGH, ROW_GAP = 8, 1.3, 0.62  # layers in a line; inches
@@ -43,7 +41,7 @@ _MEANS = "Curves are means over the answer's tokens."
 _MEANS_AND_TOKENS = "Thick: means over the answer's tokens; thin: single tokens."
 
 
-def show_strip(trace: Trace, path: str | Path) -> Path:
+def show_strip(trace: Seen, path: str | Path) -> Path:
     """Write every layer's heat map for every method, as a mean over the answer's tokens.
 
     Methods stand below each other and share one colour scale within a layer, from the 1st to the
@@ -103,7 +101,7 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
     return path
 
 
-def show_curves(trace: Trace, path: str | Path) -> Path:
+def show_curves(trace: Seen, path: str | Path) -> Path:
     """Write the attention to the object (without one: to the image) and u over the layers.
 
     A thick line is the mean over the answer's tokens, thin lines are single tokens where they are
@@ -168,7 +166,7 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     return path
 
 
-def _measured(trace: Trace) -> str:
+def _measured(trace: Seen) -> str:
     """What the upper curves are."""
     target = textwrap.shorten(trace.target.name if trace.target else "the image", 24)
     if trace.heads != "max":
@@ -176,7 +174,7 @@ def _measured(trace: Trace) -> str:
     return f"share on {target}" if trace.target else "largest weights, sum"
 
 
-def _colors(runs: Sequence[Run]) -> list[str]:
+def _colors(runs: Sequence[MethodTrace]) -> list[str]:
     return [LINES[number % len(LINES)] for number in range(len(runs))]
 
 
@@ -188,13 +186,13 @@ def _curve(
         panel.plot(layers, line, color=color, lw=0.6, alpha=0.35)
 
 
-def _heads(trace: Trace) -> str:
+def _heads(trace: Seen) -> str:
     if isinstance(trace.heads, str):
         return f"{trace.heads} over heads"
     return f"mean over heads {', '.join(map(str, trace.heads))}"
 
 
-def _title(run: Run, number: int) -> str:
+def _title(run: MethodTrace, number: int) -> str:
     if len(run.pictures) == 1:
         return f"{run.method}: {run.answer.text}"
     return f"{run.method}, picture {number + 1} of {len(run.pictures)}: {run.answer.text}"
@@ -215,13 +213,13 @@ def _scaled(heats: list[np.ndarray]) -> tuple[float, float]:
     return low, max(high - low, 1e-12)
 
 
-def _small(picture: Picture) -> Any:
+def _small(picture: HeatMap) -> Any:
     image = picture.image.convert("RGB")
     scale = 320 / max(image.size)
     return image.resize([max(1, round(side * scale)) for side in image.size])
 
 
-def _outline(panel: Any, trace: Trace, picture: Picture, size: tuple[int, int]) -> None:
+def _outline(panel: Any, trace: Seen, picture: HeatMap, size: tuple[int, int]) -> None:
     if trace.target is None or picture.part is None:
         return
     seen = trace.target.seen(picture.part, size)
