@@ -62,7 +62,7 @@ async function addRun(column, run, {images, layers, depth}, choose) {
       await framed(make("canvas", figure, {class: "where", role: "img",
         "aria-label": "Where on the whole picture this part lies"}), images[0], picture.frame);
   }
-  const words = make("p", column.article, {class: "numbers"});
+  const words = make("p", column.article, {class: "numbers", "aria-live": "polite"});
   Object.assign(column, {run, layers, depth, buttons, words});
 }
 
