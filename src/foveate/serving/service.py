@@ -1,6 +1,6 @@
 """What all routes stand on: the model and its worker, the key, the body of a request.
 
-A route finds the model, the worker and the rest as ``request.app.state.house``; ``Depends(
+A route finds the model, the worker and the rest as ``request.app.state.service``; ``Depends(
 authorised)`` guards it.
 """
 
@@ -20,7 +20,7 @@ from .naming import Catalogue
 from .settings import Settings
 
 
-class House:
+class Service:
     """What the routes share: the model, its worker, what is allowed."""
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
@@ -34,7 +34,7 @@ class House:
 
 async def authorised(request: Request) -> None:
     """Refuses a request without the key, where there is one."""
-    key = request.app.state.house.settings.api_key
+    key = request.app.state.service.settings.api_key
     given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
     if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
         raise errors.Unauthorised(
