@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...families.layout import WHOLE
+from ..plots.style import small
 from ..seen import HeatMap, MethodTrace, Seen, short
 from .document import document, fill, source
 
@@ -51,7 +52,7 @@ def drawn(trace: Seen) -> dict[str, Any]:
     first = trace.runs[0]
     watched = getattr(first, trace.measure)
     watched = first.on_image if watched is None else watched
-    images = [_uri(_small(trace.image))]
+    images = [_uri(small(trace.image, SIDE))]
     runs = [_run(trace, run, images) for run in trace.runs]
     return {
         "object": None if trace.target is None else trace.target.name,
@@ -75,8 +76,8 @@ def _run(trace: Seen, run: MethodTrace, images: list[str]) -> dict[str, Any]:
 
 def _picture(trace: Seen, picture: HeatMap, images: list[str]) -> dict[str, Any]:
     """One picture, its maps in one byte per cell: the root of the share of the map's maximum."""
-    small = _small(picture.image)
-    uri = _uri(small)
+    image = small(picture.image, SIDE)
+    uri = _uri(image)
     if uri not in images:
         images.append(uri)
     heat = picture.heat.astype(np.float32)
@@ -97,7 +98,7 @@ def _picture(trace: Seen, picture: HeatMap, images: list[str]) -> dict[str, Any]
         )
     return {
         "image": images.index(uri),
-        "outline": _outline(trace, picture, small.size),
+        "outline": _outline(trace, picture, image.size),
         "rows": heat.shape[-2],
         "cols": heat.shape[-1],
         "box": picture.box,
@@ -106,12 +107,6 @@ def _picture(trace: Seen, picture: HeatMap, images: list[str]) -> dict[str, Any]
         "peaks": short(peaks, 4),
         "heat": base64.b64encode((255 * shares).round().astype(np.uint8).tobytes()).decode(),
     }
-
-
-def _small(image: Image.Image) -> Image.Image:
-    image = image.convert("RGB")
-    scale = SIDE / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size])
 
 
 def _uri(image: Image.Image) -> str:

@@ -14,14 +14,15 @@ from .style import (
     COLORS,
     GAP,
     PAD,
-    PAPER,
     QUIET,
     Page,
     bare,
     check_path,
+    color_range,
     evenly,
     greys,
     lit,
+    small,
     wrapped,
 )
 
@@ -74,19 +75,14 @@ def show_attention(
         grid: where the visual tokens lie on the image.
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     aspect = image.width / image.height
     height = 1.75 * min(1.0, max(aspect, 0.5) ** -0.5) * (1.25 if aspect < 0.8 else 1.0)
     width = height * min(max(aspect, 0.45), 3.0)
     columns = evenly(len(layers), max(3, min(7, int(14 / width))))
     maps = [np.asarray(grid.heat(look.attention.float().cpu()))[columns] for look in looks]
     shares = [look.attention.float().sum(-1)[columns].tolist() for look in looks]
-    ranges = []
-    for c in range(len(columns)):
-        low, high = np.percentile([m[c] for m in maps], [1, 99])
-        low = min(low, 0.75 * high)
-        ranges.append((low, max(high - low, 1e-12)))
+    ranges = [color_range([m[c] for m in maps]) for c in range(len(columns))]
 
     page = Page(
         wide=2 * PAD + width + 0.15 + (width + GAP) * len(columns),
@@ -95,8 +91,7 @@ def show_attention(
         row=height + ROW_GAP,
         notes=HOW_TO_READ + (CUT_AWAY if grid.box != (0.0, 0.0, 1.0, 1.0) else ""),
     )
-    scale = 480 / max(image.size)
-    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    image = small(image, 480)
     back = greys(image)
     for row, look in enumerate(looks):
         top = page.top(row)
@@ -114,9 +109,7 @@ def show_attention(
             )
             bare(panel)
     _scale(page.axes(PAD, page.bottom + 0.05, min(3.2, page.wide - 2 * PAD), 0.14))
-    page.write(PAD, page.bottom + 0.52, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    return page.save(path, below=0.52)
 
 
 def _scale(panel: Any) -> None:
