@@ -606,9 +606,9 @@ def test_pictures_that_cannot_be_read_are_left_out(vlm: VLM, tmp_path: Path) -> 
 
     good = pictures(2)
     bad = Picture("bad", ("cat",), broken, mask_of, list)
-    with pytest.warns(UserWarning, match=r"1 of 3 pictures were left out; the first: It is torn"):
+    with pytest.warns(UserWarning, match=r"1 of 3 images were left out; the first: It is torn"):
         assert run(Decay(), vlm, [bad, *good], tmp_path)["pictures"] == 2
-    with pytest.raises(FoveateError, match=r"No picture could be used.*It is torn"):
+    with pytest.raises(FoveateError, match=r"No image could be used \(It is torn"):
         run(Decay(covered=0.6), vlm, [bad], tmp_path / "..")
 
 

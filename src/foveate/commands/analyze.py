@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +20,6 @@ from .common import (
     load,
     make_folder,
 )
-
-if TYPE_CHECKING:
-    from ..insight.truth import Picture
 
 
 @app.command()
@@ -83,14 +79,8 @@ def analyze(
     told = "drawn scenes, half against the pocket model's habits" if drawn else "COCO val2014"
     try:
         vlm = load(model, revision=revision, device=device, dtype=dtype)
-        with Progress("pictures") as watch:
-
-            def track(pictures: Sequence[Picture]) -> Iterator[Picture]:
-                for done, picture in enumerate(pictures, 1):
-                    yield picture
-                    watch(done, len(pictures), analysis.name)
-
-            found = run(
+        with Progress("pictures") as progress:
+            content = run(
                 analysis,
                 vlm,
                 pictures,
@@ -98,10 +88,10 @@ def analyze(
                 methods=method or (),
                 data=told,
                 command=shlex.join(["foveate", "analyze", name, *options]),
-                track=track,
+                watch=lambda done, total, _: progress(done, total, analysis.name),
             )
     except KeyboardInterrupt:
         print("foveate: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(found["caption"])
+    print(content["caption"])
     print(f"figure: {out / analysis.name}.png, numbers: {out / analysis.name}.json")

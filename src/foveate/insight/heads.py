@@ -12,7 +12,6 @@ influence on hallucinated words minus its mean influence on real ones; the highe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -34,6 +33,7 @@ from ..evaluation.vocabulary import Mention, Vocabulary, of_scenes
 from ..scenes import world
 from ..vlm.vlm import VLM, Chat
 from .ablation import Ablation
+from .reading import read_all
 
 PROMPT = "Please describe this image in detail."
 FIRST_SCENE = 900_000_000  # neither a training scene of the pocket model nor held out for its exams
@@ -184,31 +184,21 @@ def find_heads(
     if out.suffix == ".jsonl" or out.is_dir():
         raise FoveateError(f"{out} cannot hold the list: give a file that ends in .json.")
     journal = Journal(out.with_suffix(".jsonl"), lambda row: row["image"], settings)
-    failures: dict[str, str] = {}
-    wanted = {sample.name: sample for sample in samples}
     words = dict.fromkeys(LABELS, 0)
-    with contextlib.closing(journal):
-        for done, sample in enumerate(wanted.values(), 1):
-            if journal.rows.get(sample.name, {}).get("objects") != _digest(sorted(sample.objects)):
-                try:
-                    journal.append(_examine(vlm, ablation, sample, vocabulary, settings, rows))
-                except FoveateError as error:
-                    failures[sample.name] = str(error)
-            for label in LABELS:
-                words[label] += len(journal.rows.get(sample.name, {}).get(label, ()))
-            if watch:
-                watch(done, len(wanted), counted(words))
-    first = next(iter(failures.values()), "There is none.")
-    if len(failures) == len(wanted):
-        raise FoveateError(f"No image could be used ({first.rstrip('.')}): check the images.")
-    if failures:
-        warnings.warn(
-            f"{len(failures)} of {len(wanted)} images were left out; the first: {first}",
-            stacklevel=2,
-        )
-    # in the file's order: sums do not depend on who asks
-    used = wanted.keys() - failures.keys()
-    records = [row for name, row in journal.rows.items() if name in used]
+
+    def told(done: int, total: int, row: dict[str, Any] | None) -> None:
+        for label in LABELS:
+            words[label] += len(row[label]) if row else 0
+        if watch:
+            watch(done, total, counted(words))
+
+    records = read_all(
+        journal,
+        {sample.name: sample for sample in samples},
+        lambda sample: _examine(vlm, ablation, sample, vocabulary, settings, rows),
+        current=lambda sample, row: row["objects"] == _digest(sorted(sample.objects)),
+        watch=told,
+    )
     scores, counts = _scores(records, ablation)
     best = _best(scores, top_k)
     content = {

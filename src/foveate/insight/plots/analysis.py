@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def band(
     middle, low, high = (scale * np.array(means[k], float) for k in ("mean", "low", "high"))
     panel.plot(x, middle, "o-" if dots else "-", color=color, lw=1.8, ms=3.5, label=label)
     panel.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+
+
+def bands(
+    panel: Any,
+    layers: Sequence[int],
+    curves: Mapping[str, Numbers],
+    colors: Sequence[str] = SERIES,
+    scale: float = 1.0,
+) -> None:
+    """A `band` per curve over layers, by the curves' names."""
+    for color, (name, means) in zip(itertools.cycle(colors), curves.items(), strict=False):
+        band(panel, layers, means, color, name, scale)
+    whole(panel, layers)
 
 
 def marks(
