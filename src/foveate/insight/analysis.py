@@ -26,13 +26,13 @@ from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
 from ..core.method import Method, as_stack, shape, text
 from .reading import Watch, read_all
-from .truth import Picture
+from .truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ..vlm.vlm import VLM, Chat
     from .plots.analysis import Sheet
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 Numbers = dict[str, Any]
 Stack = tuple[Method, ...]
 
@@ -62,7 +62,7 @@ class Analysis(Form, ABC):
         registry.add(cls)
 
     @abstractmethod
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         """One picture's readings, ready for JSON.
 
         Args:
@@ -70,7 +70,7 @@ class Analysis(Form, ABC):
         """
 
     @abstractmethod
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         """Every number of the figure and its caption, ready for JSON; NaN where there is none."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ def parse(text: str) -> Analysis:
 def run(
     analysis: Analysis,
     vlm: VLM,
-    pictures: Sequence[Picture],
+    pictures: Sequence[AnnotatedImage],
     out: Path,
     *,
     methods: Sequence[str] = (),
@@ -222,13 +222,13 @@ def rounded(values: Tensor) -> list[Any]:
     return nested
 
 
-def about(vlm: VLM, picture: Picture, questions: Sequence[str]) -> list[Chat]:
+def about(vlm: VLM, picture: AnnotatedImage, questions: Sequence[str]) -> list[Chat]:
     """Questions about one picture; methods and models share its prefix."""
     image = picture.load()
     return [vlm.chat([image], question, None) for question in questions]
 
 
-def pooled(rows: Sequence[Row], key: str) -> tuple[list[Row], list[str]]:
+def pooled(rows: Sequence[Measurement], key: str) -> tuple[list[Measurement], list[str]]:
     """The entries that all rows hold in their list `key`, and the picture that each is of."""
     entries = [(entry, row["picture"]) for row in rows for entry in row[key]]
     return [entry for entry, _ in entries], [picture for _, picture in entries]

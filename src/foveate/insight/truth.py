@@ -44,7 +44,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
     """A picture and its ground truth, read only when asked for.
 
     Attributes:
@@ -71,12 +71,12 @@ def exists(kind: str) -> str:
     return f"Is there {questions.a(kind)} in the image?"
 
 
-def pocket_pictures(count: int) -> list[Picture]:
+def pocket_pictures(count: int) -> list[AnnotatedImage]:
     """Drawn scenes held out from training, every other one against the pocket model's habits."""
     return [_drawn(number) for number in range(count)]
 
 
-def _drawn(number: int) -> Picture:
+def _drawn(number: int) -> AnnotatedImage:
     scene = world.sample(questions.FIRST_HELD_OUT + number, ("with", "against")[number % 2])
 
     def mask(kind: str) -> np.ndarray:
@@ -88,13 +88,13 @@ def _drawn(number: int) -> Picture:
         return [Asked(q.text, q.answer, q.category if q.label else "open") for q in exam]
 
     name = f"{scene.habit}-{scene.seed}"
-    return Picture(name, tuple(world.counts(scene)), lambda: world.draw(scene), mask, asked)
+    return AnnotatedImage(name, tuple(world.counts(scene)), lambda: world.draw(scene), mask, asked)
 
 
 # ------------------------------------------------------------------------------------------ COCO
 
 
-def coco_pictures(root: Path, count: int) -> list[Picture]:
+def coco_pictures(root: Path, count: int) -> list[AnnotatedImage]:
     """Pictures of COCO val2014 with at least three categories, drawn at random, always the same.
 
     Up to three categories of each are looked for; as many that are not there are asked about, too.
@@ -148,7 +148,7 @@ def coco_pictures(root: Path, count: int) -> list[Picture]:
 
 def _photographed(
     path: Path, segments: dict[str, list[Any]], kinds: Sequence[str], image: Any
-) -> Picture:
+) -> AnnotatedImage:
     rng = random.Random(f"picture-{image}")
     present = rng.sample(sorted(segments), min(MOST, len(segments)))
     away = [kind for kind in kinds if kind not in segments]
@@ -163,7 +163,7 @@ def _photographed(
         pairs = [(kind, "yes") for kind in present] + [(kind, "no") for kind in absent]
         return [Asked(exists(kind), answer, "existence") for kind, answer in pairs]
 
-    return Picture(path.name, tuple(present), lambda: decode(path), mask, asked)
+    return AnnotatedImage(path.name, tuple(present), lambda: decode(path), mask, asked)
 
 
 def union(segmentations: Sequence[Any], width: int, height: int) -> np.ndarray:

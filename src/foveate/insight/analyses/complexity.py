@@ -15,8 +15,8 @@ from torch import Tensor
 from ...base.intervals import correlation, mean, proportion
 from ...methods.carve import CARVE
 from ...vlm.look import GENERAL, SHORT, read
-from ..analysis import Analysis, Numbers, Row, Stack, about, chance, pooled, rounded
-from ..truth import Picture
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, chance, pooled, rounded
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -58,7 +58,7 @@ class Complexity(Analysis):
         self.require(0 < self.low <= self.high, "the thresholds must be 0 < low <= high")
         self.require(self.steps >= 1, "steps must be 1 or more")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         asked = picture.asked()
         texts = [GENERAL, *(question.text for question in asked)]
         chats = about(vlm, picture, [text + SHORT for text in texts])
@@ -84,7 +84,7 @@ class Complexity(Analysis):
             "questions": questions,
         }
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         asked, pictures = pooled(rows, "questions")
         deep = rows[0]["deep"]
         curves = {kind: np.array([q[kind] for q in asked]) for kind in KINDS}

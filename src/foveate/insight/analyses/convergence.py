@@ -17,8 +17,18 @@ from ...backends.transformers.record import Recorder
 from ...base.intervals import correlation, mean, proportion
 from ...methods.clvs import CLVS
 from ...vlm.answering import answer_all, complete
-from ..analysis import Analysis, Numbers, Row, Stack, about, chance, percent, pooled, rounded
-from ..truth import Picture
+from ..analysis import (
+    Analysis,
+    Measurement,
+    Numbers,
+    Stack,
+    about,
+    chance,
+    percent,
+    pooled,
+    rounded,
+)
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...core.context import Context
@@ -75,7 +85,7 @@ class Convergence(Analysis):
     def check(self) -> None:
         self.require(self.top_k >= 2, "top_k must be 2 or more")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         asked = picture.asked()
         chats = about(vlm, picture, [question.text for question in asked])
         answers = complete(answer_all(vlm, chats, (Lens(),), 1))
@@ -104,7 +114,7 @@ class Convergence(Analysis):
             written = plan.unembed(norm(stream[-1])).argmax(-1)
             return clvs.uncertainty(stream, plan), tokens, int(written)
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         asked, pictures = pooled(rows, "questions")
         u = np.array([q["u"] for q in asked])  # (N, L)
         converged = np.array([q["converged"] for q in asked])

@@ -14,8 +14,8 @@ from ...base.errors import FoveateError
 from ...base.intervals import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.answering import answer_all, complete
-from ..analysis import Analysis, Numbers, Row, Stack, about, percent, pooled, rounded
-from ..truth import Picture, exists
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, percent, pooled, rounded
+from ..truth import AnnotatedImage, exists
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -49,11 +49,11 @@ class Decay(Analysis):
     def check(self) -> None:
         self.require(0 < self.covered <= 1, "covered must lie above 0 and not above 1")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         chats = about(vlm, picture, [exists(kind) for kind in picture.objects])
         grids = vlm.grids(chats[0])
         masks = [picture.target(kind) for kind in picture.objects]
-        objects: list[Row] = [{"object": kind} for kind in picture.objects]
+        objects: list[Measurement] = [{"object": kind} for kind in picture.objects]
         layers: tuple[int, ...] = ()
         for name, stack in stacks.items():
             answers = complete(answer_all(vlm, chats, (*stack, Recorder()), 1))
@@ -68,7 +68,7 @@ class Decay(Analysis):
                 }
         return {"layers": list(layers), "objects": objects}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         asked, pictures = pooled(rows, "objects")
         pictures = [picture for picture, o in zip(pictures, asked, strict=True) if o["area"]]
         seen = [o for o in asked if o["area"]]

@@ -12,8 +12,8 @@ import torch
 from ...base.errors import FoveateError
 from ...base.intervals import mean
 from ...methods.cli.method import CLI
-from ..analysis import Analysis, Numbers, Row, Stack, rounded
-from ..truth import Picture
+from ..analysis import Analysis, Measurement, Numbers, Stack, rounded
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -44,7 +44,7 @@ class Gates(Analysis):
                 '"cli(path=FOLDER)", and the model that it was trained with by --model.'
             )
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         injecting = {
             name: stack
             for name, stack in stacks.items()
@@ -52,7 +52,7 @@ class Gates(Analysis):
         }
         image, asked = picture.load(), picture.asked()
         chats = [vlm.chat([image], question.text, None) for question in asked]
-        found: Row = {}
+        found: Measurement = {}
         for name, stack in injecting.items():
             with torch.no_grad(), vlm.using(stack, chats):
                 gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
@@ -64,7 +64,7 @@ class Gates(Analysis):
             }
         return {"methods": found}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         found: Numbers = {}
         for name, first in rows[0]["methods"].items():
             read = [(row["picture"], np.array(row["methods"][name]["gates"])) for row in rows]

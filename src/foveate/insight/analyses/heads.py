@@ -12,8 +12,8 @@ import numpy as np
 from ...base.intervals import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.look import read
-from ..analysis import Analysis, Numbers, Row, Stack, about, percent, pooled, rounded
-from ..truth import Picture, exists
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, percent, pooled, rounded
+from ..truth import AnnotatedImage, exists
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -41,7 +41,7 @@ class Heads(Analysis):
     def check(self) -> None:
         self.require(0 < self.covered <= 1, "covered must lie above 0 and not above 1")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         chats = about(vlm, picture, [exists(kind) for kind in picture.objects])
         readings = read(vlm, chats, None, heads="all")
         objects = []
@@ -59,7 +59,7 @@ class Heads(Analysis):
             )
         return {"layers": list(readings[0].layers), "objects": objects}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         asked, pictures = pooled(rows, "objects")
         image = mean([o["on_image"] for o in asked], pictures)
         pictures = [picture for picture, o in zip(pictures, asked, strict=True) if o["area"]]

@@ -11,8 +11,18 @@ import numpy as np
 from ...base.errors import FoveateError
 from ...base.intervals import mean
 from ...methods.laser import LASER
-from ..analysis import Analysis, Numbers, Row, Stack, about, chance, percent, pooled, rounded
-from ..truth import Picture
+from ..analysis import (
+    Analysis,
+    Measurement,
+    Numbers,
+    Stack,
+    about,
+    chance,
+    percent,
+    pooled,
+    rounded,
+)
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -41,7 +51,7 @@ class Layers(Analysis):
     def check(self) -> None:
         LASER(heads=self.heads, noq=self.noq)
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
         method = LASER(heads=self.heads, noq=self.noq).resolve(vlm.model)
         assert isinstance(method, LASER)
         asked = picture.asked()
@@ -54,7 +64,7 @@ class Layers(Analysis):
             )
         return {"layers": list(method.layers or ()), "questions": questions}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         layers: list[int] = rows[0]["layers"]
         asked, pictures = pooled(rows, "questions")
         if all(q["layer"] is None for q in asked):
