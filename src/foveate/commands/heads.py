@@ -24,20 +24,23 @@ from .common import (
 @app.command()
 def heads(
     model: Annotated[
-        str, typer.Argument(help="pocket, a saved model's folder, or a hub name.")
+        str, typer.Argument(help="Give pocket, a saved model's folder, or a hub name.")
     ] = "pocket",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images; the pocket model draws its own.")
+        Path | None,
+        typer.Option(help="Describe the images of this folder; the pocket model draws its own."),
     ] = None,
     objects: Annotated[
         Path | None,
         typer.Option(
-            help='What they show: lines of {"image": "a.jpg", "objects": ["cup", "dog"]}.'
+            help='Read what they show: lines of {"image": "a.jpg", "objects": ["cup", "dog"]}.'
         ),
     ] = None,
     synonyms: Annotated[
         Path | None,
-        typer.Option(help="Lines of `category, synonym, ...`; default: the words in --objects."),
+        typer.Option(
+            help="Read words from lines of `category, synonym, ...`; default: those in --objects."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -45,22 +48,27 @@ def heads(
             "--limit",
             "--scenes",
             min=1,
-            help="How many images to use (default: all), or scenes to draw (default: 400).",
+            help="Use so many images (default: all), or draw so many scenes (default: 400).",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Heads to list; default: 20, but at most a tenth of all heads."),
+        typer.Option(min=1, help="List so many heads; default: 20, but at most a tenth of all."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to write; default: heads-MODEL.json.")
+        Path | None, typer.Option(help="Write this JSON file; default: heads-MODEL.json.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Default: Please describe this image in detail.")
+        str | None, typer.Option(help="Ask this; default: Please describe this image in detail.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="End captions after so many tokens.")
+    ] = 128,
     rows: Annotated[
-        int, typer.Option(min=1, help="Heads times tokens per forward: more need more memory.")
+        int,
+        typer.Option(
+            min=1, help="Run so many heads times tokens per forward; more need more memory."
+        ),
     ] = 256,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -69,7 +77,7 @@ def heads(
     """Find the heads that favour words for things that are not there: the list for adhh.
 
     The model describes every image; at each word for an object every head is removed in turn.
-    Stop it whenever you like: the same command goes on, from the .jsonl file beside --out.
+    You can stop it at any time: the same command goes on, from the .jsonl file beside --out.
     """
     from ..insight.heads import PROMPT, counted, find_heads, folder_samples, pocket_samples
 

@@ -97,14 +97,14 @@ class Ablation:
             (n, layers, heads) float32 on the CPU: p(token) - p(token without the head).
         """
         variants = 1 + self.layers * self.heads  # nothing removed, then each head
-        found = [
+        probabilities = [
             self._probabilities(caption, [places[i // variants] for i in chunk], chunk, variants)
             for start in range(0, len(places) * variants, rows)
             for chunk in [range(start, min(start + rows, len(places) * variants))]
         ]
-        if not found:
+        if not probabilities:
             return torch.zeros(0, self.layers, self.heads)
-        p = torch.cat(found).view(len(places), variants)
+        p = torch.cat(probabilities).view(len(places), variants)
         return (p[:, :1] - p[:, 1:]).view(len(places), self.layers, self.heads)
 
     def _probabilities(

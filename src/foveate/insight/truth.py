@@ -111,10 +111,10 @@ def coco_pictures(root: Path, count: int) -> list[AnnotatedImage]:
         data = json.loads(file.read_bytes())
         kinds = {row["id"]: str(row["name"]) for row in data["categories"]}
         files = {row["id"]: str(row["file_name"]) for row in data["images"]}
-        found: dict[Any, dict[str, list[Any]]] = {}
+        segments: dict[Any, dict[str, list[Any]]] = {}
         for row in data["annotations"]:
-            own = found.setdefault(row["image_id"], {})
-            own.setdefault(kinds[row["category_id"]], []).append(row["segmentation"])
+            of_image = segments.setdefault(row["image_id"], {})
+            of_image.setdefault(kinds[row["category_id"]], []).append(row["segmentation"])
     except OSError as error:
         raise FoveateError(
             f"{file} cannot be read ({error.strerror}): give the folder of COCO that has "
@@ -126,7 +126,7 @@ def coco_pictures(root: Path, count: int) -> list[AnnotatedImage]:
             "segmentation are expected."
         ) from error
     places = [root / SPLIT, root / "images" / SPLIT, root / "images"]
-    many = [image for image, own in found.items() if len(own) >= FEWEST and image in files]
+    many = [image for image in segments if len(segments[image]) >= FEWEST and image in files]
     pictured = {
         image: path
         for image in many
@@ -141,7 +141,7 @@ def coco_pictures(root: Path, count: int) -> list[AnnotatedImage]:
     order = sorted(pictured)
     random.Random(0).shuffle(order)
     return [
-        _photographed(pictured[image], found[image], sorted(kinds.values()), image)
+        _photographed(pictured[image], segments[image], sorted(kinds.values()), image)
         for image in order[:count]
     ]
 
@@ -207,7 +207,7 @@ def _spelled(text: str) -> list[int]:
     saying that more follow, lowest digits first, signed; from the fourth number on each is the
     difference from the one two places before.
     """
-    found: list[int] = []
+    lengths: list[int] = []
     value = shift = 0
     for letter in text:
         bits = ord(letter) - 48
@@ -217,6 +217,6 @@ def _spelled(text: str) -> list[int]:
             continue
         if bits & 16:
             value -= 1 << shift
-        found.append(value + (found[-2] if len(found) > 2 else 0))
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
         value = shift = 0
-    return found
+    return lengths

@@ -127,13 +127,13 @@ def _drawn_scene(number: int) -> world.Scene:
 
 @functools.cache
 def _small_scenes() -> list[dict[str, Any]]:
-    found = []
+    scenes = []
     for number in range(SCENES):
         scene = _drawn_scene(number)
         kinds = ", ".join(world.counts(scene))
         image = _uri(world.window(scene, (0, 0, 1, 1), SMALL), "JPEG")
-        found.append({"number": number, "image": image, "about": f"Scene {number}: {kinds}"})
-    return found
+        scenes.append({"number": number, "image": image, "about": f"Scene {number}: {kinds}"})
+    return scenes
 
 
 @functools.lru_cache(64)
@@ -158,8 +158,8 @@ def _scene(number: int) -> dict[str, Any]:
 
 def _named(text: str, things: list[str]) -> str | None:
     """The first of these things that a text names, be it as a plural."""
-    found = re.search(rf"\b({'|'.join(things)})", text)
-    return found and found[1]
+    match = re.search(rf"\b({'|'.join(things)})", text)
+    return match and match[1]
 
 
 def _uri(image: Image.Image, kind: str) -> str:

@@ -135,11 +135,11 @@ class Complexity(Analysis):
             "the hues; both are scaled from the smallest to the largest of these pictures."
         ]
         for name, word in (("texture", "texture"), ("color", "colour")):
-            found = numbers["complexity"][name]
-            r = [f"{k} {_signed(found[k]['rho'])} ({chance(found[k]['p'])})" for k in KINDS]
+            figures = numbers["complexity"][name]
+            r = [f"{k} {_signed(figures[k]['rho'])} ({chance(figures[k]['p'])})" for k in KINDS]
             told.append(
-                f"Spearman's correlation of {word} ({found['smallest']:.3f} to "
-                f"{found['largest']:.3f}) and entropy over pictures: {', '.join(r)}."
+                f"Spearman's correlation of {word} ({figures['smallest']:.3f} to "
+                f"{figures['largest']:.3f}) and entropy over pictures: {', '.join(r)}."
             )
         r = [
             f"{k} {_signed(numbers['accuracy'][k]['r'])} ({chance(numbers['accuracy'][k]['p'])})"
@@ -250,8 +250,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Numbers:
 
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"rho": math.nan, "p": math.nan}
-    found = stats.spearmanr(x, y)
-    return {"rho": float(found.statistic), "p": float(found.pvalue)}
+    test = stats.spearmanr(x, y)
+    return {"rho": float(test.statistic), "p": float(test.pvalue)}
 
 
 def _signed(value: float) -> str:

@@ -94,7 +94,7 @@ class Decay(Analysis):
         peak = decay(plain, pictures)["peak"]
         for name, values in read.items():
             on_object = values["object"]
-            found = numbers["methods"][name] = {
+            figures = numbers["methods"][name] = {
                 "object": mean(on_object, pictures),
                 "image": mean(values["image"], pictures),
                 "share": mean(ratio(on_object, values["image"]), pictures),
@@ -103,10 +103,10 @@ class Decay(Analysis):
             }
             if name != "vanilla":
                 more = np.minimum(ratio(on_object, plain) - 1, CLIP)
-                found["increase"] = mean(more, pictures)
-                found["increase_all"] = mean(np.nanmean(more, 1), pictures)
+                figures["increase"] = mean(more, pictures)
+                figures["increase_all"] = mean(np.nanmean(more, 1), pictures)
                 if peak is not None and (after := more[:, peak + 1 : peak + 1 + AHEAD]).size:
-                    found["increase_next"] = mean(np.nanmean(after, 1), pictures)
+                    figures["increase_next"] = mean(np.nanmean(after, 1), pictures)
         return numbers
 
     def caption(self, numbers: Numbers) -> str:
@@ -119,12 +119,14 @@ class Decay(Analysis):
             "image, which would be the dotted line if attention were spread evenly. Bands: 95 % "
             "t-intervals over pictures."
         ]
-        for name, found in numbers["methods"].items():
-            told.append(f"{name}: {_fall(found['decay'], numbers['layers'])}")
+        for name, figures in numbers["methods"].items():
+            told.append(f"{name}: {_fall(figures['decay'], numbers['layers'])}")
             if name != "vanilla":
-                change = [f"{_told(found['increase_all'])} on average over all layers"]
-                if "increase_next" in found:
-                    change.append(f"{_told(found['increase_next'])} in those after vanilla's peak")
+                change = [f"{_told(figures['increase_all'])} on average over all layers"]
+                if "increase_next" in figures:
+                    change.append(
+                        f"{_told(figures['increase_next'])} in those after vanilla's peak"
+                    )
                 told.append(
                     f"Its attention to the object against vanilla's is {', '.join(change)} "
                     "(each question and layer counts +100 % at most)."
@@ -135,30 +137,30 @@ class Decay(Analysis):
         from ..plots.analysis import SERIES, bands, bars, whole, zero
         from ..plots.style import QUIET
 
-        layers, found = numbers["layers"], numbers["methods"]
+        layers, methods = numbers["layers"], numbers["methods"]
 
         def curves(panel: Any, kind: str) -> None:
-            bands(panel, layers, {name: own[kind] for name, own in found.items()}, scale=100)
+            bands(panel, layers, {n: m[kind] for n, m in methods.items()}, scale=100)
 
         def shares(panel: Any) -> None:
             curves(panel, "share")
             panel.axhline(100 * numbers["area"]["mean"], color=QUIET, ls=":", label="spread evenly")
 
         def peaks(panel: Any) -> None:
-            bars(panel, layers, {n: [100 * c / numbers["objects"] for c in own["peaks"]]
-                                 for n, own in found.items()})  # fmt: skip
+            bars(panel, layers, {n: [100 * c / numbers["objects"] for c in m["peaks"]]
+                                 for n, m in methods.items()})  # fmt: skip
             whole(panel, layers)
 
         def more(panel: Any) -> None:
             zero(panel)
-            others = {name: own["increase"] for name, own in found.items() if "increase" in own}
+            others = {n: m["increase"] for n, m in methods.items() if "increase" in m}
             bands(panel, layers, others, SERIES[1:] + SERIES[:1], 100)
 
         sheet.add("Attention to the object", "layer", "% of all attention",
                   lambda panel: curves(panel, "object"))  # fmt: skip
         sheet.add("Share of the image's attention", "layer", "% of attention to the image", shares)
         sheet.add("Where attention to the object peaks", "layer", "% of questions", peaks)
-        if len(found) > 1:
+        if len(methods) > 1:
             title = "More attention to the object than vanilla"
             sheet.add(title, "layer", "%, at most 100 each", more)
 
@@ -188,24 +190,24 @@ def decay(values: np.ndarray, pictures: Sequence[Any]) -> Numbers:
     )
     peak = int(np.argmax(mean(chosen, chosen_pictures)["mean"]))
     height = mean(tested[:, peak], tested_pictures)["mean"]
-    found: Numbers = {"peak": peak}
+    drop: Numbers = {"peak": peak}
     for kind, last in (("next", peak + 1 + AHEAD), ("later", values.shape[1])):
         after = tested[:, peak + 1 : last]
         change = after.mean(1) - tested[:, peak] if after.size else tested[:, peak] * math.nan
-        found[kind] = {k: float(v) / height for k, v in mean(change, tested_pictures).items()}
-    return found
+        drop[kind] = {k: float(v) / height for k, v in mean(change, tested_pictures).items()}
+    return drop
 
 
-def _fall(found: Numbers, layers: Sequence[int]) -> str:
+def _fall(drop: Numbers, layers: Sequence[int]) -> str:
     """The drop in words."""
-    if found["peak"] is None:
+    if drop["peak"] is None:
         return "too few pictures to say whether attention drops after a peak."
-    peak = layers[found["peak"]]
+    peak = layers[drop["peak"]]
     if peak == layers[-1]:
         return f"attention to the object is highest in the last layer, {peak}: nothing follows it."
     change = [
-        f"{_told(found['next'])} in the next {min(AHEAD, len(layers) - 1 - found['peak'])}",
-        f"{_told(found['later'])} over all later layers",
+        f"{_told(drop['next'])} in the next {min(AHEAD, len(layers) - 1 - drop['peak'])}",
+        f"{_told(drop['later'])} over all later layers",
     ]
     return (
         f"on half of the pictures attention to the object is highest in layer {peak}; on the other "

@@ -249,8 +249,8 @@ function chart(svg, lines, {layers, depth, at, choose, top, format = percent}) {
     "layer");
   const now = x(layers[at]);
   make("line", svg, {class: "now", x1: now, x2: now, y1: 8, y2: low});
-  for (const {number, values, layers: own = layers, limit = null, marks = []} of lines) {
-    const color = `line${number % 6}`, points = values.map((v, i) => `${x(own[i])},${y(v)}`);
+  for (const {number, values, layers: places = layers, limit = null, marks = []} of lines) {
+    const color = `line${number % 6}`, points = values.map((v, i) => `${x(places[i])},${y(v)}`);
     if (limit !== null)
       make("line", svg, {class: `limit ${color}`, x1: left, x2: width - right, y1: y(limit),
         y2: y(limit)});
@@ -258,7 +258,7 @@ function chart(svg, lines, {layers, depth, at, choose, top, format = percent}) {
     for (const [layer, value] of marks)
       make("path", svg, {class: `mark ${color}`,
         d: `M${x(layer) - 6},${y(value) - 11}h12l-6,10z`});
-    make("circle", svg, {class: `dot ${color}`, cx: now, cy: y(values[own.indexOf(layers[at])]),
+    make("circle", svg, {class: `dot ${color}`, cx: now, cy: y(values[places.indexOf(layers[at])]),
       r: 4.5});
   }
   svg.onclick = (event) => {
