@@ -25,7 +25,7 @@ from foveate.insight.analyses.heads import Heads
 from foveate.insight.analyses.layers import Layers, association
 from foveate.insight.analysis import analyses, chance, parse, run
 from foveate.insight.plots.analysis import Sheet
-from foveate.insight.truth import Asked, Picture, coco_pictures, pocket_pictures, union
+from foveate.insight.truth import AnnotatedImage, Asked, coco_pictures, pocket_pictures, union
 from foveate.vlm.look import GENERAL, SHORT
 from foveate.vlm.vlm import Chat
 from tests import tiny
@@ -59,12 +59,12 @@ def mask_of(kind: str) -> np.ndarray:
 TOKENS = {"cat": [0, 1, 4, 5], "red": [6]}
 
 
-def pictures(count: int) -> list[Picture]:
+def pictures(count: int) -> list[AnnotatedImage]:
     def asked(number: int) -> list[Asked]:
         return [Asked("is there a cat ?", "yes", "one"), Asked("red ?", "w21", "two")][: 2 - number]
 
     return [
-        Picture(
+        AnnotatedImage(
             f"picture {n}",
             ("cat", "red", "w20"),
             lambda n=n: noise(n),
@@ -578,7 +578,7 @@ def test_a_torn_run_gives_the_same_numbers(
     journal.write_bytes(data[: len(data) - 100])
     read, measure = [], type(analysis).measure
 
-    def counted(self: Any, vlm: VLM, picture: Picture, stacks: Any) -> Any:
+    def counted(self: Any, vlm: VLM, picture: AnnotatedImage, stacks: Any) -> Any:
         read.append(picture.name)
         return measure(self, vlm, picture, stacks)
 
@@ -605,10 +605,10 @@ def test_pictures_that_cannot_be_read_are_left_out(vlm: VLM, tmp_path: Path) -> 
         raise FoveateError("It is torn.")
 
     good = pictures(2)
-    bad = Picture("bad", ("cat",), broken, mask_of, list)
-    with pytest.warns(UserWarning, match=r"1 of 3 pictures were left out; the first: It is torn"):
+    bad = AnnotatedImage("bad", ("cat",), broken, mask_of, list)
+    with pytest.warns(UserWarning, match=r"1 of 3 images were left out; the first: It is torn"):
         assert run(Decay(), vlm, [bad, *good], tmp_path)["pictures"] == 2
-    with pytest.raises(FoveateError, match=r"No picture could be used.*It is torn"):
+    with pytest.raises(FoveateError, match=r"No image could be used \(It is torn"):
         run(Decay(covered=0.6), vlm, [bad], tmp_path / "..")
 
 
@@ -683,7 +683,7 @@ def test_a_stopped_command_goes_on(
     }
     read: list[str] = []
 
-    def measure(self: Decay, vlm: VLM, picture: Picture, stacks: Any) -> Any:
+    def measure(self: Decay, vlm: VLM, picture: AnnotatedImage, stacks: Any) -> Any:
         read.append(picture.name)
         if len(read) == 3:
             raise KeyboardInterrupt

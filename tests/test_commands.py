@@ -18,7 +18,7 @@ from foveate.backends.transformers import compat
 from foveate.base import __version__
 from foveate.core.method import methods
 from foveate.families.layout import Grid
-from foveate.insight.plots.attention import Look, show_attention
+from foveate.insight.plots.attention import AttentionRow, show_attention
 from foveate.insight.plots.style import evenly, greys, lit
 from foveate.pocket import build
 from foveate.scenes import questions
@@ -317,7 +317,7 @@ def test_the_shipped_model_is_what_runs_by_default(run, tmp_path):
 )
 def test_pictures_of_any_shape_and_any_number_of_rows(tmp_path, size, rows):
     attention = torch.rand(32, 12)
-    looks = [Look(f"method {i}", "yes $5$ _no_ " * 30, attention) for i in range(rows)]
+    looks = [AttentionRow(f"method {i}", "yes $5$ _no_ " * 30, attention) for i in range(rows)]
     question = "Is there a $cup$ in the picture? " * 20
     grid = Grid(3, 4, box=(0.2, 0.0, 0.8, 1.0))
     path = tmp_path / "look.png"

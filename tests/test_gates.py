@@ -16,7 +16,7 @@ from foveate.core.method import parse as parse_methods
 from foveate.insight.analyses.gates import Gates, short
 from foveate.insight.analysis import parse, run
 from foveate.insight.plots.gates import pairs, told
-from foveate.insight.truth import Picture, pocket_pictures
+from foveate.insight.truth import AnnotatedImage, pocket_pictures
 from foveate.methods.cli.method import CLI
 
 
@@ -26,7 +26,7 @@ def vlm() -> VLM:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
+def pictures() -> list[AnnotatedImage]:
     return pocket_pictures(3)
 
 
@@ -46,7 +46,7 @@ def trained(vlm: VLM, folder: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("summary", ["prompt", "image"])
 def test_gates_are_those_of_each_question_alone(
-    vlm: VLM, pictures: list[Picture], tmp_path: Path, summary: Any
+    vlm: VLM, pictures: list[AnnotatedImage], tmp_path: Path, summary: Any
 ) -> None:
     method = trained(vlm, tmp_path, summary=summary, start=0.0, layers=(0, 5), rank=4)
     [found] = Gates().measure(vlm, pictures[0], {method: parse_methods(method)})["methods"].values()
@@ -65,7 +65,7 @@ def test_gates_are_those_of_each_question_alone(
 
 @pytest.mark.parametrize("methods", [[], ["cli"], ["clvs"]])
 def test_without_an_injection_there_are_no_gates(
-    vlm: VLM, pictures: list[Picture], tmp_path: Path, methods: list[str]
+    vlm: VLM, pictures: list[AnnotatedImage], tmp_path: Path, methods: list[str]
 ) -> None:
     with pytest.raises(FoveateError, match=r'--method "cli\(path=FOLDER\)"'):
         run(Gates(), vlm, pictures[:1], tmp_path, methods=methods)
@@ -73,7 +73,7 @@ def test_without_an_injection_there_are_no_gates(
 
 
 def test_two_injections_beside_each_other(
-    vlm: VLM, pictures: list[Picture], tmp_path: Path
+    vlm: VLM, pictures: list[AnnotatedImage], tmp_path: Path
 ) -> None:
     methods = [
         trained(vlm, tmp_path / "one", rank=4, start=0.0),

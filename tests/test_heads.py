@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate import VLM, FoveateError, commands
-from foveate.backends.transformers.anatomy import anatomy
+from foveate.core.method import shape
+from foveate.evaluation.vocabulary import Mention, Vocabulary
 from foveate.insight import heads
-from foveate.insight.heads import Ablation, Caption, Mention, Sample, Vocabulary
+from foveate.insight.ablation import Ablation, Caption
+from foveate.insight.heads import LabelledImage
 from foveate.methods import adhh
 from tests import models, tiny
 
@@ -196,10 +198,10 @@ def image(seed: int) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
+def samples() -> list[LabelledImage]:
     """Two images; every other word is there."""
     there = frozenset(f"w{i}" for i in range(0, models.VOCAB, 2))
-    return [Sample(str(i), there, lambda i=i: image(i)) for i in range(2)]
+    return [LabelledImage(str(i), there, lambda i=i: image(i)) for i in range(2)]
 
 
 WORDS = Vocabulary({f"w{i}": () for i in range(models.VOCAB)})
@@ -245,7 +247,9 @@ def test_at_most_a_tenth_of_all_heads_and_only_those_that_favour_hallucinations(
 def test_nothing_hallucinated_or_nothing_real_gives_a_sentence_and_no_list(vlm, there, tmp_path):
     out = tmp_path / "list.json"
     with pytest.raises(FoveateError, match=f"No {'hallucinated' if there else 'real'} object word"):
-        heads.find_heads(vlm, [Sample("a", there, lambda: image(0))], WORDS, out, max_new_tokens=4)
+        heads.find_heads(
+            vlm, [LabelledImage("a", there, lambda: image(0))], WORDS, out, max_new_tokens=4
+        )
     assert not out.exists()
 
 
@@ -270,7 +274,7 @@ def test_records_of_other_settings_and_damaged_ones_are_refused(vlm, samples, tm
 def test_an_image_that_now_shows_something_else_is_labelled_again(vlm, samples, tmp_path: Path):
     out = tmp_path / "list.json"
     first = heads.find_heads(vlm, samples, WORDS, out, max_new_tokens=6)
-    less = [samples[0], Sample("1", frozenset(), samples[1].load)]
+    less = [samples[0], LabelledImage("1", frozenset(), samples[1].load)]
     second = heads.find_heads(vlm, less, WORDS, out, max_new_tokens=6)
     assert second["real"] < first["real"]
     fresh = heads.find_heads(vlm, less, WORDS, tmp_path / "fresh.json", max_new_tokens=6)

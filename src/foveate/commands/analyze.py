@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +21,6 @@ from .common import (
     make_folder,
 )
 
-if TYPE_CHECKING:
-    from ..insight.truth import Picture
-
 
 @app.command()
 def analyze(
@@ -32,27 +28,33 @@ def analyze(
         str,
         typer.Argument(
             metavar="NAME",
-            help="decay, convergence, complexity, layers, heads or gates; decay(covered=0.6) sets "
-            "an option. CLVS's Figures 7 and 8 are drawn by foveate sweep.",
+            help="Give decay, convergence, complexity, layers, heads or gates; decay(covered=0.6) "
+            "sets an option. CLVS's Figures 7 and 8 are drawn by foveate sweep.",
         ),
     ],
     model: ModelOption = "pocket",
     data: Annotated[
         str,
         typer.Option(
-            help="COCO's folder, with annotations/instances_val2014.json and val2014/; none: drawn "
-            "scenes."
+            help="Read COCO from this folder, with annotations/instances_val2014.json and "
+            "val2014/; none draws scenes."
         ),
     ] = "none",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Set beside vanilla, where methods are compared; repeat it for more."),
+        typer.Option(
+            help="Compare this method with vanilla, where methods are compared; repeat it for more."
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="How many pictures; default: the analysis's own.")
+        int | None,
+        typer.Option(min=1, help="Read so many pictures; default: what the analysis says."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for NAME.png, .json and .md, and the rows they come from.")
+        Path,
+        typer.Option(
+            help="Write NAME.png, .json and .md, and the rows they come from, to this folder."
+        ),
     ] = Path("."),
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -60,7 +62,7 @@ def analyze(
 ) -> None:
     """Measure what a figure of a paper shows, on your model: a figure, its numbers, a caption.
 
-    Stop it whenever you like: the same command goes on, and a larger --limit adds pictures.
+    You can stop it at any time: the same command goes on, and a larger --limit adds pictures.
     """
     from ..insight.analysis import parse, run, stacks
     from ..insight.truth import coco_pictures, pocket_pictures
@@ -83,14 +85,8 @@ def analyze(
     told = "drawn scenes, half against the pocket model's habits" if drawn else "COCO val2014"
     try:
         vlm = load(model, revision=revision, device=device, dtype=dtype)
-        with Progress("pictures") as watch:
-
-            def track(pictures: Sequence[Picture]) -> Iterator[Picture]:
-                for done, picture in enumerate(pictures, 1):
-                    yield picture
-                    watch(done, len(pictures), analysis.name)
-
-            found = run(
+        with Progress("pictures") as progress:
+            content = run(
                 analysis,
                 vlm,
                 pictures,
@@ -98,10 +94,10 @@ def analyze(
                 methods=method or (),
                 data=told,
                 command=shlex.join(["foveate", "analyze", name, *options]),
-                track=track,
+                watch=lambda done, total, _: progress(done, total, analysis.name),
             )
     except KeyboardInterrupt:
         print("foveate: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(found["caption"])
+    print(content["caption"])
     print(f"figure: {out / analysis.name}.png, numbers: {out / analysis.name}.json")

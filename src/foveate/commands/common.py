@@ -160,7 +160,7 @@ def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Pa
     import torch
 
     from ..families.layout import Grid, together
-    from ..insight.plots.attention import Look, show_attention
+    from ..insight.plots.attention import AttentionRow, show_attention
 
     chat = next(iter(answers.values())).chat
     grids = vlm.grids(chat)
@@ -169,7 +169,7 @@ def draw_attention(vlm: VLM, question: str, answers: dict[str, Answer], path: Pa
         record = cast("Record", answer.record)
         steps = [record.image(step)[0] for step in range(max(1, len(answer.tokens)))]
         heat, box = together(grids, torch.stack(steps).mean(0))
-        looks.append(Look(name, said(answer), heat.flatten(1)))
+        looks.append(AttentionRow(name, said(answer), heat.flatten(1)))
         layers = record.layers
     rows, cols = heat.shape[1:]
     grid = Grid(rows, cols, box=box)

@@ -32,8 +32,8 @@ SIX = (  # category and answer of the demo's questions
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Another scene.")] = 0,
+    out: Annotated[Path, typer.Option(help="Write the pictures to this folder.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Draw the scene of this number.")] = 0,
     model: ModelOption = "pocket",
     revision: RevisionOption = None,
 ) -> None:
@@ -67,9 +67,9 @@ def _six_questions(seed: int) -> tuple[Any, list[Any]]:
 
     scene = world.sample(questions.FIRST_HELD_OUT + seed)
     asked = questions.exam(scene, random.Random(seed))
-    found: list[Any] = []
+    chosen: list[Any] = []
     for kind in SIX:
         fitting = [q for q in asked if (q.category, q.label) == kind]
-        rest = fitting or [q for q in asked if q not in found]
-        found.append(rest[0])
-    return scene, found
+        rest = fitting or [q for q in asked if q not in chosen]
+        chosen.append(rest[0])
+    return scene, chosen

@@ -10,26 +10,37 @@ import typer
 
 from ..base.errors import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, RevisionOption, load, new_table, print_table
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    Progress,
+    RevisionOption,
+    load,
+    new_table,
+    print_table,
+)
 
 
 @app.command()
 def heads(
     model: Annotated[
-        str, typer.Argument(help="pocket, a saved model's folder, or a hub name.")
+        str, typer.Argument(help="Give pocket, a saved model's folder, or a hub name.")
     ] = "pocket",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images; the pocket model draws its own.")
+        Path | None,
+        typer.Option(help="Describe the images of this folder; the pocket model draws its own."),
     ] = None,
     objects: Annotated[
         Path | None,
         typer.Option(
-            help='What they show: lines of {"image": "a.jpg", "objects": ["cup", "dog"]}.'
+            help='Read what they show: lines of {"image": "a.jpg", "objects": ["cup", "dog"]}.'
         ),
     ] = None,
     synonyms: Annotated[
         Path | None,
-        typer.Option(help="Lines of `category, synonym, ...`; default: the words in --objects."),
+        typer.Option(
+            help="Read words from lines of `category, synonym, ...`; default: those in --objects."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -37,22 +48,27 @@ def heads(
             "--limit",
             "--scenes",
             min=1,
-            help="How many images to use (default: all), or scenes to draw (default: 400).",
+            help="Use so many images (default: all), or draw so many scenes (default: 400).",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Heads to list; default: 20, but at most a tenth of all heads."),
+        typer.Option(min=1, help="List so many heads; default: 20, but at most a tenth of all."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to write; default: heads-MODEL.json.")
+        Path | None, typer.Option(help="Write this JSON file; default: heads-MODEL.json.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Default: Please describe this image in detail.")
+        str | None, typer.Option(help="Ask this; default: Please describe this image in detail.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="End captions after so many tokens.")
+    ] = 128,
     rows: Annotated[
-        int, typer.Option(min=1, help="Heads times tokens per forward: more need more memory.")
+        int,
+        typer.Option(
+            min=1, help="Run so many heads times tokens per forward; more need more memory."
+        ),
     ] = 256,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -61,9 +77,9 @@ def heads(
     """Find the heads that favour words for things that are not there: the list for adhh.
 
     The model describes every image; at each word for an object every head is removed in turn.
-    Stop it whenever you like: the same command goes on, from the .jsonl file beside --out.
+    You can stop it at any time: the same command goes on, from the .jsonl file beside --out.
     """
-    from ..insight.heads import PROMPT, find_heads, folder_samples, pocket_samples
+    from ..insight.heads import PROMPT, counted, find_heads, folder_samples, pocket_samples
 
     if images and objects:
         samples, vocabulary = folder_samples(images, objects, synonyms)
@@ -80,24 +96,25 @@ def heads(
     given = {"images": images, "objects": objects, "synonyms": synonyms, "limit": limit,
              "top-k": top_k, "prompt": prompt, "max-new-tokens": max_new_tokens,
              "dtype": dtype, "revision": revision}  # fmt: skip
-    found = find_heads(
-        load(model, revision=revision, device=device, dtype=dtype),
-        samples,
-        vocabulary,
-        path,
-        prompt=prompt or PROMPT,
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        rows=rows,
-        command=shlex.join(
-            ["foveate", "heads", model]
-            + [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
-        ),
-    )
+    command = ["foveate", "heads", model]
+    command += [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    with Progress("captions") as watch:
+        content = find_heads(
+            vlm,
+            samples,
+            vocabulary,
+            path,
+            prompt=prompt or PROMPT,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            rows=rows,
+            command=shlex.join(command),
+            watch=watch,
+        )
     table = new_table("layer", "head", "score")
-    for layer, head in found["heads"]:
-        table.add_row(str(layer), str(head), f"{found['scores'][layer][head]:+.4f}")
+    for layer, head in content["heads"]:
+        table.add_row(str(layer), str(head), f"{content['scores'][layer][head]:+.4f}")
     print_table(table)
-    words = f"{found['hallucinated']} words hallucinated, {found['real']} real"
-    print(f"{found['images']} captions: {words}")
+    print(f"{content['images']} captions: {counted(content)}")
     print(f"heads: {path}, for --method \"adhh(heads='{path}')\"")

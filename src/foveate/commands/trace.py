@@ -27,7 +27,7 @@ from .common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..insight.trace import Heads, Trace
+    from ..insight.seen import Heads, Seen
     from ..vlm.vlm import VLM
 
 BAR = 40  # characters
@@ -35,13 +35,16 @@ BAR = 40  # characters
 
 @app.command()
 def trace(
-    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[
+        str, typer.Argument(help="Give a picture's path, or `demo` for a drawn scene.")
+    ],
+    question: Annotated[str, typer.Argument(help="Ask this about it.")],
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="vanilla, clvs, carve+clvs, ...; repeat it to compare. Default: vanilla and clvs."
+            help="Trace vanilla, clvs, carve+clvs, ...; repeat it to compare. Default: vanilla and "
+            "clvs."
         ),
     ] = None,
     target: Annotated[
@@ -54,10 +57,12 @@ def trace(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for figures, numbers and page; default: trace."),
+        typer.Option(
+            "--out", "-o", help="Write figures, numbers and page to this folder; default: trace."
+        ),
     ] = None,
     heads: Annotated[
-        str, typer.Option(help="mean, max, or numbers such as 0,3: their mean.")
+        str, typer.Option(help="Read the mean or max over heads, or the mean of heads such as 0,3.")
     ] = "mean",
     layers: Annotated[
         bool,
@@ -65,8 +70,10 @@ def trace(
             "--layers", help="Print how much the question adds in each layer (LASER's VAQ)."
         ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="End answers after so many tokens.")
+    ] = 32,
+    system: Annotated[str | None, typer.Option(help="Ask with this system prompt.")] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -83,7 +90,7 @@ def trace(
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     picture = read_picture(image)
-    found = None if target is None else read(target, picture.size, known(image))
+    sought = None if target is None else read(target, picture.size, known(image))
     folder, chosen = None, _heads(heads)
     if out is not None or not layers:
         from ..insight.plots.style import check_path
@@ -102,7 +109,7 @@ def trace(
         picture,
         question,
         method or SIDE_BY_SIDE,
-        object=found,
+        object=sought,
         heads=chosen,
         max_new_tokens=max_new_tokens,
         system=system,
@@ -142,7 +149,7 @@ def _print_layers(vlm: VLM, picture: object, question: str, system: str | None) 
         print("The question changes nothing: no layer is chosen.")
 
 
-def _print_trace(traced: Trace, limit: int) -> None:
+def _print_trace(traced: Seen, limit: int) -> None:
     """A line per method: its answer, where its attention to the object peaks, where CLVS stopped.
 
     Means are over the answer's tokens.

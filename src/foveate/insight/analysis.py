@@ -9,12 +9,10 @@ every number that is drawn, ``NAME.png`` the figure, and ``NAME.md`` its caption
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,14 +25,15 @@ from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
-from ..core.method import Method, as_stack, text
-from .truth import Picture
+from ..core.method import Method, as_stack, shape, text
+from .reading import Watch, read_all
+from .truth import AnnotatedImage
 
 if TYPE_CHECKING:
-    from ..vlm.vlm import VLM
+    from ..vlm.vlm import VLM, Chat
     from .plots.analysis import Sheet
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 Numbers = dict[str, Any]
 Stack = tuple[Method, ...]
 
@@ -64,12 +63,16 @@ class Analysis(Form, ABC):
         registry.add(cls)
 
     @abstractmethod
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        """What is read of one picture, ready for JSON. `stacks`: methods by text, vanilla first."""
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        """One picture's readings, ready for JSON.
+
+        Args:
+            stacks: methods by their text forms, vanilla first.
+        """
 
     @abstractmethod
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        """Every number that is drawn or told, ready for JSON; NaN where there is none."""
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        """Every number of the figure and its caption, ready for JSON; NaN where there is none."""
 
     @abstractmethod
     def caption(self, numbers: Numbers) -> str:
@@ -80,7 +83,7 @@ class Analysis(Form, ABC):
         """The figure's panels."""
 
     def suit(self, stacks: dict[str, Stack]) -> None:
-        """Raise `FoveateError` where these methods are not what it measures."""
+        """Raise `FoveateError` where it cannot measure these methods."""
 
 
 analyses = registry.all
@@ -92,22 +95,22 @@ def parse(text: str) -> Analysis:
     Raises:
         FoveateError: for anything but one known analysis.
     """
-    found = registry.parse(text)
-    if len(found) > 1:
+    analysis, *others = registry.parse(text)
+    if others:
         raise FoveateError("One analysis at a time: run the others with commands of their own.")
-    return found[0]
+    return analysis
 
 
 def run(
     analysis: Analysis,
     vlm: VLM,
-    pictures: Sequence[Picture],
+    pictures: Sequence[AnnotatedImage],
     out: Path,
     *,
     methods: Sequence[str] = (),
     data: str = "drawn scenes",
     command: str = "",
-    track: Callable[[Sequence[Picture]], Iterable[Picture]] = iter,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Read every picture, count, and write NAME.json, NAME.png and NAME.md into `out`.
 
@@ -115,12 +118,11 @@ def run(
         out: an existing folder. Rows that it already holds in NAME.jsonl are not read again.
         methods: text forms to set beside vanilla; none = the analysis's own choice.
         data: what the pictures are, in words. command: that repeats this run, for the caption.
-        track: sees the pictures go by, for a progress bar.
+        watch: is told after every picture how far the run is, for a progress bar.
 
     Returns:
-        What NAME.json holds: "numbers" and "caption", "pictures" (how many), "model",
-        "revision", "commit", "analysis",
-        "methods", "data", "command", "version".
+        What NAME.json holds: "numbers" and "caption", "pictures" (how many), "model", "revision",
+        "commit", "analysis", "source", "methods", "data", "command", "version".
 
     Raises:
         FoveateError: a package is missing, methods where none are compared, a method that the
@@ -141,33 +143,19 @@ def run(
         "data": data,
     }
     journal = Journal(out / f"{analysis.name}.jsonl", lambda row: row["picture"], settings)
-    failures: dict[str, str] = {}
-    with contextlib.closing(journal):
-        for picture in track(pictures):
-            if picture.name in journal.rows:
-                continue
-            try:
-                row = analysis.measure(vlm, picture, compared)
-            except FoveateError as error:
-                failures[picture.name] = str(error)
-            else:
-                journal.append({"picture": picture.name, **row})
-    rows = [journal.rows[p.name] for p in pictures if p.name in journal.rows]
-    if failures:
-        first = next(iter(failures.values()))
-        if not rows:
-            raise FoveateError(f"No picture could be used, the first because: {first}")
-        warnings.warn(
-            f"{len(failures)} of {len(pictures)} pictures were left out; the first: {first}",
-            stacklevel=2,
-        )
+    rows = read_all(
+        journal,
+        {picture.name: picture for picture in pictures},
+        lambda picture: {"picture": picture.name, **analysis.measure(vlm, picture, compared)},
+        watch=watch,
+    )
     numbers = analysis.count(rows)
     caption = (
         f"{analysis.caption(numbers)} Model {vlm.name} ({settings['dtype']}), "
         f"{len(rows):,} pictures ({data})."
     )
     caption += f" After {analysis.source}." * bool(analysis.source)
-    found = {
+    content = {
         "analysis": str(analysis),
         "source": analysis.source,
         **vlm.source,
@@ -179,14 +167,14 @@ def run(
         "caption": caption,
         "numbers": _finite(numbers),
     }
-    write_json(out / f"{analysis.name}.json", found)
+    write_json(out / f"{analysis.name}.json", content)
     sheet = Sheet(f"{analysis.title}, {vlm.name}", caption)
     analysis.draw(numbers, sheet)
     sheet.save(out / f"{analysis.name}.png")
     told = f"![{analysis.name}]({analysis.name}.png)\n\n{caption}\n"
     told += f"\n```\n{command}\n```\n" * bool(command)
     (out / f"{analysis.name}.md").write_text(told, "utf-8")
-    return found
+    return content
 
 
 def stacks(analysis: Analysis, methods: Sequence[str] = ()) -> dict[str, Stack]:
@@ -202,7 +190,7 @@ def stacks(analysis: Analysis, methods: Sequence[str] = ()) -> dict[str, Stack]:
             )
     if methods and not analysis.compares:
         raise FoveateError(f"{analysis.name} is about the plain model: leave out --method.")
-    found: dict[str, Stack] = {"vanilla": ()}
+    compared: dict[str, Stack] = {"vanilla": ()}
     for given in methods or analysis.methods:
         stack = as_stack(given)
         for method in stack:
@@ -211,9 +199,9 @@ def stacks(analysis: Analysis, methods: Sequence[str] = ()) -> dict[str, Stack]:
                     f"{method.name} shows the model another picture, which {analysis.name} cannot "
                     "compare: choose methods that leave it as it is."
                 )
-        found[text(stack)] = stack
-    analysis.suit(found)
-    return found
+        compared[text(stack)] = stack
+    analysis.suit(compared)
+    return compared
 
 
 def _finite(value: Any) -> Any:
@@ -231,8 +219,20 @@ def _finite(value: Any) -> Any:
 def rounded(values: Tensor) -> list[Any]:
     """A tensor as nested lists of few digits, for a row."""
     flat = [float(f"{value:.{DIGITS}g}") for value in values.double().flatten().tolist()]
-    found: list[Any] = torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
-    return found
+    nested: list[Any] = torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
+    return nested
+
+
+def about(vlm: VLM, picture: AnnotatedImage, questions: Sequence[str]) -> list[Chat]:
+    """Questions about one picture; methods and models share its prefix."""
+    image = picture.load()
+    return [vlm.chat([image], question, None) for question in questions]
+
+
+def pooled(rows: Sequence[Measurement], key: str) -> tuple[list[Measurement], list[str]]:
+    """The entries that all rows hold in their list `key`, and the picture that each is of."""
+    entries = [(entry, row["picture"]) for row in rows for entry in row[key]]
+    return [entry for entry, _ in entries], [picture for _, picture in entries]
 
 
 def percent(value: float, digits: int = 1, sign: bool = False) -> str:

@@ -82,11 +82,11 @@ class Target:
         Args:
             grids: of the sample. count: N_v. parts: what each picture shows of the image.
         """
-        found = torch.zeros(count)
+        shares = torch.zeros(count)
         for grid in grids:
             places = grid.heat(torch.arange(count))
-            found[places] = self.cells(grid, parts[grid.image])
-        return found
+            shares[places] = self.cells(grid, parts[grid.image])
+        return shares
 
 
 def _overlap(cells: int, span: Sequence[float], part: Sequence[float], pixels: int) -> np.ndarray:
@@ -195,8 +195,8 @@ def known(image: str | Path) -> Names:
         scene = world.sample(questions.FIRST_HELD_OUT)
     elif path.parent.name == "images" and truth.is_file():
         rows = map(json.loads, truth.read_text(encoding="utf-8").splitlines())
-        found = (row["scene"] for row in rows if row["image"] == f"images/{path.name}")
-        scene = next(map(world.Scene.from_dict, found), None)
+        scenes = (row["scene"] for row in rows if row["image"] == f"images/{path.name}")
+        scene = next(map(world.Scene.from_dict, scenes), None)
     kinds = dict.fromkeys(thing.kind for thing in scene.things) if scene else {}
     return {kind: partial(of_kind, scene, kind) for kind in kinds}
 
@@ -205,5 +205,5 @@ def of_kind(scene: Any, kind: str, size: int) -> np.ndarray:
     """All things of one kind, (size, size) bool."""
     from ..scenes import world
 
-    own = [thing.kind == kind for thing in scene.things]
-    return world.masks(scene, size)[own].max(0)
+    of_this_kind = [thing.kind == kind for thing in scene.things]
+    return world.masks(scene, size)[of_this_kind].max(0)

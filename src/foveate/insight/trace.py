@@ -1,8 +1,8 @@
 """What a model looks at, layer by layer and token by token, with several methods side by side.
 
-found = trace(VLM.load("pocket"), "photo.jpg", "Is there a cup?", object=(0.1, 0.2, 0.4, 0.6))
-found.runs[1].on_object     # (tokens, layers): attention to the object with the second method
-found.save("out")           # pictures, numbers, and a page that shows it all
+traced = trace(VLM.load("pocket"), "photo.jpg", "Is there a cup?", object=(0.1, 0.2, 0.4, 0.6))
+traced.runs[1].on_object     # (tokens, layers): attention to the object with the second method
+traced.save("out")           # pictures, numbers, and a page that shows it all
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,132 +24,28 @@ from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode
-from ..core import Anatomy, Method, Rows, Sequences, Stream
-from ..core.method import as_stack, text
-from ..families.layout import WHOLE, Box, Grid, together
+from ..core.method import Method, as_stack, text
+from ..families.layout import WHOLE, Box, Grid, grids, together
 from ..methods.clvs import CLVS
-from ..vlm.vlm import VLM, Answer, Chat, Methods
+from ..vlm.vlm import VLM, Chat, Methods
 from . import target
+from .pages.trace import page
+from .plots.trace import show_curves, show_strip
+from .seen import Heads, HeatMap, MethodTrace, Seen
 from .target import Target
 
-Heads = Literal["mean", "max"] | tuple[int, ...]
-"""Over all heads, the mean or the largest; or the mean over the heads of these numbers, from 0."""
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+    from ..backends.transformers.attention import Rows
+    from ..core.context import Context
 
 END = "(end)"
 
 
-# -- what is kept ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Picture:
-    """One picture that a method asked about.
-
-    Attributes:
-        image: as it was handed to the processor.
-        part: the part of the user's image that it shows; None where that is not known.
-        heat: (tokens, layers, rows, cols) float16, attention on its one grid of tokens; tiles are
-            put together.
-        box: the part of the picture that `heat` covers, as fractions of it.
-    """
-
-    image: Image.Image
-    part: Box | None
-    heat: np.ndarray
-    box: Box
-
-
-@dataclass(frozen=True)
-class Run:
-    """One answer, and what the last query row looked at while each of its tokens was written.
-
-    Attributes:
-        method: the stack's text form.
-        answer: what was said to what.
-        tokens: what was written, one text per step; the end token, where it came, is "(end)".
-        layers: decoder layers (0-based) whose attention was read: those with full attention.
-        attention: (tokens, layers, N_v) float16: weights on the visual tokens after the softmax
-            over the whole sequence and after the method's edits; not renormalised.
-        pictures: what was asked about.
-        share: (N_v,) float32: the share of each visual token's area that belongs to the object;
-            None without one, or where a picture's place on the image is not known.
-        uncertainty: (tokens, L) float32, 0 to 1: the quantity u of CLVS's stop test, eq. (8) of
-            arXiv 2509.12897, of the residual stream after every layer.
-        stopped: per token the layer after which CLVS stopped, None where it did not.
-        threshold: below which u stops CLVS; None without CLVS.
-        tested: the layers that CLVS tests.
-    """
-
-    method: str
-    answer: Answer
-    tokens: tuple[str, ...]
-    layers: tuple[int, ...]
-    attention: np.ndarray
-    pictures: tuple[Picture, ...]
-    share: np.ndarray | None
-    uncertainty: np.ndarray
-    stopped: tuple[int | None, ...]
-    threshold: float | None
-    tested: tuple[int, ...]
-
-    @cached_property
-    def on_image(self) -> np.ndarray:
-        """(tokens, layers) float32: what of the attention goes to the image.
-
-        With ``heads="max"`` this is the sum of every token's largest weight, which may exceed 1.
-        """
-        return self.attention.sum(-1, dtype=np.float32)
-
-    @cached_property
-    def on_object(self) -> np.ndarray | None:
-        """(tokens, layers) float32: what of all attention goes to the object.
-
-        A^l of arXiv 2509.12897 section 2, with a token's weight counted by the share of its area
-        that is the object's (the paper's rule for partly covered tokens is not known).
-        """
-        return None if self.share is None else self.attention.astype(np.float32) @ self.share
-
-    @cached_property
-    def object_share(self) -> np.ndarray | None:
-        """(tokens, layers) float32: `on_object` as a share of `on_image`."""
-        if self.on_object is None:
-            return None
-        return self.on_object / np.maximum(self.on_image, 1e-12)
-
-    @property
-    def said(self) -> int:
-        """How many of the tokens the plots' means are over: all but the end token's."""
-        return max(1, len(self.answer.tokens))
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One question about one image, with every method.
-
-    Attributes:
-        model: its name. heads: how heads were reduced.
-        target: the object, where one was given.
-        revision, commit: of a model from the hub.
-    """
-
-    model: str
-    image: Image.Image
-    question: str
-    heads: Heads
-    target: Target | None
-    runs: tuple[Run, ...]
-    revision: str | None = None
-    commit: str | None = None
-
-    @property
-    def measure(self) -> Literal["on_image", "on_object", "object_share"]:
-        """The curve of a run that is drawn: attention to the object, without one to the image.
-
-        The largest weights over heads sum to more than 1, so of them the object's share is drawn.
-        """
-        if self.target is None:
-            return "on_image"
-        return "object_share" if self.heads == "max" else "on_object"
+class Trace(Seen):
+    """One question about one image with every method, and how to write it down."""
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write trace.json, trace.npz, strip.png, curves.png and index.html; older ones go.
@@ -157,14 +53,11 @@ class Trace:
         Raises:
             FoveateError: where matplotlib is missing or the folder cannot be written.
         """
-        from .pages.trace import page
-        from .plots.trace import show_curves, show_strip
-
         folder = Path(folder)
         paths = [folder / f for f in ("trace.json", "trace.npz", "index.html")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            drawn = [
+            figures = [
                 show_strip(self, folder / "strip.png"),
                 show_curves(self, folder / "curves.png"),
             ]
@@ -173,79 +66,7 @@ class Trace:
             paths[2].write_text(page(self), encoding="utf-8")
         except OSError as error:
             raise FoveateError(f"The trace cannot be written to {folder}: {error}.") from error
-        return [*drawn, *paths]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the maps: answers, curves by token and layer, where CLVS stopped."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "commit": self.commit,
-            "question": self.question,
-            "size": self.image.size,
-            "heads": self.heads,
-            "object": None
-            if self.target is None
-            else {"name": self.target.name, "box": self.target.box, "area": self.target.area},
-            "runs": [_as_json(run) for run in self.runs],
-        }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What trace.npz holds: ``<method>/attention``, ``<method>/heat-0``, curves, the mask."""
-        found = {} if self.target is None else {"object": self.target.mask}
-        for run in self.runs:
-            values = {
-                "attention": run.attention,
-                "on_image": run.on_image,
-                "on_object": run.on_object,
-                "object_share": run.object_share,
-                "share": run.share,
-                "uncertainty": run.uncertainty,
-                "layers": np.array(run.layers),
-                **{f"heat-{i}": picture.heat for i, picture in enumerate(run.pictures)},
-            }
-            found |= {f"{run.method}/{k}": v for k, v in values.items() if v is not None}
-        return found
-
-
-def _as_json(run: Run) -> dict[str, Any]:
-    def numbers(values: np.ndarray | None) -> Any:
-        return None if values is None else [[float(f"{x:.6g}") for x in row] for row in values]
-
-    notes = {k: v for k, v in run.answer.chat.notes.items() if _is_json(v)}
-    return {
-        "method": run.method,
-        "answer": run.answer.text,
-        "tokens": run.tokens,
-        "probabilities": run.answer.probabilities,
-        "layers": run.layers,
-        "on_image": numbers(run.on_image),
-        "on_object": numbers(run.on_object),
-        "object_share": numbers(run.object_share),
-        "uncertainty": numbers(run.uncertainty),
-        "stopped": run.stopped,
-        "threshold": run.threshold,
-        "tested": run.tested,
-        "pictures": [
-            {
-                "size": picture.image.size,
-                "part": picture.part,
-                "rows": picture.heat.shape[-2],
-                "cols": picture.heat.shape[-1],
-                "box": picture.box,
-            }
-            for picture in run.pictures
-        ],
-        "notes": notes,
-    }
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+        return [*figures, *paths]
 
 
 # -- readers ---------------------------------------------------------------------------------------
@@ -320,35 +141,35 @@ def trace(
 
     Args:
         methods: each is one method or one stack, as text or as objects.
-        object: where attention is measured: whatever `foveate.insight.target.read` reads.
+        object: where attention is measured: anything that `foveate.insight.target.read` reads.
         heads: "mean" or "max" over query heads, or numbers of heads, whose mean is read.
         max_new_tokens: longest answer; memory grows with it.
-        watch: is told what is being done, in words.
+        watch: is told which method is traced, in words.
 
     Raises:
         FoveateError: for bad input, and where it is not known how the model lays out its tokens.
     """
     picture = decode(image)
-    stacks = [as_stack(*([m] if isinstance(m, (str, Method)) else m or ())) for m in methods]
-    names = [text(stack) for stack in stacks]
-    if not names:
-        raise FoveateError("There is no method to trace: give at least one, such as vanilla.")
-    for name in names:
-        if names.count(name) > 1:
+    stacks: dict[str, tuple[Method, ...]] = {}
+    for given in methods:
+        stack = as_stack(*([given] if isinstance(given, (str, Method)) else given or ()))
+        name = text(stack)
+        if name in stacks:
             raise FoveateError(f"{name} is to be traced twice: give each method once.")
+        stacks[name] = stack
+    if not stacks:
+        raise FoveateError("There is no method to trace: give at least one, such as vanilla.")
     recorder = _recorder(vlm, heads)
-    names_of = target.known(image) if isinstance(image, (str, Path)) else None
-    found = None if object is None else target.read(object, picture.size, names_of)
-    every = [method for stack in stacks for method in stack]
-    clvs = next((m for m in every if isinstance(m, CLVS)), CLVS())
-    chat = vlm.chat([picture], question, system)
-    vlm.grids(chat)  # an unknown layout is told before anything is computed
+    names = target.known(image) if isinstance(image, (str, Path)) else None
+    sought = None if object is None else target.read(object, picture.size, names)
+    clvs = next((m for stack in stacks.values() for m in stack if isinstance(m, CLVS)), CLVS())
+    prompt = _Prompt.of(vlm, vlm.chat([picture], question, system))  # refuses unknown layouts
     runs = []
-    for number, (name, stack) in enumerate(zip(names, stacks, strict=True)):
+    for number, (name, stack) in enumerate(stacks.items(), 1):
         if watch:
-            watch(f"tracing {name}, {number + 1} of {len(stacks)}")
-        run = _run(vlm, chat, stack, recorder, clvs, found, max_new_tokens)
-        if found is not None and (run.share is None or not run.share.any()):
+            watch(f"tracing {name}, {number} of {len(stacks)}")
+        run = _trace_one(vlm, prompt, stack, recorder, clvs, sought, max_new_tokens)
+        if sought is not None and (run.share is None or not run.share.any()):
             why = (
                 f"It is not known what part of the image {name} asked about, so its attention to "
                 "the object is left out."
@@ -357,7 +178,7 @@ def trace(
             )
             warnings.warn(why, stacklevel=2)
         runs.append(run)
-    return Trace(vlm.name, picture, question, heads, found, tuple(runs), vlm.revision, vlm.commit)
+    return Trace(vlm.name, picture, question, heads, sought, tuple(runs), vlm.revision, vlm.commit)
 
 
 def _recorder(vlm: VLM, heads: Heads) -> HalfRecorder:
@@ -372,56 +193,77 @@ def _recorder(vlm: VLM, heads: Heads) -> HalfRecorder:
     return HalfRecorder(chosen=chosen)
 
 
-def _run(
+@dataclass(frozen=True)
+class _Prompt:
+    """A chat with its tensors, and where its visual tokens lie."""
+
+    chat: Chat
+    inputs: BatchFeature
+    grids: list[Grid]
+
+    @classmethod
+    def of(cls, vlm: VLM, chat: Chat) -> _Prompt:
+        inputs, sizes = vlm.inputs([chat]), [[image.size for image in chat.images]]
+        return cls(chat, inputs, grids(vlm.model, inputs.data, sizes, vlm.processor)[0])
+
+    def asked_as(self, vlm: VLM, chat: Chat) -> _Prompt:
+        """The prompt of a rewritten chat; nothing is prepared again where it asks the same."""
+        same = (chat.text, chat.system) == (self.chat.text, self.chat.system)
+        same &= list(map(id, chat.images)) == list(map(id, self.chat.images))
+        return replace(self, chat=chat) if same else self.of(vlm, chat)
+
+
+def _trace_one(
     vlm: VLM,
-    chat: Chat,
+    question: _Prompt,
     stack: tuple[Method, ...],
     recorder: HalfRecorder,
-    like: CLVS,
-    found: Target | None,
+    clvs: CLVS,
+    sought: Target | None,
     max_new_tokens: int,
-) -> Run:
-    """One method's answer with its readings; `like`: whose uncertainty is read without CLVS."""
-    own = next((m for m in stack if isinstance(m, CLVS) and not m.is_neutral), None)
-    like = own or like
-    (asked,) = vlm.rewrite([Chat(chat.images, chat.text, chat.system)], stack)
-    readers = (Uncertainty(top_k=like.top_k, final_norm=like.final_norm), recorder)
-    answer = vlm.answer([asked], (*stack, *readers), max_new_tokens)[0]
-    record, read = answer.record, asked.notes.pop("uncertainty")
+) -> MethodTrace:
+    """One method's answer with its readings; `clvs`: reads u where the stack has no CLVS."""
+    acting = next((m for m in stack if isinstance(m, CLVS) and not m.is_neutral), None)
+    reader = acting or clvs
+    original = question.chat
+    (chat,) = vlm.rewrite([Chat(original.images, original.text, original.system)], stack)
+    prompt = question.asked_as(vlm, chat)
+    readers = (Uncertainty(top_k=reader.top_k, final_norm=reader.final_norm), recorder)
+    (answer,) = vlm.answer([chat], (*stack, *readers), max_new_tokens, inputs=prompt.inputs)
+    record, uncertainty = answer.record, chat.notes.pop("uncertainty")
     assert record is not None
     steps = range(len(record.values))
     attention = torch.stack([record.image(step)[0].cpu() for step in steps])
-    grids = vlm.grids(asked)
-    parts = [_part(asked, index, chat.images[0]) for index in range(len(asked.images))]
+    parts = [_part(chat, index, original.images[0]) for index in range(len(chat.images))]
+    known = [part for part in parts if part is not None]
     share = None
-    if found is not None and None not in parts:
-        known = [part for part in parts if part is not None]
-        share = found.tokens(grids, attention.shape[-1], known).numpy()
-    tokens = (*answer.tokens, END)[: len(steps)]
-    resolved = own.resolve(anatomy(vlm.model)) if own else None
-    return Run(
+    if sought is not None and len(known) == len(parts):
+        share = sought.tokens(prompt.grids, attention.shape[-1], known).numpy()
+    resolved = acting.resolve(vlm.model) if acting else None
+    return MethodTrace(
         method=text(stack),
         answer=replace(answer, record=None),
-        tokens=tokens,
+        tokens=(*answer.tokens, END)[: len(steps)],
         layers=record.layers,
         attention=attention.numpy(),
         pictures=tuple(
-            _picture(image, part, attention, grids, index)
-            for index, (image, part) in enumerate(zip(asked.images, parts, strict=True))
+            _heat_map(image, part, attention, prompt.grids, index)
+            for index, (image, part) in enumerate(zip(chat.images, parts, strict=True))
         ),
         share=share,
-        uncertainty=np.array([[float(u) for u, _ in step] for step in read], np.float32),
+        uncertainty=np.array([[float(u) for u, _ in step] for step in uncertainty], np.float32),
         stopped=tuple(
-            next((layer for layer, (_, rests) in enumerate(step) if rests), None) for step in read
+            next((layer for layer, (_, rests) in enumerate(step) if rests), None)
+            for step in uncertainty
         ),
-        threshold=own.stop_threshold if own else None,
-        tested=tuple(sorted(resolved.setup(anatomy(vlm.model))[1])) if resolved else (),
+        threshold=acting.stop_threshold if acting else None,
+        tested=tuple(sorted(resolved.setup(vlm.model).tested)) if resolved else (),
     )
 
 
-def _part(asked: Chat, index: int, original: Image.Image) -> Box | None:
+def _part(chat: Chat, index: int, original: Image.Image) -> Box | None:
     """What a picture shows of the user's image: all of it, or what the method says it cut out."""
-    image, crop = asked.images[index], asked.notes.get("crop")
+    image, crop = chat.images[index], chat.notes.get("crop")
     if image is original or (crop is None and image.size == original.size):
         return WHOLE
     if crop is None:
@@ -431,8 +273,8 @@ def _part(asked: Chat, index: int, original: Image.Image) -> Box | None:
     return (left / wide, top / high, right / wide, bottom / high)
 
 
-def _picture(
+def _heat_map(
     image: Image.Image, part: Box | None, attention: Tensor, grids: Sequence[Grid], index: int
-) -> Picture:
+) -> HeatMap:
     heat, box = together(grids, attention.float(), index)
-    return Picture(image, part, heat.half().numpy(), box)
+    return HeatMap(image, part, heat.half().numpy(), box)

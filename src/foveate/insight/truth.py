@@ -44,7 +44,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
     """A picture and its ground truth, read only when asked for.
 
     Attributes:
@@ -71,12 +71,12 @@ def exists(kind: str) -> str:
     return f"Is there {questions.a(kind)} in the image?"
 
 
-def pocket_pictures(count: int) -> list[Picture]:
+def pocket_pictures(count: int) -> list[AnnotatedImage]:
     """Drawn scenes held out from training, every other one against the pocket model's habits."""
     return [_drawn(number) for number in range(count)]
 
 
-def _drawn(number: int) -> Picture:
+def _drawn(number: int) -> AnnotatedImage:
     scene = world.sample(questions.FIRST_HELD_OUT + number, ("with", "against")[number % 2])
 
     def mask(kind: str) -> np.ndarray:
@@ -88,13 +88,13 @@ def _drawn(number: int) -> Picture:
         return [Asked(q.text, q.answer, q.category if q.label else "open") for q in exam]
 
     name = f"{scene.habit}-{scene.seed}"
-    return Picture(name, tuple(world.counts(scene)), lambda: world.draw(scene), mask, asked)
+    return AnnotatedImage(name, tuple(world.counts(scene)), lambda: world.draw(scene), mask, asked)
 
 
 # ------------------------------------------------------------------------------------------ COCO
 
 
-def coco_pictures(root: Path, count: int) -> list[Picture]:
+def coco_pictures(root: Path, count: int) -> list[AnnotatedImage]:
     """Pictures of COCO val2014 with at least three categories, drawn at random, always the same.
 
     Up to three categories of each are looked for; as many that are not there are asked about, too.
@@ -111,10 +111,10 @@ def coco_pictures(root: Path, count: int) -> list[Picture]:
         data = json.loads(file.read_bytes())
         kinds = {row["id"]: str(row["name"]) for row in data["categories"]}
         files = {row["id"]: str(row["file_name"]) for row in data["images"]}
-        found: dict[Any, dict[str, list[Any]]] = {}
+        segments: dict[Any, dict[str, list[Any]]] = {}
         for row in data["annotations"]:
-            own = found.setdefault(row["image_id"], {})
-            own.setdefault(kinds[row["category_id"]], []).append(row["segmentation"])
+            of_image = segments.setdefault(row["image_id"], {})
+            of_image.setdefault(kinds[row["category_id"]], []).append(row["segmentation"])
     except OSError as error:
         raise FoveateError(
             f"{file} cannot be read ({error.strerror}): give the folder of COCO that has "
@@ -126,7 +126,7 @@ def coco_pictures(root: Path, count: int) -> list[Picture]:
             "segmentation are expected."
         ) from error
     places = [root / SPLIT, root / "images" / SPLIT, root / "images"]
-    many = [image for image, own in found.items() if len(own) >= FEWEST and image in files]
+    many = [image for image in segments if len(segments[image]) >= FEWEST and image in files]
     pictured = {
         image: path
         for image in many
@@ -141,14 +141,14 @@ def coco_pictures(root: Path, count: int) -> list[Picture]:
     order = sorted(pictured)
     random.Random(0).shuffle(order)
     return [
-        _photographed(pictured[image], found[image], sorted(kinds.values()), image)
+        _photographed(pictured[image], segments[image], sorted(kinds.values()), image)
         for image in order[:count]
     ]
 
 
 def _photographed(
     path: Path, segments: dict[str, list[Any]], kinds: Sequence[str], image: Any
-) -> Picture:
+) -> AnnotatedImage:
     rng = random.Random(f"picture-{image}")
     present = rng.sample(sorted(segments), min(MOST, len(segments)))
     away = [kind for kind in kinds if kind not in segments]
@@ -163,7 +163,7 @@ def _photographed(
         pairs = [(kind, "yes") for kind in present] + [(kind, "no") for kind in absent]
         return [Asked(exists(kind), answer, "existence") for kind, answer in pairs]
 
-    return Picture(path.name, tuple(present), lambda: decode(path), mask, asked)
+    return AnnotatedImage(path.name, tuple(present), lambda: decode(path), mask, asked)
 
 
 def union(segmentations: Sequence[Any], width: int, height: int) -> np.ndarray:
@@ -207,7 +207,7 @@ def _spelled(text: str) -> list[int]:
     saying that more follow, lowest digits first, signed; from the fourth number on each is the
     difference from the one two places before.
     """
-    found: list[int] = []
+    lengths: list[int] = []
     value = shift = 0
     for letter in text:
         bits = ord(letter) - 48
@@ -217,6 +217,6 @@ def _spelled(text: str) -> list[int]:
             continue
         if bits & 16:
             value -= 1 << shift
-        found.append(value + (found[-2] if len(found) > 2 else 0))
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
         value = shift = 0
-    return found
+    return lengths

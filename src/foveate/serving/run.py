@@ -23,7 +23,7 @@ class Server(uvicorn.Server):
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         app = create_app(vlm, settings)
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
-        self.worker: Worker = app.state.house.worker
+        self.worker: Worker = app.state.service.worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.worker.stopping:

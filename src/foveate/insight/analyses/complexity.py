@@ -16,8 +16,8 @@ from ...backends.transformers.anatomy import anatomy
 from ...base.stats import correlation, mean, proportion
 from ...methods.carve import CARVE
 from ...vlm.look import GENERAL, SHORT, read
-from ..analysis import Analysis, Numbers, Row, Stack, chance, rounded
-from ..truth import Picture
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, chance, pooled, rounded
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -59,51 +59,50 @@ class Complexity(Analysis):
         self.require(0 < self.low <= self.high, "the thresholds must be 0 < low <= high")
         self.require(self.steps >= 1, "steps must be 1 or more")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        image, asked = picture.load(), picture.asked()
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        asked = picture.asked()
         texts = [GENERAL, *(question.text for question in asked)]
-        chats = [vlm.chat([image], text + SHORT, None) for text in texts]
+        chats = about(vlm, picture, [text + SHORT for text in texts])
         general, *readings = read(vlm, chats, None, max_new_tokens=self.steps)
         clutter = general.weights[-1].double()
         questions = []
         for question, reading in zip(asked, readings, strict=True):
-            own = reading.weights[-1].double()
+            weights = reading.weights[-1].double()
             questions.append(
                 {
                     "group": question.group,
                     "right": question.right(reading.answer.text),
-                    "attention": rounded(entropy(own)),
-                    "contrast": rounded(entropy(own / (clutter + CARVE.ratio_floor))),
+                    "attention": rounded(entropy(weights)),
+                    "contrast": rounded(entropy(weights / (clutter + CARVE.ratio_floor))),
                 }
             )
         deep = CARVE(layers=self.layers).resolve(anatomy(vlm.model)).layers or ()
         return {
-            "texture": texture(image, self.low, self.high),
-            "color": color(image),
+            "texture": texture(chats[0].images[0], self.low, self.high),
+            "color": color(chats[0].images[0]),
             "layers": list(general.layers),
             "deep": [general.layers.index(layer) for layer in deep],
             "questions": questions,
         }
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        asked = [(row["picture"], q) for row in rows for q in row["questions"]]
-        pictures = [picture for picture, _ in asked]
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        asked, pictures = pooled(rows, "questions")
         deep = rows[0]["deep"]
-        curves = {kind: np.array([q[kind] for _, q in asked]) for kind in KINDS}
-        means = {kind: own[:, deep].mean(1) for kind, own in curves.items()}
+        curves = {kind: np.array([q[kind] for q in asked]) for kind in KINDS}
+        means = {kind: curve[:, deep].mean(1) for kind, curve in curves.items()}
         of_picture = {
             kind: np.array(
                 [means[kind][np.array(pictures) == row["picture"]].mean() for row in rows]
             )
             for kind in KINDS
         }
-        hits = np.array([int(q["right"]) for _, q in asked])
+        hits = np.array([int(q["right"]) for q in asked])
         complexities = {k: np.array([row[k] for row in rows]) for k in ("texture", "color")}
         return {
             "layers": rows[0]["layers"],
             "deep": [rows[0]["layers"][place] for place in deep],
             "questions": len(asked),
-            "by_layer": {kind: mean(own, pictures) for kind, own in curves.items()},
+            "by_layer": {kind: mean(curve, pictures) for kind, curve in curves.items()},
             "complexity": {
                 name: {
                     "smallest": float(values.min()),
@@ -137,11 +136,11 @@ class Complexity(Analysis):
             "the hues; both are scaled from the smallest to the largest of these pictures."
         ]
         for name, word in (("texture", "texture"), ("color", "colour")):
-            found = numbers["complexity"][name]
-            r = [f"{k} {_signed(found[k]['rho'])} ({chance(found[k]['p'])})" for k in KINDS]
+            figures = numbers["complexity"][name]
+            r = [f"{k} {_signed(figures[k]['rho'])} ({chance(figures[k]['p'])})" for k in KINDS]
             told.append(
-                f"Spearman's correlation of {word} ({found['smallest']:.3f} to "
-                f"{found['largest']:.3f}) and entropy over pictures: {', '.join(r)}."
+                f"Spearman's correlation of {word} ({figures['smallest']:.3f} to "
+                f"{figures['largest']:.3f}) and entropy over pictures: {', '.join(r)}."
             )
         r = [
             f"{k} {_signed(numbers['accuracy'][k]['r'])} ({chance(numbers['accuracy'][k]['p'])})"
@@ -155,7 +154,7 @@ class Complexity(Analysis):
         return " ".join(told)
 
     def draw(self, numbers: Numbers, sheet: Sheet) -> None:
-        from ..plots.analysis import SERIES, band, marks, whole
+        from ..plots.analysis import SERIES, bands, marks
 
         colors = dict(zip(KINDS, SERIES, strict=False))
 
@@ -172,9 +171,7 @@ class Complexity(Analysis):
                 marks(panel, [b["at"] for b in bins], bins, colors[kind], kind, 100)
 
         def layers(panel: Any) -> None:
-            for kind in KINDS:
-                band(panel, numbers["layers"], numbers["by_layer"][kind], colors[kind], kind)
-            whole(panel, numbers["layers"])
+            bands(panel, numbers["layers"], numbers["by_layer"])
 
         sheet.add("Entropy over texture", "texture complexity, scaled", "entropy / ln N_v",
                   lambda panel: over(panel, "texture"))  # fmt: skip
@@ -225,16 +222,16 @@ def binned(x: np.ndarray, y: np.ndarray) -> list[Numbers]:
     """
     edges = np.linspace(0, 1, BINS + 1)
     place = np.digitize(x, edges[1:-1])
-    found = []
+    bins = []
     for b in range(BINS):
-        own = y[place == b]
+        values = y[place == b]
         numbers = dict.fromkeys(("mean", "low", "high"), math.nan)
-        if len(own):
-            numbers = mean(own, range(len(own)))
-        if len(own) < FEWEST:
+        if len(values):
+            numbers = mean(values, range(len(values)))
+        if len(values) < FEWEST:
             numbers |= {"low": math.nan, "high": math.nan}
-        found.append({"from": edges[b], "to": edges[b + 1], "n": len(own), **numbers})
-    return found
+        bins.append({"from": edges[b], "to": edges[b + 1], "n": len(values), **numbers})
+    return bins
 
 
 def tenths(x: np.ndarray, hits: np.ndarray) -> list[Numbers]:
@@ -254,8 +251,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Numbers:
 
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"rho": math.nan, "p": math.nan}
-    found = stats.spearmanr(x, y)
-    return {"rho": float(found.statistic), "p": float(found.pvalue)}
+    test = stats.spearmanr(x, y)
+    return {"rho": float(test.statistic), "p": float(test.pvalue)}
 
 
 def _signed(value: float) -> str:

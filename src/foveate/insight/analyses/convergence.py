@@ -18,8 +18,18 @@ from ...base.stats import correlation, mean, proportion
 from ...core import Sequences, Stream
 from ...methods.clvs import CLVS
 from ...vlm.answering import answer_all, complete
-from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
-from ..truth import Picture
+from ..analysis import (
+    Analysis,
+    Measurement,
+    Numbers,
+    Stack,
+    about,
+    chance,
+    percent,
+    pooled,
+    rounded,
+)
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -73,9 +83,9 @@ class Convergence(Analysis):
     def check(self) -> None:
         self.require(self.top_k >= 2, "top_k must be 2 or more")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        image, asked = picture.load(), picture.asked()
-        chats = [vlm.chat([image], question.text, None) for question in asked]
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        asked = picture.asked()
+        chats = about(vlm, picture, [question.text for question in asked])
         answers = complete(answer_all(vlm, chats, (Lens(),), 1))
         questions = []
         for question, answer in zip(asked, answers, strict=True):
@@ -102,11 +112,10 @@ class Convergence(Analysis):
             written = known.unembed(known.norm(stream[-1])).argmax(-1)
             return clvs.uncertainty(stream, known), tokens, int(written)
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        asked = [(row["picture"], q) for row in rows for q in row["questions"]]
-        pictures = [picture for picture, _ in asked]
-        u = np.array([q["u"] for _, q in asked])  # (N, L)
-        converged = np.array([q["converged"] for _, q in asked])
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        asked, pictures = pooled(rows, "questions")
+        u = np.array([q["u"] for q in asked])  # (N, L)
+        converged = np.array([q["converged"] for q in asked])
         depth = u.shape[1]
         counted = slice(0, max(1, depth - 1))
         x, y = u[:, counted].ravel(), converged[:, counted].ravel()
@@ -189,9 +198,8 @@ class Convergence(Analysis):
         def within(panel: Any) -> None:
             zero(panel)
             known = [la for la in layers if not math.isnan(numbers["by_layer"][la]["r"])]
-            found = [numbers["by_layer"][la] for la in known]
-            points = [{"mean": f["r"], "low": f["low"], "high": f["high"]} for f in found]
-            marks(panel, known, points, SERIES[2], "")
+            points = [numbers["by_layer"][la] for la in known]
+            marks(panel, known, [r | {"mean": r["r"]} for r in points], SERIES[2], "")
             whole(panel, layers)
 
         def counts(panel: Any) -> None:

@@ -14,8 +14,8 @@ from ...base.errors import FoveateError
 from ...base.stats import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.answering import answer_all, complete
-from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded
-from ..truth import Picture, exists
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, percent, pooled, rounded
+from ..truth import AnnotatedImage, exists
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -49,16 +49,15 @@ class Decay(Analysis):
     def check(self) -> None:
         self.require(0 < self.covered <= 1, "covered must lie above 0 and not above 1")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        image = picture.load()
-        chats = [vlm.chat([image], exists(kind), None) for kind in picture.objects]
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        chats = about(vlm, picture, [exists(kind) for kind in picture.objects])
         grids = vlm.grids(chats[0])
         masks = [picture.target(kind) for kind in picture.objects]
-        found: list[Row] = [{"object": kind} for kind in picture.objects]
+        objects: list[Measurement] = [{"object": kind} for kind in picture.objects]
         layers: tuple[int, ...] = ()
         for name, stack in stacks.items():
             answers = complete(answer_all(vlm, chats, (*stack, Recorder()), 1))
-            for row, mask, answer in zip(found, masks, answers, strict=True):
+            for row, mask, answer in zip(objects, masks, answers, strict=True):
                 assert answer.record is not None
                 layers, weights = answer.record.layers, answer.record.image()[0].double().cpu()
                 inside = mask.tokens(grids, weights.shape[-1], [WHOLE]) >= self.covered
@@ -67,15 +66,15 @@ class Decay(Analysis):
                     "object": rounded(weights[:, inside].sum(-1)),
                     "image": rounded(weights.sum(-1)),
                 }
-        return {"layers": list(layers), "objects": found}
+        return {"layers": list(layers), "objects": objects}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        known = [(row["picture"], o) for row in rows for o in row["objects"]]
-        pictures = [picture for picture, o in known if o["area"]]
-        seen = [o for _, o in known if o["area"]]
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        asked, pictures = pooled(rows, "objects")
+        pictures = [picture for picture, o in zip(pictures, asked, strict=True) if o["area"]]
+        seen = [o for o in asked if o["area"]]
         if not seen:
             raise FoveateError(
-                f"decay: not one of {len(known)} objects covers a visual token by "
+                f"decay: not one of {len(asked)} objects covers a visual token by "
                 f"{percent(self.covered, 0)}: give a smaller covered."
             )
         layers: list[int] = rows[0]["layers"]
@@ -88,33 +87,29 @@ class Decay(Analysis):
         numbers: Numbers = {
             "layers": layers,
             "objects": len(seen),
-            "too_small": len(known) - len(seen),
+            "too_small": len(asked) - len(seen),
             "area": mean([o["area"] for o in seen], pictures),
             "methods": {},
         }
         peak = decay(plain, pictures)["peak"]
         for name, values in read.items():
-            own = values["object"]
-            share = ratio(own, values["image"])
-            numbers["methods"][name] = {
-                "object": mean(own, pictures),
+            on_object = values["object"]
+            figures = numbers["methods"][name] = {
+                "object": mean(on_object, pictures),
                 "image": mean(values["image"], pictures),
-                "share": mean(share, pictures),
-                "peaks": np.bincount(own.argmax(1), minlength=len(layers)).tolist(),
-                "decay": decay(own, pictures),
+                "share": mean(ratio(on_object, values["image"]), pictures),
+                "peaks": np.bincount(on_object.argmax(1), minlength=len(layers)).tolist(),
+                "decay": decay(on_object, pictures),
             }
             if name != "vanilla":
-                more = np.minimum(ratio(own, plain) - 1, CLIP)
-                numbers["methods"][name]["increase"] = mean(more, pictures)
-                numbers["methods"][name]["increase_all"] = mean(np.nanmean(more, 1), pictures)
-                after = slice((peak or 0) + 1, (peak or 0) + 1 + AHEAD)
-                if peak is not None and more[:, after].size:
-                    next_ = mean(np.nanmean(more[:, after], 1), pictures)
-                    numbers["methods"][name]["increase_next"] = next_
+                more = np.minimum(ratio(on_object, plain) - 1, CLIP)
+                figures["increase"] = mean(more, pictures)
+                figures["increase_all"] = mean(np.nanmean(more, 1), pictures)
+                if peak is not None and (after := more[:, peak + 1 : peak + 1 + AHEAD]).size:
+                    figures["increase_next"] = mean(np.nanmean(after, 1), pictures)
         return numbers
 
     def caption(self, numbers: Numbers) -> str:
-        found = numbers["methods"]
         told = [
             f"{numbers['objects']:,} questions of the form {exists('thing')!r}, one per kind of "
             f"thing on the picture and all answered yes in truth; {numbers['too_small']:,} more "
@@ -124,12 +119,14 @@ class Decay(Analysis):
             "image, which would be the dotted line if attention were spread evenly. Bands: 95 % "
             "t-intervals over pictures."
         ]
-        for name, own in found.items():
-            told.append(f"{name}: {_fall(own['decay'], numbers['layers'])}")
+        for name, figures in numbers["methods"].items():
+            told.append(f"{name}: {_fall(figures['decay'], numbers['layers'])}")
             if name != "vanilla":
-                change = [f"{_told(own['increase_all'])} on average over all layers"]
-                if "increase_next" in own:
-                    change.append(f"{_told(own['increase_next'])} in those after vanilla's peak")
+                change = [f"{_told(figures['increase_all'])} on average over all layers"]
+                if "increase_next" in figures:
+                    change.append(
+                        f"{_told(figures['increase_next'])} in those after vanilla's peak"
+                    )
                 told.append(
                     f"Its attention to the object against vanilla's is {', '.join(change)} "
                     "(each question and layer counts +100 % at most)."
@@ -137,37 +134,33 @@ class Decay(Analysis):
         return " ".join(told)
 
     def draw(self, numbers: Numbers, sheet: Sheet) -> None:
-        from ..plots.analysis import SERIES, band, bars, whole, zero
+        from ..plots.analysis import SERIES, bands, bars, whole, zero
         from ..plots.style import QUIET
 
-        layers, found = numbers["layers"], numbers["methods"]
+        layers, methods = numbers["layers"], numbers["methods"]
 
         def curves(panel: Any, kind: str) -> None:
-            for color, (name, own) in zip(SERIES * len(found), found.items(), strict=False):
-                band(panel, layers, own[kind], color, name, 100)
-            whole(panel, layers)
+            bands(panel, layers, {n: m[kind] for n, m in methods.items()}, scale=100)
 
         def shares(panel: Any) -> None:
             curves(panel, "share")
             panel.axhline(100 * numbers["area"]["mean"], color=QUIET, ls=":", label="spread evenly")
 
         def peaks(panel: Any) -> None:
-            bars(panel, layers, {n: [100 * c / numbers["objects"] for c in own["peaks"]]
-                                 for n, own in found.items()})  # fmt: skip
+            bars(panel, layers, {n: [100 * c / numbers["objects"] for c in m["peaks"]]
+                                 for n, m in methods.items()})  # fmt: skip
             whole(panel, layers)
 
         def more(panel: Any) -> None:
             zero(panel)
-            for color, (name, own) in zip(SERIES * len(found), found.items(), strict=False):
-                if name != "vanilla":
-                    band(panel, layers, own["increase"], color, name, 100)
-            whole(panel, layers)
+            others = {n: m["increase"] for n, m in methods.items() if "increase" in m}
+            bands(panel, layers, others, SERIES[1:] + SERIES[:1], 100)
 
         sheet.add("Attention to the object", "layer", "% of all attention",
                   lambda panel: curves(panel, "object"))  # fmt: skip
         sheet.add("Share of the image's attention", "layer", "% of attention to the image", shares)
         sheet.add("Where attention to the object peaks", "layer", "% of questions", peaks)
-        if len(found) > 1:
+        if len(methods) > 1:
             title = "More attention to the object than vanilla"
             sheet.add(title, "layer", "%, at most 100 each", more)
 
@@ -191,28 +184,30 @@ def decay(values: np.ndarray, pictures: Sequence[Any]) -> Numbers:
     if len(order) < 4:
         return {"peak": None, "next": None, "later": None}
     chosen, tested = values[rank == 0], values[rank == 1]
-    own = [picture for picture, side in zip(pictures, rank, strict=True) if side]
-    groups = [p for p, side in zip(pictures, rank, strict=True) if not side]
-    peak = int(np.argmax(mean(chosen, groups)["mean"]))
-    height = mean(tested[:, peak], own)["mean"]
-    found: Numbers = {"peak": peak}
+    chosen_pictures, tested_pictures = (
+        [picture for picture, side in zip(pictures, rank, strict=True) if side == wanted]
+        for wanted in (0, 1)
+    )
+    peak = int(np.argmax(mean(chosen, chosen_pictures)["mean"]))
+    height = mean(tested[:, peak], tested_pictures)["mean"]
+    drop: Numbers = {"peak": peak}
     for kind, last in (("next", peak + 1 + AHEAD), ("later", values.shape[1])):
         after = tested[:, peak + 1 : last]
         change = after.mean(1) - tested[:, peak] if after.size else tested[:, peak] * math.nan
-        found[kind] = {k: float(v) / height for k, v in mean(change, own).items()}
-    return found
+        drop[kind] = {k: float(v) / height for k, v in mean(change, tested_pictures).items()}
+    return drop
 
 
-def _fall(found: Numbers, layers: Sequence[int]) -> str:
+def _fall(drop: Numbers, layers: Sequence[int]) -> str:
     """The drop in words."""
-    if found["peak"] is None:
+    if drop["peak"] is None:
         return "too few pictures to say whether attention drops after a peak."
-    peak = layers[found["peak"]]
+    peak = layers[drop["peak"]]
     if peak == layers[-1]:
         return f"attention to the object is highest in the last layer, {peak}: nothing follows it."
     change = [
-        f"{_told(found['next'])} in the next {min(AHEAD, len(layers) - 1 - found['peak'])}",
-        f"{_told(found['later'])} over all later layers",
+        f"{_told(drop['next'])} in the next {min(AHEAD, len(layers) - 1 - drop['peak'])}",
+        f"{_told(drop['later'])} over all later layers",
     ]
     return (
         f"on half of the pictures attention to the object is highest in layer {peak}; on the other "

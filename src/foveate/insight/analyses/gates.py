@@ -13,8 +13,8 @@ from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
 from ...base.stats import mean
 from ...methods.cli.method import CLI
-from ..analysis import Analysis, Numbers, Row, Stack, rounded
-from ..truth import Picture
+from ..analysis import Analysis, Measurement, Numbers, Stack, rounded
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -45,26 +45,28 @@ class Gates(Analysis):
                 '"cli(path=FOLDER)", and the model that it was trained with by --model.'
             )
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        image, questions = picture.load(), picture.asked()
-        chats = [vlm.chat([image], question.text, None) for question in questions]
-        measured: Row = {}
-        for name, stack in stacks.items():
-            for method in stack:
-                if not isinstance(method, CLI):
-                    continue
-                with torch.no_grad(), vlm.using(stack, chats):
-                    gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
-                resolved = method.resolve(anatomy(vlm.model))
-                measured[name] = {
-                    "layers": list(resolved.layers or ()),
-                    "vision_layers": list(resolved.vision_layers or ()),
-                    "gates": rounded(gates),  # (questions, decoder layers, vision layers)
-                }
-        return {"methods": measured}
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        injecting = {
+            name: stack
+            for name, stack in stacks.items()
+            if any(isinstance(method, CLI) for method in stack)
+        }
+        image, asked = picture.load(), picture.asked()
+        chats = [vlm.chat([image], question.text, None) for question in asked]
+        found: Measurement = {}
+        for name, stack in injecting.items():
+            with torch.no_grad(), vlm.using(stack, chats):
+                gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
+            (method,) = (m.resolve(vlm.model) for m in stack if isinstance(m, CLI))
+            found[name] = {
+                "layers": list(method.layers or ()),
+                "vision_layers": list(method.vision_layers or ()),
+                "gates": rounded(gates),  # (questions, decoder layers, vision layers)
+            }
+        return {"methods": found}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        methods: Numbers = {}
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        found: Numbers = {}
         for name, first in rows[0]["methods"].items():
             by_picture = [np.array(row["methods"][name]["gates"]) for row in rows]
             gates = np.concatenate(by_picture)

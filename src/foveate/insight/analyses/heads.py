@@ -12,8 +12,8 @@ import numpy as np
 from ...base.stats import mean, ratio
 from ...families.layout import WHOLE
 from ...vlm.look import read
-from ..analysis import Analysis, Numbers, Row, Stack, percent, rounded
-from ..truth import Picture, exists
+from ..analysis import Analysis, Measurement, Numbers, Stack, about, percent, pooled, rounded
+from ..truth import AnnotatedImage, exists
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -41,9 +41,8 @@ class Heads(Analysis):
     def check(self) -> None:
         self.require(0 < self.covered <= 1, "covered must lie above 0 and not above 1")
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        image = picture.load()
-        chats = [vlm.chat([image], exists(kind), None) for kind in picture.objects]
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        chats = about(vlm, picture, [exists(kind) for kind in picture.objects])
         readings = read(vlm, chats, None, heads="all")
         objects = []
         for kind, reading in zip(picture.objects, readings, strict=True):
@@ -60,24 +59,23 @@ class Heads(Analysis):
             )
         return {"layers": list(readings[0].layers), "objects": objects}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
-        every = [(row["picture"], o) for row in rows for o in row["objects"]]
-        seen = [(picture, o) for picture, o in every if o["area"]]
-        image = mean([o["on_image"] for _, o in every], [picture for picture, _ in every])
-        pictures = [picture for picture, _ in seen]
-        shares = [ratio(*(np.array(o[k]) for k in ("on_object", "on_image"))) for _, o in seen]
-        times = [share / o["area"] for share, (_, o) in zip(shares, seen, strict=True)]
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
+        asked, pictures = pooled(rows, "objects")
+        image = mean([o["on_image"] for o in asked], pictures)
+        pictures = [picture for picture, o in zip(pictures, asked, strict=True) if o["area"]]
+        seen = [o for o in asked if o["area"]]
+        shares = [ratio(np.array(o["on_object"]), np.array(o["on_image"])) for o in seen]
+        times = [share / o["area"] for share, o in zip(shares, seen, strict=True)]
         numbers: Numbers = {
             "layers": rows[0]["layers"],
-            "questions": len(every),
+            "questions": len(asked),
             "objects": len(seen),
             "image": image,
             "most": _highest(image),
         }
         if seen:
-            object_ = mean(shares, pictures)
-            numbers |= {"share": object_, "times": mean(times, pictures)}
-            numbers["most_on_object"] = _highest(object_)
+            numbers |= {"share": mean(shares, pictures), "times": mean(times, pictures)}
+            numbers["most_on_object"] = _highest(numbers["share"])
         return numbers
 
     def caption(self, numbers: Numbers) -> str:
@@ -134,8 +132,8 @@ class Heads(Analysis):
         return f"head {head} of layer {numbers['layers'][layer]}"
 
 
-def _highest(found: Numbers) -> list[list[int]]:
+def _highest(values: Numbers) -> list[list[int]]:
     """(index of the layer, head) of the highest means, highest first."""
-    means = np.nan_to_num(np.array(found["mean"]), nan=-math.inf)
+    means = np.nan_to_num(np.array(values["mean"]), nan=-math.inf)
     order = np.argsort(-means, axis=None, kind="stable")[:BEST]
     return [list(map(int, np.unravel_index(place, means.shape))) for place in order]

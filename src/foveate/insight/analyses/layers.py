@@ -12,8 +12,18 @@ from ...backends.transformers.anatomy import anatomy
 from ...base.errors import FoveateError
 from ...base.stats import mean
 from ...methods.laser import LASER
-from ..analysis import Analysis, Numbers, Row, Stack, chance, percent, rounded
-from ..truth import Picture
+from ..analysis import (
+    Analysis,
+    Measurement,
+    Numbers,
+    Stack,
+    about,
+    chance,
+    percent,
+    pooled,
+    rounded,
+)
+from ..truth import AnnotatedImage
 
 if TYPE_CHECKING:
     from ...vlm.vlm import VLM
@@ -42,41 +52,43 @@ class Layers(Analysis):
     def check(self) -> None:
         LASER(heads=self.heads, noq=self.noq)
 
-    def measure(self, vlm: VLM, picture: Picture, stacks: dict[str, Stack]) -> Row:
-        method = LASER(heads=self.heads, noq=self.noq).resolve(anatomy(vlm.model))
+    def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
+        method = LASER(heads=self.heads, noq=self.noq).resolve(vlm.model)
         assert isinstance(method, LASER)
-        image, asked = picture.load(), picture.asked()
-        chats = [vlm.chat([image], question.text, None) for question in asked]
+        asked = picture.asked()
+        chats = about(vlm, picture, [question.text for question in asked])
         questions = []
         for question, readings in zip(asked, method.readings(vlm, chats), strict=True):
-            found = method.evidence(*readings)
+            evidence = method.evidence(*readings)
             questions.append(
-                {"group": question.group, "vaq": rounded(found.vaq), "layer": found.layer}
+                {"group": question.group, "vaq": rounded(evidence.vaq), "layer": evidence.layer}
             )
         return {"layers": list(method.layers or ()), "questions": questions}
 
-    def count(self, rows: Sequence[Row]) -> Numbers:
+    def count(self, rows: Sequence[Measurement]) -> Numbers:
         layers: list[int] = rows[0]["layers"]
-        asked = [(row["picture"], q) for row in rows for q in row["questions"]]
-        if not any(q["layer"] is not None for _, q in asked):
+        asked, pictures = pooled(rows, "questions")
+        if all(q["layer"] is None for q in asked):
             raise FoveateError("layers: no question changes the attention to its picture.")
+        vaq = np.array([q["vaq"] for q in asked])
         groups: Numbers = {}
-        for name in dict.fromkeys(q["group"] for _, q in asked):
-            own = [(picture, q) for picture, q in asked if q["group"] == name]
-            chosen = [q["layer"] for _, q in own if q["layer"] is not None]
+        for name in dict.fromkeys(q["group"] for q in asked):
+            places = [i for i, q in enumerate(asked) if q["group"] == name]
+            chosen = [asked[i]["layer"] for i in places if asked[i]["layer"] is not None]
             groups[name] = {
-                "questions": len(own),
-                "unchanged": len(own) - len(chosen),
-                "vaq": mean([q["vaq"] for _, q in own], [picture for picture, _ in own]),
+                "questions": len(places),
+                "unchanged": len(places) - len(chosen),
+                "vaq": mean(vaq[places], [pictures[i] for i in places]),
                 "chosen": [chosen.count(layer) for layer in layers],
             }
+        chosen_by_group = [group["chosen"] for group in groups.values()]
         return {
             "layers": layers,
             "questions": len(asked),
-            "vaq": mean([q["vaq"] for _, q in asked], [picture for picture, _ in asked]),
-            "chosen": np.sum([own["chosen"] for own in groups.values()], 0).tolist(),
+            "vaq": mean(vaq, pictures),
+            "chosen": np.sum(chosen_by_group, 0).tolist(),
             "groups": groups,
-            "association": association([own["chosen"] for own in groups.values()]),
+            "association": association(chosen_by_group),
         }
 
     def caption(self, numbers: Numbers) -> str:
@@ -85,7 +97,7 @@ class Layers(Analysis):
         most = int(np.argmax(every))
         told = [
             f"{numbers['questions']:,} questions ("
-            + ", ".join(f"{own['questions']:,} {name}" for name, own in groups.items())
+            + ", ".join(f"{group['questions']:,} {name}" for name, group in groups.items())
             + "). VAQ: norm of what the question adds to the prompt's last row's attention to the "
             f"image, mean over the {self.heads} heads of a layer with the largest (all, where it "
             "has fewer); without the question is the "
@@ -93,29 +105,26 @@ class Layers(Analysis):
             + f". Mean VAQ is highest in layer {layers[top]}; layer {layers[most]} is chosen most, "
             f"for {percent(every[most] / max(sum(every), 1))} of the questions."
         ]
-        if lost := sum(own["unchanged"] for own in groups.values()):
+        if lost := sum(group["unchanged"] for group in groups.values()):
             told.append(f"{lost:,} questions change nothing and choose no layer.")
-        if found := numbers["association"]:
+        if test := numbers["association"]:
             told.append(
-                f"Kind of question and chosen layer: Cramér's V {found['v']:.2f}, chi-squared test "
-                f"{chance(found['p'])} (questions taken as independent)."
+                f"Kind of question and chosen layer: Cramér's V {test['v']:.2f}, chi-squared test "
+                f"{chance(test['p'])} (questions taken as independent)."
             )
         told.append("Bands: 95 % t-intervals over pictures.")
         return " ".join(told)
 
     def draw(self, numbers: Numbers, sheet: Sheet) -> None:
-        from ..plots.analysis import SERIES, band, bars, cells, whole
+        from ..plots.analysis import SERIES, bands, bars, cells, whole
 
         layers, groups = numbers["layers"], numbers["groups"]
 
         def activation(panel: Any) -> None:
-            band(panel, layers, numbers["vaq"], SERIES[1], "")
-            whole(panel, layers)
+            bands(panel, layers, {"": numbers["vaq"]}, SERIES[1:])
 
         def by_group(panel: Any) -> None:
-            for color, (name, own) in zip(SERIES * len(groups), groups.items(), strict=False):
-                band(panel, layers, own["vaq"], color, name)
-            whole(panel, layers)
+            bands(panel, layers, {name: group["vaq"] for name, group in groups.items()})
 
         def chosen(panel: Any) -> None:
             share = 100 * np.array(numbers["chosen"]) / max(sum(numbers["chosen"]), 1)
@@ -123,7 +132,7 @@ class Layers(Analysis):
             whole(panel, layers)
 
         def shares(panel: Any) -> None:
-            counts = np.array([own["chosen"] for own in groups.values()], float)
+            counts = np.array([group["chosen"] for group in groups.values()], float)
             cells(panel, 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1), layers, groups)
 
         sheet.add("VAQ, all questions", "layer", "VAQ", activation)

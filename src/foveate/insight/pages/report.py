@@ -6,107 +6,50 @@ import html as markup
 import itertools
 import re
 
-from ...evaluation.results import (
-    MARKS,
-    Heading,
-    Interval,
-    Lines,
-    Part,
-    ReportTable,
-    Section,
-    flat,
-    marked,
-    parts,
+from ...evaluation.published import PROTOCOLS
+from .document import document, fill
+
+if TYPE_CHECKING:
+    from ...evaluation.results import Example, Result, Section, Test, Verdict
+
+MARKS = {"better": "▲", "worse": "▼"}
+FOLDED = 30  # rows: longer tables of details open on demand
+HOW = (
+    "Every method is compared with the plain model (vanilla) on the questions that both answered. "
+    "A difference is the mean of the benchmark's own score of single answers (right or wrong, or "
+    "in parts where answers are graded; a caption is right if it invents nothing), in percentage "
+    "points. It may differ from a headline score such as F1.",
+    "Intervals are 95 % percentile bootstrap intervals of 10,000 resamples that draw whole images "
+    "with all of their questions, as questions about one image are not independent. They are not "
+    "corrected for several methods, and with fewer than some 30 images they are too narrow.",
+    "p is McNemar's exact two-sided p of answers gained against answers lost, which takes "
+    "questions as independent. It is corrected after Holm over all methods of a benchmark; by "
+    "split, over all methods and splits.",
+    "Better or worse is said only where the corrected p is below 0.05 and the interval leaves out "
+    "0; otherwise the difference is not significant, which is no proof that there is none.",
 )
 from ...evaluation.verdict import Example
 
 # -- HTML ------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #595e66; --line: #d5d8dd; --back: #fff;
-  --raised: #f4f5f7; --better: #0b6b3a; --worse: #b3261e; --link: #0b57c2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a9afb8; --line: #3a3f47;
-  --back: #15171a; --raised: #1f2226; --better: #6fd39b; --worse: #ff9188; --link: #8ab8ff; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; scroll-padding-top: 1rem; }
-body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 4rem; color: var(--ink);
-  background: var(--back); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; margin: 1.5rem 0 .5rem; }
-h2 { font-size: 1.35rem; margin: 2rem 0 .5rem; border-top: 2px solid var(--line);
-  padding-top: 1.2rem; }
-h3 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-ul { padding-left: 1.2rem; margin: .5rem 0 1rem; }
-li { margin: .25rem 0; }
-a { color: var(--link); }
-.skip { position: absolute; left: -100vw; }
-.skip:focus { left: 1rem; top: .5rem; background: var(--back); padding: .5rem; z-index: 3; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-.soft { color: var(--soft); font-size: .925rem; }
-.better { color: var(--better); font-weight: 600; }
-.worse { color: var(--worse); font-weight: 600; }
-.level3 { margin-left: 1rem; }
-.scroll { overflow-x: auto; margin: 1rem 0 1.5rem; border: 1px solid var(--line);
-  border-radius: .5rem; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .6rem .75rem; position: sticky; left: 0; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
-  border-top: 1px solid var(--line); }
-thead th { position: sticky; top: 0; background: var(--raised); z-index: 2; font-weight: 600; }
-th:first-child, .text { text-align: left; }
-tbody th { position: sticky; left: 0; background: var(--back); z-index: 1; font-weight: 400;
-  max-width: 16rem; min-width: 4rem; white-space: normal; }
-.group th { position: static; max-width: none; font-weight: 600; text-align: left;
-  background: var(--raised); }
-.group span { position: sticky; left: .75rem; }
-@media (min-width: 48rem) { .scroll { max-height: 85vh; } }
-@media (max-width: 30rem) { th, td { padding: .35rem .5rem; } tbody th { max-width: 8rem; } }
-.ends { display: inline-block; min-width: 8.5rem; }
-svg { width: 6rem; height: 1.1rem; vertical-align: middle; color: var(--ink); }
-summary { cursor: pointer; padding: .5rem 0; }
-.examples { display: grid; gap: .75rem; margin: .5rem 0 1.5rem; padding: 0; list-style: none;
-  grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); align-items: start; }
-.examples li { display: flex; gap: .75rem; margin: 0; padding: .75rem; border-radius: .5rem;
-  background: var(--raised); }
-.examples img { width: 6rem; height: 6rem; object-fit: contain; flex: none; }
-.examples p { margin: 0 0 .25rem; font-size: .9rem; min-width: 0; }
-.examples div { min-width: 0; }
-@media print { .scroll { overflow: visible; max-height: none; } }
-"""
-
 
 def html(sections: list[Section]) -> str:
     """The report as one page: no script, no outside resource, pictures embedded."""
-    found = list(parts(sections))
+    how, *rest = parts(sections)
     links = "".join(
         f'<li class="level{p.level}"><a href="#{p.anchor}">{_text(p.text)}</a></li>'
-        for p in found
+        for p in rest
         if isinstance(p, Heading)
     )
     title = f"Report: {', '.join(dict.fromkeys(s.model for s in sections))}"
-    how, body = found[0], "\n".join(map(_as_html, found[1:]))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<a class="skip" href="#main">To the results</a>
-<h1>{_text(title)}</h1>
-<nav aria-label="Contents"><ul>{links}</ul></nav>
-<details><summary>How to read this</summary>
-{_as_html(how)}
-</details>
-<main id="main">
-{body}
-</main>
-</body>
-</html>
-"""
+    body = fill(
+        "report.html",
+        title=_text(title),
+        links=links,
+        how=_as_html(how),
+        body="\n".join(map(_as_html, rest)),
+    )
+    return document(title, body, "report.css")
 
 
 def _as_html(part: Part) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .style import BLUE, COLORS, INK, PAD, PAPER, QUIET, RED, Page, check_path, plain, wrapped
+from .style import BLUE, COLORS, INK, PAD, PAPER, QUIET, SERIES, Page, check_path, plain, wrapped
 
-SERIES = (RED, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 WIDE, HIGH = 4.1, 3.0  # inches of a panel
 LEFT, BETWEEN, ABOVE, BELOW = 0.75, 0.95, 0.6, 0.7
 
@@ -63,36 +63,48 @@ class Sheet:
                     frameon=False, fontsize=8.5, handlelength=1.4, columnspacing=1.2,
                     borderaxespad=0.2,
                 )  # fmt: skip
-        page.write(PAD, page.bottom + 0.4, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-        page.figure.savefig(path, facecolor=PAPER)
+        page.save(path, below=0.4)
 
 
 def band(
     panel: Any,
     x: Sequence[float],
-    found: Numbers,
+    means: Numbers,
     color: str,
     label: str,
     scale: float = 1.0,
     dots: bool = True,
 ) -> None:
-    """A line of means over `x` with its 95 % interval, from `foveate.insight.analysis.mean`."""
-    middle, low, high = (scale * np.array(found[k], float) for k in ("mean", "low", "high"))
+    """A line of means over `x` with its 95 % interval, from `foveate.base.intervals.mean`."""
+    middle, low, high = (scale * np.array(means[k], float) for k in ("mean", "low", "high"))
     panel.plot(x, middle, "o-" if dots else "-", color=color, lw=1.8, ms=3.5, label=label)
     panel.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+
+
+def bands(
+    panel: Any,
+    layers: Sequence[int],
+    curves: Mapping[str, Numbers],
+    colors: Sequence[str] = SERIES,
+    scale: float = 1.0,
+) -> None:
+    """A `band` per curve over layers, by the curves' names."""
+    for color, (name, means) in zip(itertools.cycle(colors), curves.items(), strict=False):
+        band(panel, layers, means, color, name, scale)
+    whole(panel, layers)
 
 
 def marks(
     panel: Any,
     x: Sequence[float],
-    found: Sequence[Numbers],
+    points: Sequence[Numbers],
     color: str,
     label: str,
     scale: float = 1.0,
 ) -> None:
     """Points with their intervals, one {"mean", "low", "high"} each."""
     middle, low, high = (
-        scale * np.array([f[k] for f in found], float) for k in ("mean", "low", "high")
+        scale * np.array([point[k] for point in points], float) for k in ("mean", "low", "high")
     )
     panel.vlines(x, low, high, color=color, alpha=0.55, lw=2.2)
     panel.plot(x, middle, "o", color=color, ms=5, label=label)
@@ -141,11 +153,11 @@ def cells(panel: Any, values: np.ndarray, x: Sequence[Any], y: Iterable[str]) ->
     panel.tick_params(axis="y", labelsize=8, length=0)
 
 
-def ranked(panel: Any, names: Sequence[str], found: Numbers) -> None:
+def ranked(panel: Any, names: Sequence[str], means: Numbers) -> None:
     """Horizontal bars from the top down, with intervals."""
     y = np.arange(len(names))[::-1]
-    panel.barh(y, found["mean"], 0.7, color=BLUE)
-    panel.hlines(y, found["low"], found["high"], color=INK, lw=1.2)
+    panel.barh(y, means["mean"], 0.7, color=BLUE)
+    panel.hlines(y, means["low"], means["high"], color=INK, lw=1.2)
     panel.set_yticks(y, names)
     panel.tick_params(axis="y", labelsize=7, length=0)
 

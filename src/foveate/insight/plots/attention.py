@@ -14,14 +14,15 @@ from .style import (
     COLORS,
     GAP,
     PAD,
-    PAPER,
     QUIET,
     Page,
     bare,
     check_path,
+    color_range,
     evenly,
     greys,
     lit,
+    small,
     wrapped,
 )
 
@@ -42,8 +43,8 @@ CUT_AWAY = " Pale parts are cut away before the model sees the picture."
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one method's run looked at: one row of the picture.
+class AttentionRow:
+    """What the model looked at with one method: one row of the figure.
 
     `attention`: (n_layers, N_v), weights of the last query row on the visual tokens.
     """
@@ -56,51 +57,45 @@ class Look:
 def show_attention(
     image: Image.Image,
     question: str,
-    looks: Sequence[Look],
+    rows: Sequence[AttentionRow],
     layers: Sequence[int],
     grid: Grid,
     path: str | Path,
 ) -> Path:
-    """Write `image` with every look's attention drawn on it: a row per look, a column per layer.
+    """Write `image` with the attention drawn on it: a row per method, a column per layer.
 
-    All looks share one colour scale within a layer, so that rows can be compared: from the 1st to
+    All rows share one colour scale within a layer, so that they can be compared: from the 1st to
     the 99th percentile of that layer's weights in all rows, as single tokens often draw very much.
     Where weights differ by less than a quarter, colours do not exaggerate it.
 
     Args:
         image: as the model saw it.
-        looks: what was recorded, one per method.
-        layers: the layer number of every row of `Look.attention`.
+        rows: what was recorded, one per method.
+        layers: the layer number of every row of `AttentionRow.attention`.
         grid: where the visual tokens lie on the image.
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     aspect = image.width / image.height
     height = 1.75 * min(1.0, max(aspect, 0.5) ** -0.5) * (1.25 if aspect < 0.8 else 1.0)
     width = height * min(max(aspect, 0.45), 3.0)
     columns = evenly(len(layers), max(3, min(7, int(14 / width))))
-    maps = [np.asarray(grid.heat(look.attention.float().cpu()))[columns] for look in looks]
-    shares = [look.attention.float().sum(-1)[columns].tolist() for look in looks]
-    ranges = []
-    for c in range(len(columns)):
-        low, high = np.percentile([m[c] for m in maps], [1, 99])
-        low = min(low, 0.75 * high)
-        ranges.append((low, max(high - low, 1e-12)))
+    maps = [np.asarray(grid.heat(row.attention.float().cpu()))[columns] for row in rows]
+    shares = [row.attention.float().sum(-1)[columns].tolist() for row in rows]
+    ranges = [color_range([m[c] for m in maps]) for c in range(len(columns))]
 
     page = Page(
         wide=2 * PAD + width + 0.15 + (width + GAP) * len(columns),
         head=wrapped(question, 2 * PAD + (width + GAP) * (len(columns) + 1), 8.3, most=3),
-        rows=len(looks),
+        rows=len(rows),
         row=height + ROW_GAP,
         notes=HOW_TO_READ + (CUT_AWAY if grid.box != (0.0, 0.0, 1.0, 1.0) else ""),
     )
-    scale = 480 / max(image.size)
-    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    image = small(image, 480)
     back = greys(image)
-    for row, look in enumerate(looks):
-        top = page.top(row)
-        said = textwrap.shorten(f"{look.title}: {look.answer}", int(page.wide * 10))
+    for number, row in enumerate(rows):
+        top = page.top(number)
+        said = textwrap.shorten(f"{row.title}: {row.answer}", int(page.wide * 10))
         page.write(PAD, top - 0.3, said, size=11, weight="bold")
         panel = page.axes(PAD, top, width, height)
         panel.imshow(np.asarray(image))
@@ -108,15 +103,16 @@ def show_attention(
         for c, column in enumerate(columns):
             panel = page.axes(PAD + 0.15 + (width + GAP) * (c + 1), top, width, height)
             low, span = ranges[c]
-            panel.imshow(lit(back, (maps[row][c] - low) / span, grid.box))
+            panel.imshow(lit(back, (maps[number][c] - low) / span, grid.box))
             panel.set_xlabel(
-                f"layer {layers[column]}: {shares[row][c]:.0%}", size=8.5, color=QUIET, labelpad=3
+                f"layer {layers[column]}: {shares[number][c]:.0%}",
+                size=8.5,
+                color=QUIET,
+                labelpad=3,
             )
             bare(panel)
     _scale(page.axes(PAD, page.bottom + 0.05, min(3.2, page.wide - 2 * PAD), 0.14))
-    page.write(PAD, page.bottom + 0.52, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    return page.save(path, below=0.52)
 
 
 def _scale(panel: Any) -> None:

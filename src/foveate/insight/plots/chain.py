@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...vlm.look import Chain, Panel
-from .style import BLUE, GAP, PAD, PAPER, QUIET, Page, bare, check_path, greys, lit, wrapped
+from .style import BLUE, GAP, PAD, PAPER, QUIET, Page, bare, check_path, greys, lit, small, wrapped
 
 HIGH = 2.1  # of a panel, inches
 ROW_GAP = 0.95  # between rows: their titles
@@ -41,8 +41,7 @@ def show_chain(
         others: answers of methods that have no chain, such as the plain model's.
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     wide = 2 * PAD + max(
         sum(_width(panel) + GAP for panel in link.chain.panels) - GAP for link in links
     )
@@ -61,9 +60,7 @@ def show_chain(
             title = textwrap.wrap(panel.title, max(10, int(width * LETTERS)))
             page.write(left, top + HIGH + 0.05, "\n".join(title), size=8, color=QUIET)
             left += width + GAP
-    page.write(PAD, page.bottom - 0.3, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    return page.save(path, below=-0.3)
 
 
 def _width(panel: Panel) -> float:
@@ -73,9 +70,7 @@ def _width(panel: Panel) -> float:
 def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
 
-    image = panel.image.convert("RGB")
-    scale = 480 / max(image.size)
-    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    image = small(panel.image, 480)
     if panel.heat is None:
         axes.imshow(np.asarray(image))
     else:

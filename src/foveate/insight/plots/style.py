@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 COLORS = "inferno"
 PAD, GAP = 0.25, 0.1  # inches
 INK, PAPER, QUIET = "#1b1b1f", "#ffffff", "#6a6a75"
-BLUE, RED = "#0072b2", "#d55e00"  # told apart by everyone (Okabe and Ito)
+BLUE, RED = "#0072b2", "#d55e00"
+SERIES = (RED, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # everyone can tell them apart
+"""Colours of Okabe and Ito."""
 
 
 def figure_class() -> Any:
@@ -31,8 +33,9 @@ def figure_class() -> Any:
     return Figure
 
 
-def check_path(path: Path) -> None:
-    """Raise `FoveateError` unless a picture can be written to `path`."""
+def check_path(path: str | Path) -> Path:
+    """The path of a picture; raises `FoveateError` unless one can be written there."""
+    path = Path(path)
     kinds = sorted(figure_class()().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds:
         raise FoveateError(f"{path} cannot be drawn: end its name in .png, .pdf, .svg or .jpg.")
@@ -41,6 +44,7 @@ def check_path(path: Path) -> None:
         raise FoveateError(f"There is no folder {folder}: make it first.")
     if path.is_dir() or not os.access(folder, os.W_OK):
         raise FoveateError(f"{path} cannot be written: give another path.")
+    return path
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -72,6 +76,13 @@ class Page:
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
         style = {"va": "top", "color": INK, "parse_math": False, **style}
         self.figure.text(left / self.wide, 1 - top / self.high, text, **style)
+
+    def save(self, path: Path, below: float) -> Path:
+        """Write the notes `below` inches under the panels, then the picture."""
+        top = self.bottom + below
+        self.write(PAD, top, self.notes, size=8.5, color=QUIET, linespacing=1.35)
+        self.figure.savefig(path, facecolor=PAPER)
+        return path
 
 
 def wrapped(text: str, wide: float, letters: float, most: int = 99) -> list[str]:
@@ -108,6 +119,23 @@ def lit(back: np.ndarray, heat: np.ndarray, box: tuple[float, float, float, floa
     return pale
 
 
+def small(image: Image.Image, side: int) -> Image.Image:
+    """The picture in RGB with a longer side of `side` pixels."""
+    image = image.convert("RGB")
+    scale = side / max(image.size)
+    return image.resize([max(1, round(pixels * scale)) for pixels in image.size])
+
+
+def color_range(heats: list[np.ndarray]) -> tuple[float, float]:
+    """(lowest, span) of the colours that maps share: from the 1st to the 99th percentile.
+
+    Where weights differ by less than a quarter, the span is wider and shows it.
+    """
+    low, high = np.percentile(np.concatenate([heat.ravel() for heat in heats]), [1, 99])
+    low = min(low, 0.75 * high)
+    return low, max(high - low, 1e-12)
+
+
 def greys(image: Image.Image) -> np.ndarray:
     """The image without its colours, which here mean attention and nothing else; (H, W, 3)."""
     grey = np.asarray(image.convert("L"), float) / 255
@@ -128,3 +156,17 @@ def plain(panel: Any) -> None:
     panel.tick_params(labelsize=10, colors=INK, length=3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def lined(panel: Any) -> None:
+    """`plain`, with quiet lines across at the ticks."""
+    panel.grid(axis="y", color="#e4e4ea", lw=0.8)
+    panel.set_axisbelow(True)
+    plain(panel)
+
+
+def legend(panel: Any, columns: int) -> None:
+    """Names of the curves in a row above the panel."""
+    panel.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=9.5
+    )

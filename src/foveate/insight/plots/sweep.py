@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import BLUE, INK, PAD, PAPER, QUIET, RED, Page, check_path, plain, wrapped
+from .style import (
+    BLUE,
+    INK,
+    PAD,
+    PAPER,
+    QUIET,
+    RED,
+    Page,
+    check_path,
+    legend,
+    lined,
+    plain,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ...evaluation.sweep import Point, Sweep
@@ -22,11 +35,9 @@ def show_sweep(sweep: Sweep, path: str | Path) -> Path:
     Args:
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     page = _map(sweep) if len(sweep.axes) == 2 else _line(sweep)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    return page.save(path, below=0.4)
 
 
 def _line(sweep: Sweep) -> Page:
@@ -74,13 +85,8 @@ def _line(sweep: Sweep) -> Page:
         panel.set_xlim(-0.5, len(places) - 0.5)
     panel.set_xlabel(axis.parameter, size=11, color=INK)
     panel.set_ylabel(_measured(sweep), size=11, color=INK)
-    panel.grid(axis="y", color="#e4e4ea", lw=0.8)
-    panel.set_axisbelow(True)
-    plain(panel)
-    panel.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9.5
-    )
-    page.write(PAD, page.bottom + 0.4, page.notes, size=8.5, color=QUIET, linespacing=1.35)
+    lined(panel)
+    legend(panel, 4)
     return page
 
 
@@ -152,7 +158,6 @@ def _map(sweep: Sweep) -> Page:
     unit = "points" if sweep.unit == "%" else sweep.unit
     scale.set_ylabel(f"above vanilla, {unit}", size=9, color=QUIET)
     scale.tick_params(labelsize=8.5, colors=QUIET)
-    page.write(PAD, page.bottom + 0.4, page.notes, size=8.5, color=QUIET, linespacing=1.35)
     return page
 
 

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..seen import HeatMap, MethodTrace, Seen
 from .style import (
-    BLUE,
     GAP,
     INK,
     PAD,
     PAPER,
     QUIET,
-    RED,
+    SERIES,
     Page,
     bare,
     check_path,
+    color_range,
     greys,
+    legend,
+    lined,
     lit,
-    plain,
+    small,
     wrapped,
 )
 
-if TYPE_CHECKING:
-    from ..trace import Picture, Run, Trace
-
-LINES = (RED, BLUE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 OUTLINE = "#7fe0ff"
 ACROSS, HIGH, ROW_GAP = 8, 1.3, 0.62  # layers in a line; inches
 THIN = 24  # tokens that get lines of their own
@@ -43,7 +43,7 @@ _MEANS = "Curves are means over the answer's tokens."
 _MEANS_AND_TOKENS = "Thick: means over the answer's tokens; thin: single tokens."
 
 
-def show_strip(trace: Trace, path: str | Path) -> Path:
+def show_strip(trace: Seen, path: str | Path) -> Path:
     """Write every layer's heat map for every method, as a mean over the answer's tokens.
 
     Methods stand below each other and share one colour scale within a layer, from the 1st to the
@@ -52,8 +52,7 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
     Args:
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     rows = [
         (run, picture, _title(run, number))
         for run in trace.runs
@@ -62,7 +61,7 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
     layers = trace.runs[0].layers
     heats = [picture.heat[: run.said].mean(0, dtype=np.float32) for run, picture, _ in rows]
     shares = [heat.sum((-2, -1)) for heat in heats]
-    scales = [_scaled([heat[at] for heat in heats]) for at in range(len(layers))]
+    scales = [color_range([heat[at] for heat in heats]) for at in range(len(layers))]
     aspects = [picture.image.width / picture.image.height for _, picture, _ in rows]
     width = HIGH * min(max(*aspects, 0.6), 2.2) if len(aspects) > 1 else HIGH * aspects[0]
     lines = list(_lines(len(layers)))
@@ -83,27 +82,25 @@ def show_strip(trace: Trace, path: str | Path) -> Path:
             top = page.top(row)
             told = textwrap.shorten(title, int(page.wide * 11), placeholder=" ...")
             page.write(PAD, top - 0.27, told, size=10, weight="bold")
-            small = _small(picture)
+            image = small(picture.image, 320)
             panel = page.axes(PAD, top, width, HIGH)
-            panel.imshow(np.asarray(small))
-            _outline(panel, trace, picture, small.size)
+            panel.imshow(np.asarray(image))
+            _outline(panel, trace, picture, image.size)
             bare(panel)
-            back = greys(small)
+            back = greys(image)
             for place, at in enumerate(line):
                 panel = page.axes(PAD + 0.15 + (width + GAP) * (place + 1), top, width, HIGH)
                 low, span = scales[at]
                 panel.imshow(lit(back, (heat[at] - low) / span, picture.box))
-                _outline(panel, trace, picture, small.size)
+                _outline(panel, trace, picture, image.size)
                 told = f"layer {layers[at]}" + f": {share[at]:.0%}" * (trace.heads != "max")
                 panel.set_xlabel(told, size=8, color=QUIET, labelpad=2)
                 bare(panel)
             row += 1
-    page.write(PAD, page.bottom + 0.1, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    return page.save(path, below=0.1)
 
 
-def show_curves(trace: Trace, path: str | Path) -> Path:
+def show_curves(trace: Seen, path: str | Path) -> Path:
     """Write the attention to the object (without one: to the image) and u over the layers.
 
     A thick line is the mean over the answer's tokens, thin lines are single tokens where they are
@@ -112,8 +109,7 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     Args:
         path: of the picture to write; its ending chooses the format.
     """
-    path = Path(path)
-    check_path(path)
+    path = check_path(path)
     thin = max(run.said for run in trace.runs) > 1 and sum(run.said for run in trace.runs) <= THIN
     notes = (
         f"{_MEANS_AND_TOKENS if thin else _MEANS} Attention is that of the last "
@@ -133,7 +129,7 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     upper = page.axes(PAD + 0.75, page.top(0) + 0.15, wide - 2 * PAD - 0.85, 2.5)
     lower = page.axes(PAD + 0.75, page.top(1) + 0.1, wide - 2 * PAD - 0.85, 2.5)
     depth = trace.runs[0].uncertainty.shape[1]
-    for color, run in zip(_colors(trace.runs), trace.runs, strict=True):
+    for color, run in zip(itertools.cycle(SERIES), trace.runs, strict=False):
         values: np.ndarray | None = getattr(run, trace.measure)
         told = textwrap.shorten(f"{run.method}: {run.answer.text}", 40, placeholder=" ...")
         if values is not None:
@@ -156,28 +152,18 @@ def show_curves(trace: Trace, path: str | Path) -> Path:
     for panel in (upper, lower):
         panel.set_xlim(-0.3, depth - 0.7)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(axis="y", color="#e4e4ea", lw=0.8)
-        panel.set_axisbelow(True)
-        plain(panel)
+        lined(panel)
     lower.set_xlabel("layer", size=10, color=INK)
-    upper.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9.5
-    )
-    page.write(PAD, page.bottom + 0.1, page.notes, size=8.5, color=QUIET, linespacing=1.35)
-    page.figure.savefig(path, facecolor=PAPER)
-    return path
+    legend(upper, 2)
+    return page.save(path, below=0.1)
 
 
-def _measured(trace: Trace) -> str:
+def _measured(trace: Seen) -> str:
     """What the upper curves are."""
     target = textwrap.shorten(trace.target.name if trace.target else "the image", 24)
     if trace.heads != "max":
         return f"attention to {target}"
     return f"share on {target}" if trace.target else "largest weights, sum"
-
-
-def _colors(runs: Sequence[Run]) -> list[str]:
-    return [LINES[number % len(LINES)] for number in range(len(runs))]
 
 
 def _curve(
@@ -188,13 +174,13 @@ def _curve(
         panel.plot(layers, line, color=color, lw=0.6, alpha=0.35)
 
 
-def _heads(trace: Trace) -> str:
+def _heads(trace: Seen) -> str:
     if isinstance(trace.heads, str):
         return f"{trace.heads} over heads"
     return f"mean over heads {', '.join(map(str, trace.heads))}"
 
 
-def _title(run: Run, number: int) -> str:
+def _title(run: MethodTrace, number: int) -> str:
     if len(run.pictures) == 1:
         return f"{run.method}: {run.answer.text}"
     return f"{run.method}, picture {number + 1} of {len(run.pictures)}: {run.answer.text}"
@@ -208,20 +194,7 @@ def _lines(count: int) -> Iterator[range]:
         yield range(start, min(start + length, count))
 
 
-def _scaled(heats: list[np.ndarray]) -> tuple[float, float]:
-    """(lowest, span) of the colours that several maps share."""
-    low, high = np.percentile(np.concatenate([heat.ravel() for heat in heats]), [1, 99])
-    low = min(low, 0.75 * high)
-    return low, max(high - low, 1e-12)
-
-
-def _small(picture: Picture) -> Any:
-    image = picture.image.convert("RGB")
-    scale = 320 / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size])
-
-
-def _outline(panel: Any, trace: Trace, picture: Picture, size: tuple[int, int]) -> None:
+def _outline(panel: Any, trace: Seen, picture: HeatMap, size: tuple[int, int]) -> None:
     if trace.target is None or picture.part is None:
         return
     seen = trace.target.seen(picture.part, size)

@@ -1,79 +1,15 @@
 // What is asked, what comes back, and what of it is shown. Text of users and models is only ever
 // set as text.
 
-import {chart, framed, load, make, paint, percent, scale, weights} from "./draw.js";
+import {call, pieces} from "./server.js";
 
 const MOST = 6;  // methods side by side
 const LINKED = 30000;  // characters of a picture that a link may hold
 const PICTURE = /^data:image\/(png|jpeg|webp|gif|bmp|tiff);base64,[A-Za-z0-9+/=]+$/;
 
-const find = (id) => document.getElementById(id);
 const form = {image: null, scene: null, known: []};  // the picture chosen, and what is known of it
 const shown = {asked: null, columns: [], layer: null, token: -1, share: false};
 let offer, running = new AbortController(), picking = 0;
-
-// ---- the server
-
-/** Fetch; a refusal becomes an Error with the server's sentence. */
-async function call(path, body, signal) {
-  const options = body && {method: "POST", body: JSON.stringify(body)};
-  for (;;) {
-    const headers = {"Content-Type": "application/json"}, key = sessionStorage.getItem("key");
-    if (key) headers.Authorization = `Bearer ${key}`;
-    let response;
-    try {
-      response = await fetch(path, {...options, headers, signal});
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Error("The server does not answer: is it still running?");
-    }
-    if (response.ok) return response;
-    if (response.status !== 401) {
-      const told = await response.json().catch(() => null);
-      throw new Error(told?.error?.message ?? `The server answers ${response.status}.`);
-    }
-    if (key === sessionStorage.getItem("key")) await newKey(key !== null);
-  }
-}
-
-let asking = null;  // one dialog, however many wait for it
-
-function newKey(again) {
-  asking ??= new Promise((done, refuse) => {
-    const door = find("door");
-    find("wanted").textContent = again ? "The server does not know this key: try another."
-      : "This server wants an API key.";
-    find("key").value = "";
-    find("key-form").onsubmit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem("key", find("key").value);
-      door.close("given");
-    };
-    find("leave").onclick = () => door.close("left");
-    door.onclose = () => door.returnValue === "given" ? done()
-      : refuse(new Error("The server wants an API key: load the page again to give one."));
-    door.returnValue = "";
-    door.showModal();
-  }).finally(() => { asking = null; });
-  return asking;
-}
-
-/** The pieces of a streamed answer, as choices of OpenAI's format. */
-async function* pieces(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
-      const chunk = JSON.parse(line.slice(6));
-      if (chunk.error) throw new Error(chunk.error.message);
-      if (chunk.choices.length) yield chunk.choices[0];
-    }
-  }
-}
 
 // ---- the picture
 
@@ -286,15 +222,12 @@ function objectName({object}) {
 }
 
 function column(method, number) {
-  const article = make("article", find("answers"), {class: `line${number}`});
-  const head = make("h2", article);
-  make("i", head);
-  make("span", head, {}, method);
-  return {
-    method, number, article,
-    answer: make("p", article, {class: "answer", "aria-live": "polite", "aria-busy": "true"}),
-    state: make("p", article, {class: "state"}, "waits for the model"),
-  };
+  const one = addColumn(find("answers"), method, number);
+  const answer = {class: "answer", "aria-live": "polite", "aria-busy": "true"};
+  return Object.assign(one, {
+    answer: make("p", one.article, answer),
+    state: make("p", one.article, {class: "state"}, "waits for the model"),
+  });
 }
 
 /** Stream an answer, then fetch its maps. */
@@ -317,7 +250,8 @@ async function answer(one, asked, signal) {
       ? {thing: asked.object, scene: asked.scene} : {};
     const data = await (await call("explore/trace",
       {...about, ...object, image: asked.image, question: asked.question}, signal)).json();
-    await addMaps(one, data);
+    await addRun(one, data.runs[0], data, (token) => { shown.token = token; show(); });
+    if (!data.layers.includes(shown.layer)) shown.layer = data.layers[data.start];
     one.state.textContent = end;
     one.state.hidden = !end;
     show();
@@ -328,107 +262,22 @@ async function answer(one, asked, signal) {
   }
 }
 
-async function addMaps(one, data) {
-  const [run] = data.runs;
-  const row = make("div", one.article, {class: "tokens", role: "group",
-    "aria-label": `Answer of ${one.method}, token by token`});
-  one.buttons = ["whole answer", ...run.tokens.map(visible)].map((text, at) => {
-    const button = make("button", row, {type: "button"}, text), p = run.probabilities[at - 1];
-    if (p !== undefined) button.title = `token ${at}, probability ${p.toFixed(2)}`;
-    button.onclick = () => { shown.token = at - 1; show(); };
-    return button;
-  });
-  row.onkeydown = (event) => {
-    const at = one.buttons.indexOf(document.activeElement), last = one.buttons.length - 1;
-    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last}[event.key];
-    if (to === undefined || to < 0 || to > last) return;
-    event.preventDefault();
-    one.buttons[to].click();
-    one.buttons[to].focus();
-  };
-  for (const picture of run.pictures) {
-    const figure = make("figure", one.article);
-    await load(picture, data.images, make("canvas", figure, {role: "img"}));
-    if (picture.caption) make("figcaption", figure, {}, picture.caption);
-    if (picture.frame)
-      await framed(make("canvas", figure, {class: "where", role: "img",
-        "aria-label": "Where on the whole picture this part lies"}), data.images[0], picture.frame);
-  }
-  one.words = make("p", one.article, {class: "numbers"});
-  Object.assign(one, {run, layers: data.layers, depth: data.depth});
-  if (!data.layers.includes(shown.layer)) shown.layer = data.layers[data.start];
-}
-
-function visible(token) {
-  return token.replace(/\n/g, "⏎").trim() || "␣";
-}
-
 // ---- showing
-
-function steps({run}) {  // of the chosen token, or of the whole answer
-  if (shown.token < 0) return Array.from({length: run.said}, (_, i) => i);
-  return [Math.min(shown.token, run.tokens.length - 1)];
-}
-
-function mean(one, rows) {  // of rows by token, over the chosen ones
-  const chosen = steps(one);
-  return rows[0].map((_, at) => chosen.reduce((sum, s) => sum + rows[s][at], 0) / chosen.length);
-}
 
 function show() {
   const columns = shown.columns.filter((one) => one.run);
   if (!columns.length) return;
   for (const part of ["controls", "curves", "reading"]) find(part).hidden = false;
+  showColumns(columns, shown);
   const {layers, depth} = columns[0], at = layers.indexOf(shown.layer);
-  const slider = find("layer");
-  slider.max = layers.length - 1;
-  slider.value = at;
-  slider.setAttribute("aria-valuetext", `layer ${shown.layer} of ${depth - 1}`);
-  find("which").textContent = `${shown.layer} of ${depth - 1}`;
-  const maps = columns.map((one) =>
-    one.run.pictures.map((picture) => weights(picture, steps(one), at, layers.length)));
-  const ends = scale(maps.flat());
-  find("low").textContent = percent(ends[0]);
-  find("high").textContent = percent(ends[1]);
-  find("ramp").setAttribute("aria-label",
-    `Colours: from ${percent(ends[0])}, dark, to ${percent(ends[1])}, bright, of all attention`);
-  columns.forEach((one, i) => showColumn(one, maps[i], ends, at));
-  curves(columns, at);
-  keepLink();
-}
-
-function showColumn(one, maps, ends, at) {
-  const {run, buttons, method} = one, chosen = steps(one);
-  buttons.forEach((button, index) => {
-    const on = index - 1 === (shown.token < 0 ? -1 : chosen[0]);
-    button.setAttribute("aria-pressed", on);
-    button.tabIndex = on ? 0 : -1;
-  });
-  const when = shown.token < 0 ? "its whole answer" : `“${visible(run.tokens[chosen[0]])}”`;
-  run.pictures.forEach((picture, index) => {
-    paint(picture, find("heat").checked ? maps[index] : null, ends);
-    picture.canvas.setAttribute("aria-label",
-      `Attention of ${method} in layer ${shown.layer} while it writes ${when}`);
-  });
-  const told = [`${percent(mean(one, run.on_image)[at])} of the attention on the image`];
-  const object = objectName(shown.asked);
-  if (run.on_object?.flat().some((share) => share > 0))
-    told.push(`${percent(mean(one, run.on_object)[at])} on ${object}`);
-  else if (run.on_object) told.push(`${object} is not in what it was shown`);
-  else if (shown.asked.object) told.push(`what of it on ${object} is not known`);
-  const stops = [...new Set(chosen.map((step) => run.stopped[step]))];
-  if (run.threshold !== null)
-    told.push(stops.length > 1 ? "CLVS stops after different layers" : stops[0] === null
-      ? "CLVS does not stop" : `CLVS stops after layer ${stops[0]}`);
-  one.words.textContent = `${told.join(", ")}.`;
-}
-
-function curves(columns, at) {
-  const key = !shown.asked.object ? "on_image" : shown.share ? "object_share" : "on_object";
-  const {layers, depth} = columns[0];
+  const object = shown.asked.object ? objectName(shown.asked) : null;
+  for (const {run, words} of columns)
+    words.textContent = `${phrases(run, steps(run, shown.token), at, object).join(", ")}.`;
+  const key = !object ? "on_image" : shown.share ? "object_share" : "on_object";
   const lines = columns.filter(({run}) => run[key])
-    .map((one) => ({number: one.number, values: mean(one, one.run[key])}));
+    .map(({run, number}) => ({number, values: mean(run[key], steps(run, shown.token))}));
   chart(find("chart"), lines, {layers, depth, at, choose: setLayer});
+  keepLink();
 }
 
 function setLayer(index) {
