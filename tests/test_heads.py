@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate import VLM, FoveateError, commands
-from foveate.core.method import shape
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.evaluation.vocabulary import Mention, Vocabulary
 from foveate.insight import heads
 from foveate.insight.ablation import Ablation, Caption

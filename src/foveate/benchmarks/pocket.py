@@ -27,7 +27,7 @@ from ..evaluation.benchmark import (
 from ..evaluation.data import Data
 from ..evaluation.vocabulary import of_scenes
 from ..scenes import questions, world
-from ..scenes.questions import Look
+from ..scenes.questions import View
 
 Category = Literal[
     "existence-random",

@@ -25,7 +25,7 @@ from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
-from ..core.method import Method, as_stack, shape, text
+from ..core.method import Method, as_stack, text
 from .reading import Watch, read_all
 from .truth import AnnotatedImage
 

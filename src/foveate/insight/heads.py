@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..backends.transformers.anatomy import anatomy
 from ..base import __version__, headlist
 from ..base.errors import FoveateError
 from ..base.images import decode
 from ..base.journal import Journal
-from ..core.method import shape
 from ..evaluation.vocabulary import Mention, Vocabulary, of_scenes
 from ..scenes import world
 from ..vlm.vlm import VLM, Chat

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,7 +23,8 @@ from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode
-from ..core.method import Method, as_stack, text
+from ..core import Anatomy, Method, Rows, Sequences, Stream
+from ..core.method import as_stack, text
 from ..families.layout import WHOLE, Box, Grid, grids, together
 from ..methods.clvs import CLVS
 from ..vlm.vlm import VLM, Chat, Methods
@@ -37,8 +37,6 @@ from .target import Target
 if TYPE_CHECKING:
     from transformers import BatchFeature
 
-    from ..backends.transformers.attention import Rows
-    from ..core.context import Context
 
 END = "(end)"
 
@@ -239,7 +237,7 @@ def _trace_one(
     share = None
     if sought is not None and len(known) == len(parts):
         share = sought.tokens(prompt.grids, attention.shape[-1], known).numpy()
-    resolved = acting.resolve(vlm.model) if acting else None
+    resolved = acting.resolve(anatomy(vlm.model)) if acting else None
     return MethodTrace(
         method=text(stack),
         answer=replace(answer, record=None),
@@ -257,7 +255,7 @@ def _trace_one(
             for step in uncertainty
         ),
         threshold=acting.stop_threshold if acting else None,
-        tested=tuple(sorted(resolved.setup(vlm.model).tested)) if resolved else (),
+        tested=tuple(sorted(resolved.setup(anatomy(vlm.model)).tested)) if resolved else (),
     )
 
 

@@ -57,7 +57,7 @@ class Gates(Analysis):
         for name, stack in injecting.items():
             with torch.no_grad(), vlm.using(stack, chats):
                 gates = CLI.gates(vlm.model(**vlm.inputs(chats)))
-            (method,) = (m.resolve(vlm.model) for m in stack if isinstance(m, CLI))
+            (method,) = (m.resolve(anatomy(vlm.model)) for m in stack if isinstance(m, CLI))
             found[name] = {
                 "layers": list(method.layers or ()),
                 "vision_layers": list(method.vision_layers or ()),
@@ -66,7 +66,7 @@ class Gates(Analysis):
         return {"methods": found}
 
     def count(self, rows: Sequence[Measurement]) -> Numbers:
-        found: Numbers = {}
+        methods: Numbers = {}
         for name, first in rows[0]["methods"].items():
             by_picture = [np.array(row["methods"][name]["gates"]) for row in rows]
             gates = np.concatenate(by_picture)

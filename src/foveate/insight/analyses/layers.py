@@ -53,7 +53,7 @@ class Layers(Analysis):
         LASER(heads=self.heads, noq=self.noq)
 
     def measure(self, vlm: VLM, picture: AnnotatedImage, stacks: dict[str, Stack]) -> Measurement:
-        method = LASER(heads=self.heads, noq=self.noq).resolve(vlm.model)
+        method = LASER(heads=self.heads, noq=self.noq).resolve(anatomy(vlm.model))
         assert isinstance(method, LASER)
         asked = picture.asked()
         chats = about(vlm, picture, [question.text for question in asked])

@@ -6,29 +6,22 @@ import html as markup
 import itertools
 import re
 
-from ...evaluation.published import PROTOCOLS
-from .document import document, fill
-
-if TYPE_CHECKING:
-    from ...evaluation.results import Example, Result, Section, Test, Verdict
-
-MARKS = {"better": "▲", "worse": "▼"}
-FOLDED = 30  # rows: longer tables of details open on demand
-HOW = (
-    "Every method is compared with the plain model (vanilla) on the questions that both answered. "
-    "A difference is the mean of the benchmark's own score of single answers (right or wrong, or "
-    "in parts where answers are graded; a caption is right if it invents nothing), in percentage "
-    "points. It may differ from a headline score such as F1.",
-    "Intervals are 95 % percentile bootstrap intervals of 10,000 resamples that draw whole images "
-    "with all of their questions, as questions about one image are not independent. They are not "
-    "corrected for several methods, and with fewer than some 30 images they are too narrow.",
-    "p is McNemar's exact two-sided p of answers gained against answers lost, which takes "
-    "questions as independent. It is corrected after Holm over all methods of a benchmark; by "
-    "split, over all methods and splits.",
-    "Better or worse is said only where the corrected p is below 0.05 and the interval leaves out "
-    "0; otherwise the difference is not significant, which is no proof that there is none.",
+from ...evaluation.results import (
+    MARKS,
+    Heading,
+    Interval,
+    Lines,
+    Part,
+    ReportTable,
+    Section,
+    flat,
+    marked,
+    parts,
 )
 from ...evaluation.verdict import Example
+from .document import document, fill
+
+FOLDED = 30  # rows: longer tables of details open on demand
 
 # -- HTML ------------------------------------------------------------------------------------------
 
