@@ -20,7 +20,6 @@ from torch import Tensor
 from ..base.errors import FoveateError
 from ..base.images import decode
 from ..families.layout import WHOLE, Box, Grid
-from ..scenes import questions, world
 
 Names = dict[str, Callable[[int], np.ndarray]]
 """Name -> what draws its mask, (side, side) bool, for a square picture of so many pixels."""
@@ -188,6 +187,8 @@ def known(image: str | Path) -> Names:
 
     Several things of one kind are one target. Nothing is known about any other picture.
     """
+    from ..scenes import questions, world
+
     path, scene = Path(image), None
     truth = path.parent.parent / "scenes.jsonl"
     if str(image) == "demo" and not path.is_file():
@@ -196,12 +197,13 @@ def known(image: str | Path) -> Names:
         rows = map(json.loads, truth.read_text(encoding="utf-8").splitlines())
         found = (row["scene"] for row in rows if row["image"] == f"images/{path.name}")
         scene = next(map(world.Scene.from_dict, found), None)
-    if scene is None:
-        return {}
-    return {kind: partial(of_kind, scene, kind) for kind in world.counts(scene)}
+    kinds = dict.fromkeys(thing.kind for thing in scene.things) if scene else {}
+    return {kind: partial(of_kind, scene, kind) for kind in kinds}
 
 
-def of_kind(scene: world.Scene, kind: str, size: int) -> np.ndarray:
+def of_kind(scene: Any, kind: str, size: int) -> np.ndarray:
     """All things of one kind, (size, size) bool."""
-    chosen = [thing.kind == kind for thing in scene.things]
-    return world.masks(scene, size)[chosen].max(0)
+    from ..scenes import world
+
+    own = [thing.kind == kind for thing in scene.things]
+    return world.masks(scene, size)[own].max(0)
