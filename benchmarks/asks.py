@@ -48,10 +48,10 @@ def measure(vlm: VLM, names: list[str], repetitions: int) -> dict[str, Any]:
                 chat.images = images
             stack = parse(name)
             loop, apart = timed(vlm.model, lambda: one_by_one(vlm, chats, stack))  # noqa: B023
-            shared, found = timed(vlm.model, lambda: together(vlm, chats, stack))  # noqa: B023
+            shared, batched = timed(vlm.model, lambda: together(vlm, chats, stack))  # noqa: B023
             if repetition >= 0:
                 rows[name]["pairs"].append((loop, shared))
-                rows[name]["same"] += sum(a == b for a, b in zip(apart, found, strict=True))
+                rows[name]["same"] += sum(a == b for a, b in zip(apart, batched, strict=True))
     return rows
 
 
@@ -79,27 +79,27 @@ def together(vlm: VLM, chats: list[Any], stack: Any) -> list[str]:
 
 def figures(rows: dict[str, Any]) -> dict[str, Any]:
     """Questions per second of both ways, and the ratio within pairs."""
-    found = {}
+    rates = {}
     for name, samples in rows.items():
         loop, shared = zip(*samples["pairs"], strict=True)
-        found[name] = {
+        rates[name] = {
             "loop": QUESTIONS / statistics.median(loop),
             "shared": QUESTIONS / statistics.median(shared),
             "ratio": spread([a / b for a, b in samples["pairs"]]),
             "same": samples["same"] / (QUESTIONS * len(loop)),
         }
-    return found
+    return rates
 
 
 def tables(sizes: dict[str, Any]) -> Iterator[Table]:
     """A table per size."""
     columns = ["", "loop, questions/s", "shared, questions/s", "shared / loop", "same"]
-    for size, found in sizes.items():
+    for size, entry in sizes.items():
         cells = []
-        for name, row in found["figures"].items():
+        for name, row in entry["figures"].items():
             rates = [f"{row[way]:.3g}" for way in ("loop", "shared")]
             cells.append([name, *rates, ratio(row["ratio"]), f"{row['same']:.0%}"])
-        yield f"{size}: {found['note']}", columns, cells
+        yield f"{size}: {entry['note']}", columns, cells
 
 
 KIND = Kind("questions", ABOUT, tables)

@@ -187,9 +187,9 @@ def figures(bench: FinePrint, records: list[EvalRecord], plain: list[EvalRecord]
         share = 100 * fmean(bench.correct(r) or 0 for r in rows) if rows else None
         return {"n": len(rows), "right": share}
 
-    found = {habit: right([r for r in records if r["meta"]["habit"] == habit]) for habit in HABITS}
-    found["all"] = right(records)
-    found["seconds"] = fmean(r["ms"] for r in records) / 1000
+    figure = {habit: right([r for r in records if r["meta"]["habit"] == habit]) for habit in HABITS}
+    figure["all"] = right(records)
+    figure["seconds"] = fmean(r["ms"] for r in records) / 1000
     if all("crop" in r["notes"] for r in records):
         parts: dict[str, list[EvalRecord]] = {"whole": [], "holds": [], "misses": []}
         areas = []
@@ -201,7 +201,7 @@ def figures(bench: FinePrint, records: list[EvalRecord], plain: list[EvalRecord]
             holds = held(record["meta"]["boxes"], crop) >= SEEN
             parts["holds" if holds else "misses"].append(record)
             areas.append((crop[2] - crop[0]) * (crop[3] - crop[1]) / SIZE**2)
-        found["crop"] = {
+        figure["crop"] = {
             **{part: right(rows) for part, rows in parts.items()},
             "area": fmean(areas) if areas else None,
         }
@@ -211,24 +211,24 @@ def figures(bench: FinePrint, records: list[EvalRecord], plain: list[EvalRecord]
         differences = [now - then for now, then in pairs]
         ends = interval(differences, [r["image"] for r in records])
         gained, lost = (sum(d == sign for d in differences) for sign in (1, -1))
-        found["versus"] = {
+        figure["versus"] = {
             "difference": 100 * fmean(differences),
             "interval": None if ends is None else [100 * end for end in ends],
             "gained": gained,
             "lost": lost,
             "p": mcnemar(gained, lost),
         }
-    return found
+    return figure
 
 
 def compared(bench: FinePrint, records: dict[str, list[EvalRecord]]) -> dict[str, Any]:
     """`figures` of every method, p-values corrected for their number."""
     plain = records[PLAIN]
-    found = {name: figures(bench, rows, plain) for name, rows in records.items()}
-    others = [entry["versus"] for entry in found.values() if "versus" in entry]
+    entries = {name: figures(bench, rows, plain) for name, rows in records.items()}
+    others = [entry["versus"] for entry in entries.values() if "versus" in entry]
     for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
         entry["holm"] = p
-    return found
+    return entries
 
 
 HEADS = [
@@ -237,31 +237,31 @@ HEADS = [
 ]
 
 
-def cells(name: str, found: dict[str, Any]) -> list[str]:
+def cells(name: str, entry: dict[str, Any]) -> list[str]:
     """A row of the table."""
 
     def percent(value: float | None, form: str = ".1f", mark: str = "") -> str:
         return "" if value is None else f"{value:{form}}{mark}"
 
-    row = [name, *(percent(found[part]["right"]) for part in (*HABITS, "all"))]
-    versus, crop = found.get("versus"), found.get("crop")
+    row = [name, *(percent(entry[part]["right"]) for part in (*HABITS, "all"))]
+    versus, crop = entry.get("versus"), entry.get("crop")
     if versus:
         low, high = versus["interval"] or (float("nan"),) * 2
         row.append(f"{versus['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
         row.append("< 0.0001" if versus["holm"] < 1e-4 else f"{versus['holm']:.4f}")
     if crop:
         row += [""] * (6 - len(row))
-        share = 100 / found["all"]["n"]
+        share = 100 / entry["all"]["n"]
         row.append(percent(crop["holds"]["n"] * share, mark=" %"))
         row += [percent(crop[part]["right"]) for part in ("holds", "misses")]
         row.append(percent(crop["whole"]["n"] * share, mark=" %"))
         row.append(percent(crop["area"] and 100 * crop["area"], ".0f", " %"))
-    return [*row, *[""] * (11 - len(row)), f"{found['seconds']:.2f}"]
+    return [*row, *[""] * (11 - len(row)), f"{entry['seconds']:.2f}"]
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table with what it was measured on."""
-    rows = [cells(f"`{name}`", found) for name, found in report["figures"].items()]
+    rows = [cells(f"`{name}`", entry) for name, entry in report["figures"].items()]
     about = report["environment"]
     head = (
         f"n = {report['questions']:,} questions about {report['scenes']:,} scenes, the same "
@@ -392,9 +392,9 @@ def main(given: list[str] | None = None) -> int:
     except FoveateError as error:
         console.print(str(error))
         return 2
-    found = compared(bench, records)
+    entries = compared(bench, records)
     table = Table(*HEADS, title=f"{len(records[PLAIN]):,} questions")
-    for name, entry in found.items():
+    for name, entry in entries.items():
         table.add_row(*cells(name, entry))
     console.print(table)
     if args.out is None:
@@ -403,10 +403,10 @@ def main(given: list[str] | None = None) -> int:
     report = {
         "questions": len(plain),
         "scenes": len({r["image"] for r in plain}),
-        "parts": ", ".join(f"{found[PLAIN][h]['n']} {h} the habit" for h in HABITS),
+        "parts": ", ".join(f"{entries[PLAIN][h]['n']} {h} the habit" for h in HABITS),
         "command": command,
         "environment": environment,
-        "figures": found,
+        "figures": entries,
     }
     write(args.out, "crops", report, markdown(report))
     for name, rows in records.items():

@@ -92,7 +92,7 @@ class Oracle(Method, register=False):
 
     def rewrite(self, vlm: VLM, chats: list[Chat]) -> list[Chat]:
         image = chats[0].images[0]
-        truth, found = TRUTH[fingerprint(image)], []
+        truth, shown = TRUTH[fingerprint(image)], list[Chat]()
         for chat in chats:
             left, top, right, bottom = box = truth[chat.text]
             centre = ((left + right) // 2, (top + bottom) // 2)
@@ -102,14 +102,14 @@ class Oracle(Method, register=False):
                 source.paste(image.crop(box), (left, top))
             piece = source.crop(crop)
             images = [image, piece] if self.final_input == "both" else [piece]
-            found.append(replace(chat, images=images, notes={"crop": list(crop)}))
-        return found
+            shown.append(replace(chat, images=images, notes={"crop": list(crop)}))
+        return shown
 
 
 def stack(given: str) -> Stack:
     """Methods from their text form, the oracle among them."""
     if not given.startswith(Oracle.name):
         return parse(given)
-    own = Registry("method", "foveate.methods", "oracle(window=336)", ())
-    own.add(Oracle)
-    return own.parse(given)
+    oracles = Registry("method", "foveate.methods", "oracle(window=336)", ())
+    oracles.add(Oracle)
+    return oracles.parse(given)

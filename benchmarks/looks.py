@@ -98,29 +98,29 @@ def read_again(vlm: VLM, chat: Chat, tokens: int) -> list[torch.Tensor]:
 
 def figures(rows: dict[str, Any]) -> dict[str, Any]:
     """Median seconds, and the ratios within turns."""
-    found = {}
+    costs = {}
     for name, samples in rows.items():
         turns = samples["turns"]
         columns = zip(("plain", "method", "published"), zip(*turns, strict=True), strict=True)
-        found[name] = {
+        costs[name] = {
             **{way: spread(list(seconds))["median"] for way, seconds in columns},
             "over plain": spread([b / a for a, b, _ in turns]),
             "published over method": spread([c / b for _, b, c in turns]),
             "read": samples["read"],
             "passes": type(parse(name)[0]).passes,
         }
-    return found
+    return costs
 
 
 def tables(sizes: dict[str, Any]) -> Iterator[Table]:
     """A table per size."""
-    for size, found in sizes.items():
+    for size, entry in sizes.items():
         cells = []
-        for name, row in found["figures"].items():
+        for name, row in entry["figures"].items():
             seconds = [f"{row[way]:.3g}" for way in ("plain", "method", "published")]
             ratios = [ratio(row[key]) for key in ("over plain", "published over method")]
             cells.append([name, row["passes"], str(row["read"]), *seconds, *ratios])
-        yield f"{size}: {found['note']}", COLUMNS, cells
+        yield f"{size}: {entry['note']}", COLUMNS, cells
 
 
 KIND = Kind("looks", ABOUT, tables)

@@ -56,9 +56,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def ratio(found: dict[str, float], digits: int = 3) -> str:
+def ratio(quartiles: dict[str, float], digits: int = 3) -> str:
     """A `spread` in a cell."""
-    median, low, high = (f"{found[key]:.{digits}f}" for key in ("median", "low", "high"))
+    median, low, high = (f"{quartiles[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}-{high})"
 
 

@@ -107,9 +107,9 @@ def measured(args: argparse.Namespace, size: str, say: report.Say) -> dict[str, 
             first = 1 + repetition * args.clients
             pictures = [picture(first + i) for i in range(args.clients)]
             one, said = ask(alone, pictures, args.method, args.tokens)
-            other, found = ask(together, pictures, args.method, args.tokens)
+            other, answered = ask(together, pictures, args.method, args.tokens)
             pairs.append((one, other))
-            same += sum(a == b for a, b in zip(said, found, strict=True))
+            same += sum(a == b for a, b in zip(said, answered, strict=True))
     asked = len(pairs) * args.clients
     note = (
         f"{report.size_of(vlm.model)}, {report.dtype_of(vlm.model)}, {args.clients} clients, "
@@ -127,12 +127,12 @@ def measured(args: argparse.Namespace, size: str, say: report.Say) -> dict[str, 
 def tables(sizes: dict[str, Any]) -> Iterator[report.Table]:
     """A table per size."""
     columns = ["", "one at a time, requests/s", "together, requests/s", "ratio", "same"]
-    for size, found in sizes.items():
+    for size, entry in sizes.items():
         cells = []
-        for name, row in found["figures"].items():
+        for name, row in entry["figures"].items():
             rates = [f"{row[way]:.3g}" for way in ("alone", "together")]
             cells.append([name, *rates, report.ratio(row["ratio"], 2), f"{row['same']:.0%}"])
-        yield f"{size}: {found['note']}", columns, cells
+        yield f"{size}: {entry['note']}", columns, cells
 
 
 KIND = report.Kind("serve", ABOUT, tables)

@@ -198,10 +198,10 @@ def trained(model: Any, methods: tuple[Method, ...]) -> int:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def figures(found: dict[str, Any]) -> dict[str, Any]:
+def figures(measured: dict[str, Any]) -> dict[str, Any]:
     """Medians of the samples, and of the ratios within pairs, per row."""
     out: dict[str, Any] = {}
-    memory, rows = found["memory"], found["rows"]
+    memory, rows = measured["memory"], measured["rows"]
     for name, samples in rows.items():
         entry: dict[str, Any] = {}
         for phase in ("prefill", "decode"):
@@ -211,7 +211,7 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
                 "own": statistics.median(ours),
                 "ratio": spread([b / a for a, b in samples[phase]]),
             }
-        for part, more in (("peak", found["weights"]), ("working", 0)):
+        for part, more in (("peak", measured["weights"]), ("working", 0)):
             before, now = memory[PLAIN] + more, memory[name] + more
             entry[part] = {"plain": before, "own": now, "ratio": now / before}
         if any(samples["tested"]):
@@ -240,8 +240,8 @@ def tables(sizes: dict[str, Any]) -> Iterator[Table]:
     """A table per size, what training adds, and what the stop tests cost."""
     tests: list[list[str]] = []
     added: list[list[str]] = []
-    for size, found in sizes.items():
-        entries = found["figures"]
+    for size, part in sizes.items():
+        entries = part["figures"]
         cells = [[PLAIN, *_cells(next(iter(entries.values())), "plain")]]
         for name, entry in entries.items():
             cells.append([name, *_cells(entry, "own")])
@@ -252,7 +252,7 @@ def tables(sizes: dict[str, Any]) -> Iterator[Table]:
                 product, layers = f"{test['product'] * 1e3:.2f}", f"{test['layers']:.1f}"
                 tests.append([size, name, product, share, layers, whole])
         width = len(COLUMNS) if EAGER in entries and len(entries) > 1 else len(COLUMNS) - 1
-        yield f"{size}: {found['note']}", COLUMNS[:width], [line[:width] for line in cells]
+        yield f"{size}: {part['note']}", COLUMNS[:width], [line[:width] for line in cells]
     if added:
         yield "parameters added by training", ["", "", "million"], added
     if tests:

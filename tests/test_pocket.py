@@ -34,6 +34,15 @@ def test_the_world_is_as_rich_as_promised() -> None:
     assert {s.background for s in SCENES} == set(world.BACKGROUNDS)
 
 
+def test_scenes_need_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'tokenizers'));"
+        "from foveate.scenes import export, lessons"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_scene_is_data() -> None:
     scene = SCENES[0]
     again = world.Scene.from_dict(json.loads(json.dumps(scene.to_dict())))

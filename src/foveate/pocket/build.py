@@ -46,7 +46,6 @@ MEAN, STD = [0.5, 0.5, 0.5], [0.27, 0.27, 0.27]
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 SPACE = "\u2581"  # marks a word that follows a space, as in SentencePiece
-
 PUNCTUATION = ".,?!:;'\"()[]{}/-+*=&%$#@<>_|`~^\\"
 # What methods and benchmarks say beyond the world's own questions, and everyday words
 MORE_WORDS = Path(__file__).with_name("vocabulary.txt")
@@ -71,9 +70,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [
             normalizers.NFKC(),
             normalizers.Lowercase(),
-            normalizers.Replace(
-                Regex(r"(?<=[^a-z\s])(?=[a-z]{2})"), " "
-            ),  # "red,blue" is two words
+            # "red,blue" is two words
+            normalizers.Replace(Regex(r"(?<=[^a-z\s])(?=[a-z]{2})"), " "),
             normalizers.Replace(Regex(r"\s+"), " "),
         ]
     )

@@ -14,6 +14,7 @@ a window at least 70 % of it is seen.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -60,12 +61,8 @@ class View:
 
     def counts(self) -> dict[str, int]:
         """Seen things per kind, without the kinds that the window cuts."""
-        number: dict[str, int] = {}
-        for i in self.seen:
-            kind = self.thing(i).kind
-            if kind not in self.unclear:
-                number[kind] = number.get(kind, 0) + 1
-        return number
+        kinds = (self.thing(i).kind for i in self.seen)
+        return dict(Counter(kind for kind in kinds if kind not in self.unclear))
 
     def single(self) -> list[int]:
         """Things that are the only one of their kind."""
@@ -119,14 +116,18 @@ def _wrong(view: View, rng: random.Random, thing: Thing, topic: str) -> str:
 
 
 def _counted(
-    view: View, rng: random.Random, repeated: float
+    view: View, rng: random.Random, several: float
 ) -> tuple[str, int, tuple[int, ...]] | None:
-    """A kind, how many there are, and which; with this probability there are several."""
+    """A kind, how many there are, and which.
+
+    Args:
+        several: probability of a kind that occurs more than once, where there is one.
+    """
     counts = view.counts()
     if not counts:
         return None
     many = [k for k, n in counts.items() if n > 1]
-    kind = rng.choice(many) if many and rng.random() < repeated else rng.choice(list(counts))
+    kind = rng.choice(many) if many and rng.random() < several else rng.choice(list(counts))
     return kind, counts[kind], tuple(i for i in view.seen if view.thing(i).kind == kind)
 
 
