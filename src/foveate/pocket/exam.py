@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..scenes import questions, world
+from ..vlm.vlm import VLM
 from . import build
 
 EXAM_SEED = questions.FIRST_HELD_OUT + 500_000_000
@@ -32,8 +31,8 @@ def evaluate_pocket(
     through the chat template, answers come from greedy `generate` in fp32 and must be right word
     by word. Returns {habit: {row: {"accuracy", "yes" (share of yes answers, else nan), "n"}}}.
     """
-    model, processor = build.load_pocket(folder)
-    report = {}
+    vlm = VLM(*build.load_pocket(folder))
+    report: dict[str, dict[str, dict[str, float]]] = {}
     for habit in ("with", "against"):
         given: dict[str, list[tuple[bool, bool | None]]] = defaultdict(list)
         for k in range(n):
@@ -54,18 +53,23 @@ def evaluate_pocket(
                     ([crop], one, ["print, correct window"]),
                     ([image, crop], one, ["print, scene and window"]),
                 ]
-            for _, question, answer, rows in _answers(model, processor, asked):
-                said = answer.strip().lower() == "yes" if question.label else None
+            inputs = vlm.inputs([vlm.chat(images, q.text, None) for images, q, _ in asked])
+            out = vlm.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            answers = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for (_, question, rows), answer in zip(asked, answers, strict=True):
+                answer = answer.strip().lower()
+                yes = answer == "yes" if question.label else None
                 for row in rows:
-                    given[row].append((answer.strip().lower() == question.answer, said))
-        report[habit] = {
-            row: {
-                "accuracy": float(np.mean([hit for hit, _ in got])),
-                "yes": float(np.mean([s for _, s in got])) if got[0][1] is not None else math.nan,
-                "n": len(got),
+                    given[row].append((answer == question.answer, yes))
+        report[habit] = {}
+        for row, graded in sorted(given.items()):
+            rights, yes = zip(*graded, strict=True)
+            report[habit][row] = {
+                "accuracy": float(np.mean(rights)),
+                "yes": math.nan if yes[0] is None else float(np.mean(yes)),
+                "n": len(graded),
             }
-            for row, got in sorted(given.items())
-        }
     return report
 
 
@@ -80,40 +84,10 @@ def rows_of(question: questions.Question) -> list[str]:
     return [question.category]
 
 
-def _answers(
-    model: Any, processor: Any, asked: list[tuple[list[Any], questions.Question, list[str]]]
-) -> Iterator[tuple[list[Any], questions.Question, str, list[str]]]:
-    """Greedy answers, batched by the number of pictures."""
-    for pictures in (1, 2):
-        group = [one for one in asked if len(one[0]) == pictures]
-        if not group:
-            continue
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}] * pictures
-                  + [{"type": "text", "text": question.text}]}],
-                add_generation_prompt=True,
-            )
-            for _, question, _ in group
-        ]  # fmt: skip
-        inputs = processor(
-            images=[image for images, _, _ in group for image in images],
-            text=prompts,
-            padding=True,
-            return_tensors="pt",
-        )
-        out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        texts = processor.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for (images, question, rows), text in zip(group, texts, strict=True):
-            yield images, question, text, rows
-
-
 def format_report(report: dict[str, dict[str, dict[str, float]]]) -> str:
     """The table of `evaluate_pocket` as markdown."""
-    lines = ["| questions | with the habit | yes | n | against the habit | yes | n |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = "| questions | with the habit | yes | n | against the habit | yes | n |"
+    lines = [heads, "|---|---|---|---|---|---|---|"]
 
     def percent(x: float) -> str:
         return "" if math.isnan(x) else f"{100 * x:.1f} %"
@@ -121,11 +95,9 @@ def format_report(report: dict[str, dict[str, dict[str, float]]]) -> str:
     for row in sorted({row for part in report.values() for row in part}):
         cells = [row]
         for habit in ("with", "against"):
-            got = report.get(habit, {}).get(row)
-            cells += (
-                [percent(got["accuracy"]), percent(got["yes"]), str(got["n"])]
-                if got
-                else ["", "", ""]
-            )
+            entry = report.get(habit, {}).get(row)
+            cells += ["", "", ""] if entry is None else [
+                percent(entry["accuracy"]), percent(entry["yes"]), str(entry["n"])
+            ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

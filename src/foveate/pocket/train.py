@@ -15,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,18 @@ LABEL_WEIGHTS = {
     "number": 0.1,
 }
 
-Batches = Callable[[int], dict[str, Tensor]]
-Evaluate = Callable[[], dict[str, float]]
+Prepared = tuple[nn.Module, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, float]]]
+"""What `fit` takes of a stage: the lesson, its batches, its accuracy on held-out pictures."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's name, pictures per step, precision and seed."""
+
+    name: str
+    batch: int
+    precision: str
+    seed: int
 
 
 def train_pocket(
@@ -57,20 +68,17 @@ def train_pocket(
     *,
     seed: int = 0,
     resume: bool = True,
-    minutes: dict[str, float] | None = None,
     steps: dict[str, int] | None = None,
     scenes: int = 30_000,
     windows: int = 14_000,
     batch: dict[str, int] | None = None,
-    rates: dict[str, float] | None = None,
     shape: dict[str, int] | None = None,
     precision: str = "bf16",
     checkpoint_every: float = 120,
-    evaluate_every: float = 180,
 ) -> Path:
     """Train the pocket model through its stages up to `until`; returns that stage's folder.
 
-    `minutes` or `steps` per stage override the budgets; `shape` goes to `build_pocket`. With
+    `steps` per stage replace the budgets of minutes; `shape` goes to `build_pocket`. With
     `resume`, finished stages in `out` are taken as they are and a broken-off one is continued.
     `out` takes 85 KB of disk per scene and window: 3.7 GB by default.
     """
@@ -90,26 +98,23 @@ def train_pocket(
             model.load_state_dict(torch.load(ended, weights_only=True))
             continue
         model.requires_grad_(True)
-        size = (BATCH | (batch or {}))[stage]
-        given = (model, processor, pool, held, size, precision, seed)
-        lesson, batches, evaluate = (
-            _tower_stage(*given) if stage == "tower" else _language_stage(*given, stage)
-        )
+        settings = Stage(stage, (BATCH | (batch or {}))[stage], precision, seed)
+        make = _tower_stage if stage == "tower" else _language_stage
+        lesson, batches, evaluate = make(settings, model, processor, pool, held)
         model.train()
         fit(
             lesson,
             batches,
             start(precision),
-            make_optimizers(lesson, (RATES | (rates or {}))[stage]),
+            make_optimizers(lesson, RATES[stage]),
             folder=out,
             name=stage,
-            minutes=None if steps else (MINUTES | (minutes or {}))[stage],
+            minutes=None if steps else MINUTES[stage],
             steps=steps[stage] if steps else None,
             seed=seed,
             resume=resume,
             checkpoint_every=checkpoint_every,
             evaluate=evaluate,
-            evaluate_every=evaluate_every,
         )
         model.eval()
         part = ended.with_suffix(".part")
@@ -208,25 +213,19 @@ class TowerLesson(nn.Module):
 
 
 def _tower_stage(
-    model: Any,
-    processor: Any,
-    pool: lessons.Pool,
-    held: lessons.Pool,
-    size: int,
-    precision: str,
-    seed: int,
-) -> tuple[nn.Module, Batches, Evaluate]:
+    stage: Stage, model: Any, processor: Any, pool: lessons.Pool, held: lessons.Pool
+) -> Prepared:
     lesson = TowerLesson(model, processor)
     with torch.no_grad():  # words of some length, so that scores can be large from the start
         torch.nn.init.normal_(
-            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(seed)
+            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(stage.seed)
         )
 
     def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), size, step, seed)
+        items = drawn(len(pool), stage.batch, step, stage.seed)
         return {k: torch.from_numpy(v) for k, v in lessons.dense_batch(pool, items).items()}
 
-    return lesson, batches, lambda: tower_accuracy(lesson, held, precision)
+    return lesson, batches, lambda: tower_accuracy(lesson, held, stage.precision)
 
 
 @torch.no_grad()
@@ -275,30 +274,23 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
 
 
 def _language_stage(
-    model: Any,
-    processor: Any,
-    pool: lessons.Pool,
-    held: lessons.Pool,
-    size: int,
-    precision: str,
-    seed: int,
-    stage: str,
-) -> tuple[nn.Module, Batches, Evaluate]:
+    stage: Stage, model: Any, processor: Any, pool: lessons.Pool, held: lessons.Pool
+) -> Prepared:
     compat.image_tower(model).requires_grad_(False)
-    features, held_features = (tower_features(model, p, precision) for p in (pool, held))
+    features, held_features = (tower_features(model, p, stage.precision) for p in (pool, held))
     packer = lessons.Packer(processor)
     lesson = LanguageLesson(model, packer.image)
-    salt = seed + 1000 * STAGES.index(stage)
+    salt = stage.seed + 1000 * STAGES.index(stage.name)
 
     def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), size, step, salt)
+        items = drawn(len(pool), stage.batch, step, salt)
         rng = random.Random(f"{salt}-{step}")
         both = rng.random() < 0.05 and pool.windows > 0  # windows after their scenes
         if both:
             items = [pool.scenes + i % pool.windows for i in items]
-        return with_features([packer.item(pool, i, stage, rng, both) for i in items], features)
+        return with_features([packer.item(pool, i, stage.name, rng, both) for i in items], features)
 
-    return lesson, batches, lambda: quiz(lesson, packer, held, held_features, precision)
+    return lesson, batches, lambda: quiz(lesson, packer, held, held_features, stage.precision)
 
 
 def with_features(packed: list[lessons.Packed], features: np.ndarray) -> dict[str, Tensor]:
