@@ -2,7 +2,7 @@
 
 A list is ``{"heads": [[layer, head], ...], "model": {...}, ...}``, the most influential head first,
 both numbers counted from 0. "model" holds entries of the architecture that the list was made for,
-as `foveate.core.method.shape` gives them.
+as `Anatomy.shape` gives them.
 """
 
 from __future__ import annotations
