@@ -232,9 +232,9 @@ def test_doctor_says_what_is_wrong_by_its_exit_code(run, monkeypatch):
 
 
 def test_doctor_asks_the_pocket_model(monkeypatch, folder, tmp_path):
-    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", folder)
+    monkeypatch.setattr("foveate.vlm.loading.WEIGHTS", Path(folder))
     assert doctor._pocket().good
-    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", tmp_path)
+    monkeypatch.setattr("foveate.vlm.loading.WEIGHTS", tmp_path)
     assert doctor._pocket().good is False
 
 

@@ -23,8 +23,7 @@ from PIL import Image
 from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
 from ..core.method import Method, as_stack, text
-from ..vlm.answering import answer_all
-from ..vlm.prefix import Prompts, prepare
+from ..vlm.answering import answer_all, process_ahead
 from ..vlm.vlm import VLM, Answer, Chat
 from .benchmark import Benchmark, Record
 from .run import RECORDS, RESULTS, Question, Run, Watch, environment, key, read_run, run_folders
@@ -100,12 +99,10 @@ class Loaded:
 
     Attributes:
         chats: what to ask, or what is wrong with the question's image or text.
-        prompts: the good chats as a shared prefix and suffixes, where they have one.
     """
 
     questions: list[Question]
     chats: list[Chat | str]
-    prompts: Prompts | None
 
 
 class Asker:
@@ -164,11 +161,11 @@ class Asker:
                 chats.append(chat)
             except FoveateError as error:
                 chats.append(str(error))
-        prompts, good = None, [chat for chat in chats if isinstance(chat, Chat)]
+        good = [chat for chat in chats if isinstance(chat, Chat)]
         if self.share and good:
             with contextlib.suppress(Exception):  # then it fails again where that is recorded
-                prompts = prepare(self.vlm, good)
-        return Loaded(job, chats, prompts)
+                process_ahead(self.vlm, good, self.stacks.values())
+        return Loaded(job, chats)
 
     def answer(self, loaded: Loaded, method: str) -> list[Record]:
         """One record per question: an answer, or an error."""
@@ -176,7 +173,7 @@ class Asker:
         start, limit = time.perf_counter(), loaded.questions[0].limit  # one for the whole job
         found = answer_all(
             self.vlm, asked, self.stacks[method], limit,
-            size=self.size, share=self.share, prompts=loaded.prompts,
+            size=self.size, share=self.share,
         )  # fmt: skip
         ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(found)
         records = []

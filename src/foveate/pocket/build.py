@@ -41,8 +41,8 @@ from transformers import (
 
 from ..backends.transformers.compat import clip_image_processor, is_tower_weight, pocket_weights
 from ..scenes import questions
+from ..vlm.loading import WEIGHTS
 
-WEIGHTS = Path(__file__).parent / "weights"
 SIZE, PATCH = 96, 8
 VISUAL_TOKENS = (SIZE // PATCH) ** 2
 MEAN, STD = [0.5, 0.5, 0.5], [0.27, 0.27, 0.27]

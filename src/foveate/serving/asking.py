@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from ..vlm.vlm import VLM, Chat, Role, Turn
+from ..vlm.chat import Chat, Role, Turn
+from ..vlm.vlm import VLM
 from . import wire
 from .errors import Refusal
 from .pictures import read_pictures

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..base.memory import Size, out_of_memory, release
 from ..core.method import Method
-from .prefix import Prompts, ask_together, prepare
+from .prefix import Prompts, ask_together, prepare, same_images
 from .vlm import VLM, Answer, Chat
 
 T = TypeVar("T")
@@ -50,7 +50,6 @@ def answer_all(
     *,
     size: Size | None = None,
     share: bool = True,
-    prompts: Prompts | None = None,
     decoding: Decoding | None = None,
 ) -> list[Answer | Exception]:
     """Answers to questions about any images, in their order; for each that failed, its error.
@@ -65,34 +64,42 @@ def answer_all(
         share: questions about one image share its prefix, all others form padded batches by kind;
             a question that shapes the image's rows (`Method.shares_prefix` is False) is asked
             alone. False asks one by one, as published code does.
-        prompts: what `prepare` made of chats about one image, ahead of this call.
         decoding: how batches are decoded. A shared prefix is not decoded by `generate`: with this,
             all form padded batches, whatever the methods are.
     """
-    size, decoded = size or vlm.size, decoding or Decoding()
-    call = _Call(vlm, methods, max_new_tokens, size, decoded)
-    prefix = share and decoding is None and all(method.shares_prefix for method in methods)
-    padded = prefix or (share and decoding is not None)
+    shares = share and decoding is None and all(method.shares_prefix for method in methods)
+    pads = shares or (share and decoding is not None)
+    call = _Call(vlm, methods, max_new_tokens, size or vlm.size, decoding or Decoding(), shares)
     found = call.rewritten(chats)
     ready = {row: chat for row, chat in found.items() if isinstance(chat, Chat)}
     answers: Found = {row: one for row, one in found.items() if isinstance(one, Exception)}
     batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
-    for rows in _grouped(ready, lambda row: (prefix and _images(ready[row])) or row):
-        group = [ready[row] for row in rows]
-        own: Prompts | Exception | None = None
-        if prefix and prompts is not None and prompts.of(group):
-            own = prompts
-        elif prefix:
-            own = _tried(lambda: prepare(vlm, group, methods))  # noqa: B023
-        if isinstance(own, Prompts):
-            answers |= call.asked(rows, ready, own)
-            continue  # a failure to prepare comes again, with the question to blame
+    for rows in _grouped(ready, lambda row: (shares and _images(ready[row])) or row):
+        prompts = call.prepared([ready[row] for row in rows])
+        if prompts is not None:
+            answers |= call.asked(rows, ready, prompts)
+            continue
         for row in rows:
-            batches.setdefault(ready[row].kind if padded else -1 - row, []).append(row)
+            batches.setdefault(ready[row].kind if pads else -1 - row, []).append(row)
     for rows in batches.values():
         answers |= call.asked(rows, ready)
-    size.end()
+    call.size.end()
     return [answers[row] for row in range(len(chats))]
+
+
+def process_ahead(vlm: VLM, chats: Sequence[Chat], stacks: Iterable[tuple[Method, ...]]) -> None:
+    """Process the image that all these chats are about, for `answer_all` to use later.
+
+    Does nothing where `answer_all` would not: with chats about several images, or where every
+    stack rewrites the chats or lets the question change image rows. May run in another thread
+    while the model answers.
+    """
+
+    def plain(method: Method) -> bool:
+        return method.shares_prefix and (method.is_neutral or not method.wants("rewrite"))
+
+    if same_images(chats) and any(all(map(plain, stack)) for stack in stacks):
+        vlm.processed(chats[0])
 
 
 def complete(found: Iterable[Answer | Exception]) -> list[Answer]:
@@ -114,6 +121,13 @@ class _Call:
     limit: int
     size: Size
     decoding: Decoding
+    shares: bool  # whether questions about one image share its prefix
+
+    def prepared(self, chats: list[Chat]) -> Prompts | None:
+        """The chats on a shared prefix, where they have one. What fails here fails again when the
+        questions are asked one by one, and is then told of the right question."""
+        found = _tried(lambda: prepare(self.vlm, chats, self.methods)) if self.shares else None
+        return None if isinstance(found, Exception) else found
 
     def rewritten(self, chats: Sequence[Chat]) -> dict[int, Chat | Exception]:
         """Chats as the methods want them asked."""
@@ -176,7 +190,9 @@ class _Call:
         if prompts is not None:
             return ask_together(self.vlm, prompts, self.methods, self.limit, self.size.now)
         group = [chats[row] for row in rows]
-        return self.vlm.answer(group, self.methods, self.limit, **self.decoding.options(rows))
+        inputs = self.vlm.processed(group[0]) if self.shares and len(group) == 1 else None
+        options = self.decoding.options(rows)
+        return self.vlm.answer(group, self.methods, self.limit, inputs=inputs, **options)
 
 
 def _grouped(rows: Iterable[int], key: Callable[[int], Hashable]) -> Iterable[list[int]]:

@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 from ..backends.transformers import compat
 from ..base.errors import FoveateError
 
+WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
+"""The folder of the pocket model."""
 MODELS: Any = transformers.AutoModelForImageTextToText
 HINT = "use 'pocket', a saved model's folder, or a hub name such as 'llava-hf/llava-1.5-7b-hf'"
 
@@ -113,15 +115,12 @@ def _locate(name: str, revision: str | None = None, weights: bool = True) -> tup
             "revision."
         )
     if name == "pocket":
-        from ..pocket.build import WEIGHTS
-
-        folder = Path(WEIGHTS)
-        if not _has_weights(folder):
+        if not _has_weights(WEIGHTS):
             raise FoveateError(
                 "The pocket model's weights are missing from this installation: install foveate "
                 "again, or make them with `foveate train pocket`."
             )
-        return str(folder), True
+        return str(WEIGHTS), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

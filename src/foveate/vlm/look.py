@@ -23,9 +23,8 @@ from torch import Tensor
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..core.method import Method
-from ..families.layout import WHOLE, Box, Grid, grids, together
+from ..families.layout import WHOLE, Box, Grid, together
 from .answering import answer_all, complete
-from .prefix import prepare
 from .vlm import VLM, Answer, Chat
 
 T = TypeVar("T")
@@ -91,11 +90,8 @@ def read(
         Exception: the first failure of a question that also fails alone.
     """
     recorder, chats = Recorder(layers=layers, heads=heads), list(chats)
-    prompts = prepare(vlm, chats)
-    inputs = vlm.inputs(chats[:1]).data if prompts is None else prompts.prefix
-    sizes = [[image.size for image in chats[0].images]]
-    where = grids(vlm.model, inputs, sizes, vlm.processor)[0]
-    answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens, prompts=prompts))
+    where = vlm.grids(chats[0])
+    answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens))
     return [_reading(answer, where, max_new_tokens) for answer in answers]
 
 

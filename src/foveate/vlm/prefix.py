@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,34 +60,23 @@ class Prompts:
     suffixes: list[list[int]]
     seconds: float
 
-    def of(self, chats: list[Chat]) -> bool:
-        """Whether these are the chats that were prepared."""
-        return list(map(id, chats)) == list(map(id, self.chats))
-
-
-def shareable(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...]) -> bool:
-    """Whether these chats can be answered together."""
-    first, config = chats[0], vlm.model.generation_config
-    seen = list(map(id, first.images))
-    return (
-        len(chats) > 1
-        and bool(seen)
-        and all(list(map(id, chat.images)) == seen and not chat.contrast for chat in chats)
-        and all(method.shares_prefix for method in methods)
-        and all(getattr(config, name, None) in idle for name, idle in _PROCESSORS)
-    )
-
 
 def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Prompts | None:
     """Chats about the same images as a shared prefix and suffixes.
 
-    None where they are not `shareable`, the prompts differ before the image or the processor's
-    tokens cannot be told apart: then each needs a prompt of its own.
+    None where each needs a prompt of its own: a lone chat, chats without images or about several,
+    methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`),
+    prompts that differ before the image, a processor whose tokens cannot be told apart.
     """
-    if not shareable(vlm, chats, methods):
+    if len(chats) < 2 or not same_images(chats) or any(chat.contrast for chat in chats):
+        return None
+    config = vlm.model.generation_config
+    if not all(method.shares_prefix for method in methods) or not all(
+        getattr(config, name, None) in idle for name, idle in _PROCESSORS
+    ):
         return None
     start = time.perf_counter()
-    inputs: dict[str, Any] = dict(vlm.inputs([chats[0]]))
+    inputs: dict[str, Any] = dict(vlm.processed(chats[0]))
     whole = inputs["input_ids"][0].tolist()
     texts = [vlm.prompt(chat) for chat in chats]
     bos = vlm.tokenizer.bos_token
@@ -111,6 +100,12 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     prefix = {k: v[:, :length] if k in per_token else v for k, v in inputs.items()}
     seconds = time.perf_counter() - start
     return Prompts(chats, prefix, [tail[common:] for tail in tails], seconds)
+
+
+def same_images(chats: Sequence[Chat]) -> bool:
+    """Whether all chats are about the same images, and there are some."""
+    images = list(map(id, chats[0].images))
+    return bool(images) and all(list(map(id, chat.images)) == images for chat in chats)
 
 
 def ask_together(
