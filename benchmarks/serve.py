@@ -31,7 +31,7 @@ import uvicorn
 from foveate import VLM
 from foveate.scenes import world
 from foveate.serving.app import create_app
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Settings
 
 ASKED = "Please describe this image in detail."
 ABOUT = """\

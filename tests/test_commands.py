@@ -16,13 +16,14 @@ from PIL import Image
 from foveate import commands
 from foveate.backends.transformers import compat
 from foveate.base import __version__
+from foveate.commands import doctor
 from foveate.core.method import methods
 from foveate.families.layout import Grid
 from foveate.insight.plots.attention import Look, show_attention
 from foveate.insight.plots.style import evenly, greys, lit
 from foveate.pocket import build
 from foveate.scenes import questions
-from foveate.vlm import doctor, loading
+from foveate.vlm import loading
 from tests import models, tiny
 from tests.test_images import png_header
 

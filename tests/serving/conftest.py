@@ -19,8 +19,9 @@ from PIL import Image
 
 from foveate import VLM
 from foveate.scenes import world
-from foveate.serving.app import House, create_app
-from foveate.serving.settings import Settings
+from foveate.serving.app import create_app
+from foveate.serving.service import Service
+from foveate.serving.wire import Settings
 
 PATIENCE = 60.0  # seconds for anything that a test waits for
 
@@ -56,7 +57,7 @@ class Running:
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         app = create_app(vlm, settings)
-        self.house: House = app.state.house
+        self.service: Service = app.state.service
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = self.socket.getsockname()

@@ -14,7 +14,7 @@ from foveate import FoveateError
 from foveate.methods.cli.method import CLI
 from foveate.serving.app import create_app
 from foveate.serving.sampling import sample
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Settings
 from tests.serving.conftest import question, running, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
@@ -146,7 +146,7 @@ def test_a_seed_decides_whatever_else_is_in_the_batch(client, server, gate):
         wait_for(lambda: gate.batches)
         rest = {seed: pool.submit(ask, client, seed=seed, **options) for seed in range(1, 6)}
         greedy = pool.submit(ask, client, number=7, words="Is there a car?", max_tokens=3)
-        wait_for(lambda: len(server.house.worker.waiting) == 6)
+        wait_for(lambda: len(server.service.worker.waiting) == 6)
         gate.open.set()
         assert text(first.result()) == alone[0]
         assert {seed: text(found.result()) for seed, found in rest.items()} == {

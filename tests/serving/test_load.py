@@ -120,8 +120,8 @@ def test_many_clients(vlm):
     with running(vlm, queue=2 * CLIENTS) as server:
         clients = Clients(f"{server.url}/v1", expected)
         held = asyncio.run(clients.run())
-        assert not server.house.worker.waiting
-        metrics = server.house.worker.metrics.registry
+        assert not server.service.worker.waiting
+        metrics = server.service.worker.metrics.registry
         requests, batches = (
             metrics.get_sample_value(f"foveate_batch_size_{name}") for name in ("sum", "count")
         )

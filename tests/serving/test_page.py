@@ -86,7 +86,7 @@ def test_what_is_offered(http, server):
     assert offer["model"] == "pocket"
     names = [method["name"] for method in offer["methods"]]
     assert names[0] == "vanilla"
-    assert [f"pocket:{name}" for name in names[1:]] == server.house.catalogue.ids[1:]
+    assert [f"pocket:{name}" for name in names[1:]] == server.service.catalogue.ids[1:]
     clvs = offer["methods"][names.index("clvs")]
     assert clvs["paper"] == methods()["clvs"].paper
     assert clvs["parameters"]["smoothing"] == "0.8"
@@ -208,7 +208,7 @@ def test_traces_wait_in_the_same_queue_as_answers(vlm, gate, body):
         running(vlm, queue=1) as server,
         httpx.Client(base_url=server.url, timeout=PATIENCE) as http,
     ):
-        worker = server.house.worker
+        worker = server.service.worker
 
         def send(path: str, json: Any) -> tuple[threading.Thread, list[httpx.Response]]:
             found: list[httpx.Response] = []
@@ -240,8 +240,8 @@ def test_a_job_raises_what_it_raises(server):
         raise FoveateError("Not like this.")
 
     with pytest.raises(FoveateError, match="Not like this"):
-        server.house.worker.run(refused).result(PATIENCE)
-    assert server.house.worker.run(lambda: 7).result(PATIENCE) == 7
+        server.service.worker.run(refused).result(PATIENCE)
+    assert server.service.worker.run(lambda: 7).result(PATIENCE) == 7
 
 
 # -- the page in Chromium --------------------------------------------------------------------------

@@ -16,10 +16,9 @@ import torch
 
 from foveate import VLM, FoveateError
 from foveate.core.method import as_stack
-from foveate.serving.errors import Busy, Failed, Stopping
 from foveate.serving.queue import Request, Worker
 from foveate.serving.sampling import End, Piece, Sampling
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Busy, Failed, Settings, Stopping
 from tests.serving.conftest import PATIENCE, question, running, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
@@ -298,7 +297,7 @@ def test_too_many_clients(vlm, gate):
         threads[0].start()
         wait_for(lambda: gate.reached)
         threads[1].start()
-        wait_for(lambda: server.house.worker.waiting)
+        wait_for(lambda: server.service.worker.waiting)
         refused = post(server)
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
@@ -316,7 +315,7 @@ def test_too_many_clients(vlm, gate):
 
 def test_a_client_that_hangs_up_frees_its_place(vlm, gate):
     with running(vlm, batch=1, queue=1) as server:
-        worker, client = server.house.worker, server.client()
+        worker, client = server.service.worker, server.client()
         options = {"model": "pocket", "messages": question(DESCRIBE, scene(3)), "stream": True}
         gate.steps.release(2)
         stream = client.chat.completions.create(**options)  # it has begun

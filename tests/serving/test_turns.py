@@ -95,7 +95,7 @@ def offline(vlm: Any, method: str, counts: tuple[int, int]) -> str:
 @pytest.mark.parametrize("counts", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("method", ["clvs+vcd", *methods()])
 def test_every_method_answers_or_refuses_in_one_sentence(server, client, vlm, method, counts):
-    if f"pocket:{method}" not in server.house.catalogue.ids and "+" not in method:
+    if f"pocket:{method}" not in server.service.catalogue.ids and "+" not in method:
         pytest.skip("needs parameters, or another model")
     try:
         expected = offline(vlm, method, counts)

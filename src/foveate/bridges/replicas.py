@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..base.errors import FoveateError
-from ..serving.settings import Settings
+from ..serving.wire import Settings
 from ..vlm.vlm import VLM
 from .ray import last_line, set_environment
 

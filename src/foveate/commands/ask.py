@@ -32,26 +32,30 @@ if TYPE_CHECKING:
 
 @app.command()
 def ask(
-    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[
+        str, typer.Argument(help="Give a picture's path, or `demo` for a drawn scene.")
+    ],
+    question: Annotated[str, typer.Argument(help="Ask this about the picture.")],
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ...; repeat it to compare, or "
-            "all. Default: vanilla and clvs."
+            help="Answer with vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ... Repeat it to "
+            "compare methods, or give all. The default compares vanilla and clvs."
         ),
     ] = None,
     show: Annotated[
         Path | None,
         typer.Option(
-            help="Draw attention by layer into this picture; for methods that look again, how "
-            "they came from the picture to what they asked about."
+            help="Draw the attention of each layer into this picture. For methods that look "
+            "again, draw the steps from the picture to the one they asked about."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Stop an answer after this many tokens.")
+    ] = 64,
+    system: Annotated[str | None, typer.Option(help="Put this system prompt first.")] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

@@ -15,7 +15,7 @@ from .common import RevisionOption, brief, load, new_table, note, print_table
 @app.command("methods")
 def list_methods(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Fill in what the method uses on it.")
+        str | None, typer.Option("--model", "-m", help="Show the values that this model gets.")
     ] = None,
     revision: RevisionOption = None,
 ) -> None:

@@ -2,88 +2,65 @@
 
     app = create_app(VLM.load("pocket"))        # any ASGI server runs it
 
-Whoever adds routes finds the model, the worker and the rest as ``request.app.state.house``, and
-guards them with ``Depends(authorised)``.
+More routes lie in `foveate.serving.explore`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import os
+import socket
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from types import FrameType
 from typing import Any
 
 import anyio
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from ..base.errors import FoveateError
 from ..core.method import text
 from ..vlm.vlm import VLM
-from . import asking, errors, queue, wire
-from .naming import Catalogue
+from . import asking, explore, queue, wire
 from .sampling import End, Event, Piece
-from .settings import Settings
-
-
-class House:
-    """What the routes share: the model, its worker, what is allowed."""
-
-    def __init__(self, vlm: VLM, settings: Settings) -> None:
-        self.vlm, self.settings = vlm, settings
-        self.worker = queue.Worker(vlm, settings)
-        self.catalogue = Catalogue(vlm, settings.methods)
-        self.started = int(time.time())
-        # requests whose content is decoded at a time; fetching is waiting, and needs more
-        self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 4)
+from .service import Service, authorised, read_body
+from .wire import Settings
 
 
 def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
     """The server as an ASGI application; its worker runs while the application does."""
-    from . import explore  # which stands on this module
-
-    house = House(vlm, settings or Settings())
+    service = Service(vlm, settings or Settings())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        house.worker.start()
+        service.worker.start()
         yield
-        house.worker.stop()
-        await asyncio.to_thread(house.worker.join)
+        service.worker.stop()
+        await asyncio.to_thread(service.worker.join)
 
     app = FastAPI(title="foveate", lifespan=lifespan, openapi_url=None)
-    app.state.house = house
+    app.state.service = service
     app.include_router(open_routes)
     app.include_router(routes)
     app.include_router(explore.page)
     app.include_router(explore.routes)
-    app.add_middleware(Counted, house=house)
+    app.add_middleware(Counted, service=service)
     for kind in (FoveateError, HTTPException, Exception):
         app.add_exception_handler(kind, refused)
     return app
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    status, body, headers = errors.answer(error)
+    status, body, headers = wire.error_answer(error)
     return JSONResponse(body, status, headers)
-
-
-async def authorised(request: Request) -> None:
-    """Refuses a request without the key, where there is one."""
-    key = request.app.state.house.settings.api_key
-    given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
-    if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-        raise errors.Unauthorised(
-            "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
-        )
 
 
 open_routes = APIRouter()
@@ -92,48 +69,50 @@ routes = APIRouter(dependencies=[Depends(authorised)])
 
 @open_routes.get("/healthz")
 async def health(request: Request) -> Response:
-    stopping = request.app.state.house.worker.stopping
+    stopping = request.app.state.service.worker.stopping
     status = "stopping" if stopping else "ok"
     return JSONResponse({"status": status, "pid": os.getpid()}, 503 if stopping else 200)
 
 
 @routes.get("/metrics")
 async def metrics(request: Request) -> Response:
-    registry = request.app.state.house.worker.metrics.registry
+    registry = request.app.state.service.worker.metrics.registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @routes.get("/v1/models")
 async def models(request: Request) -> Any:
-    house: House = request.app.state.house
-    return {"object": "list", "data": [_model(house, id) for id in house.catalogue.ids]}
+    service: Service = request.app.state.service
+    return {"object": "list", "data": [_model(service, id) for id in service.catalogue.ids]}
 
 
 @routes.get("/v1/models/{id:path}")
 async def model(request: Request, id: str) -> Any:
-    house: House = request.app.state.house
-    house.catalogue.methods(id, None)
-    return _model(house, id)
+    service: Service = request.app.state.service
+    service.catalogue.methods(id, None)
+    return _model(service, id)
 
 
-def _model(house: House, id: str) -> dict[str, Any]:
-    return {"id": id, "object": "model", "created": house.started, "owned_by": "foveate"}
+def _model(service: Service, id: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": service.started, "owned_by": "foveate"}
 
 
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    house: House = request.app.state.house
-    house.worker.admit()  # before the body is read
-    body = await read_body(request, house.settings)
-    asked, waiting = await anyio.to_thread.run_sync(_question, house, body, limiter=house.reading)
+    service: Service = request.app.state.service
+    service.worker.admit()  # before the body is read
+    body = await read_body(request, service.settings)
+    asked, waiting = await anyio.to_thread.run_sync(
+        _question, service, body, limiter=service.reading
+    )
     events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to hear it
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    house.worker.submit(waiting, deliver)
-    answer = _events(request, house, waiting, events)
+    service.worker.submit(waiting, deliver)
+    answer = _events(request, service, waiting, events)
     first = await anext(answer)  # what fails before it is answered with a status of its own
     writer = wire.Writer(f"chatcmpl-{uuid.uuid4().hex}", asked, text(waiting.methods))
     if asked.stream:
@@ -145,44 +124,30 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse(writer.completion([first, *[event async for event in answer]]))
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # what a web page may send elsewhere unasked is of another type
-        raise errors.WrongType("The body must be JSON, and its content type application/json.")
-    body, most = bytearray(), settings.body_bytes
-    try:
-        async with asyncio.timeout(settings.seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise errors.TooLarge(f"A request may have {most:,} bytes: make it smaller.")
-    except TimeoutError:
-        raise errors.TooSlow(f"The body took more than {settings.seconds:g} seconds.") from None
-    except ClientDisconnect:
-        raise errors.Gone from None
-    return bytes(body)
-
-
-def _question(house: House, body: bytes) -> tuple[wire.Completion, queue.Request]:
+def _question(service: Service, body: bytes) -> tuple[wire.Completion, queue.Request]:
     asked = asking.parse(body)
-    methods = house.catalogue.methods(asked.model, asked.method)
-    sampling = asking.sampling(asked, house.settings)
-    chat = asking.chat(house.vlm, asked, house.settings)
+    methods = service.catalogue.methods(asked.model, asked.method)
+    sampling = asking.sampling(asked, service.settings)
+    chat = asking.chat(service.vlm, asked, service.settings)
     return asked, queue.Request(chat, methods, sampling)
 
 
 async def _events(
-    request: Request, house: House, waiting: queue.Request, events: asyncio.Queue[Event]
+    request: Request, service: Service, waiting: queue.Request, events: asyncio.Queue[Event]
 ) -> AsyncGenerator[Piece | End]:
     """The pieces of an answer and its end; a client that hangs up frees its place."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        house.worker.cancel(waiting)
-        events.put_nowait(errors.Gone())
+        service.worker.cancel(waiting)
+        events.put_nowait(wire.Gone())
 
-    watching, metrics, start = asyncio.create_task(watch()), house.worker.metrics, time.monotonic()
+    watching, metrics, start = (
+        asyncio.create_task(watch()),
+        service.worker.metrics,
+        time.monotonic(),
+    )
     try:
         while True:
             event = await events.get()
@@ -197,7 +162,7 @@ async def _events(
                 return
     finally:
         watching.cancel()
-        house.worker.cancel(waiting)
+        service.worker.cancel(waiting)
 
 
 async def _stream(
@@ -218,7 +183,7 @@ async def _stream(
             for chunk in writer.end(event):
                 yield line(chunk)
         except FoveateError as error:
-            yield line(errors.answer(error)[1])
+            yield line(wire.error_answer(error)[1])
         yield "data: [DONE]\n\n"
 
 
@@ -227,8 +192,8 @@ class Counted:
 
     PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics")
 
-    def __init__(self, app: Any, house: House) -> None:
-        self.app, self.requests = app, house.worker.metrics.requests
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.requests = app, service.worker.metrics.requests
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -247,3 +212,59 @@ class Counted:
         finally:
             path = scope["path"] if scope["path"] in self.PATHS else "other"
             self.requests.labels(path, status).inc()
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """Ends in two steps: the first signal refuses new requests until the worker has finished what
+    it holds, then the server exits; a second one exits at once."""
+
+    def __init__(self, vlm: VLM, settings: Settings) -> None:
+        app = create_app(vlm, settings)
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
+        self.worker: queue.Worker = app.state.service.worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.worker.stopping:
+            self.should_exit = self.force_exit = True
+        else:
+            threading.Thread(target=self._finish, daemon=True).start()
+
+    def _finish(self) -> None:
+        self.worker.stop()
+        self.worker.join()
+        self.should_exit = True
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets:
+            host, port = sock.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"foveate: {self.worker.vlm.name} at http://{host}:{port}/v1", flush=True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, before anything that takes long.
+
+    Raises:
+        FoveateError: the address is in use, or not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise FoveateError(
+            f"The server cannot listen at {host}:{port} ({error.strerror}): give another --host "
+            "or --port."
+        ) from error
+    return sock

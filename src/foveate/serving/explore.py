@@ -32,8 +32,8 @@ from ..insight.trace import Trace, trace
 from ..scenes import questions, world
 from ..vlm.vlm import Chat
 from . import asking, wire
-from .app import House, authorised, read_body
-from .errors import Gone, Refusal
+from .service import Service, authorised, read_body
+from .wire import Gone, Refusal
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/draw.js": "draw.js"}
@@ -82,13 +82,13 @@ routes = APIRouter(prefix="/explore", dependencies=[Depends(authorised)])
 @routes.get("/start")
 async def start(request: Request) -> Response:
     """The model, its methods, some scenes, and what is allowed."""
-    house: House = request.app.state.house
-    scenes = await anyio.to_thread.run_sync(_small_scenes, limiter=house.reading)
-    names = [id.partition(":")[2] for id in house.catalogue.ids[1:]]
+    service: Service = request.app.state.service
+    scenes = await anyio.to_thread.run_sync(_small_scenes, limiter=service.reading)
+    names = [id.partition(":")[2] for id in service.catalogue.ids[1:]]
     return _json(
         {
-            "model": house.catalogue.name,
-            "tokens": _most(house),
+            "model": service.catalogue.name,
+            "tokens": _most(service),
             "methods": [{"name": "vanilla", "about": PLAIN}, *map(_about, names)],
             "scenes": scenes,
             "last": LAST,
@@ -99,14 +99,14 @@ async def start(request: Request) -> Response:
 @routes.get("/scenes/{number}")
 async def one_scene(request: Request, number: str) -> Response:
     """A drawn scene: its picture, what is on it, and questions whose answers are known."""
-    house: House = request.app.state.house
+    service: Service = request.app.state.service
     if not re.fullmatch("[0-9]{1,6}", number):
         raise Refusal(f"There is no scene {number[:100]!r}: give a number from 0 to {LAST}.")
-    return _json(await anyio.to_thread.run_sync(_scene, int(number), limiter=house.reading))
+    return _json(await anyio.to_thread.run_sync(_scene, int(number), limiter=service.reading))
 
 
-def _most(house: House) -> int:
-    return min(TOKENS, house.settings.tokens)
+def _most(service: Service) -> int:
+    return min(TOKENS, service.settings.tokens)
 
 
 def _about(name: str) -> dict[str, Any]:
@@ -201,27 +201,29 @@ async def attention(request: Request) -> Response:
     Maps are written with a byte per cell: 255 times the root of its share of the map's largest
     weight, which is told beside it (`peaks`).
     """
-    house: House = request.app.state.house
-    house.worker.admit()  # before the body is read
-    body = await read_body(request, house.settings)
-    work = await anyio.to_thread.run_sync(_work, house, body, limiter=house.reading)
-    traced = await _result(request, house.worker.run(work))
-    return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=house.reading)
+    service: Service = request.app.state.service
+    service.worker.admit()  # before the body is read
+    body = await read_body(request, service.settings)
+    work = await anyio.to_thread.run_sync(_work, service, body, limiter=service.reading)
+    traced = await _result(request, service.worker.run(work))
+    return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=service.reading)
 
 
-def _work(house: House, body: bytes) -> Callable[[], Trace]:
+def _work(service: Service, body: bytes) -> Callable[[], Trace]:
     """What the worker has to do, once everything about the request has been found to be right."""
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:
         raise Refusal(*wire.told(error)) from None
-    if asked.max_tokens > _most(house):
-        raise Refusal(f"Attention is shown for {_most(house)} tokens: ask for fewer.", "max_tokens")
-    stack = house.catalogue.methods(house.catalogue.name, asked.method)
-    chat = _chat(house, asked)
+    if asked.max_tokens > _most(service):
+        raise Refusal(
+            f"Attention is shown for {_most(service)} tokens: ask for fewer.", "max_tokens"
+        )
+    stack = service.catalogue.methods(service.catalogue.name, asked.method)
+    chat = _chat(service, asked)
     return functools.partial(
         trace,
-        house.vlm,
+        service.vlm,
         chat.images[0],
         chat.text,
         [stack],
@@ -230,14 +232,14 @@ def _work(house: House, body: bytes) -> Callable[[], Trace]:
     )
 
 
-def _chat(house: House, asked: Asked) -> Chat:
+def _chat(service: Service, asked: Asked) -> Chat:
     parts: list[wire.Part] = [
         wire.ImagePart(type="image_url", image_url=wire.ImageURL(url=asked.image)),
         wire.TextPart(type="text", text=asked.question),
     ]
     message = wire.Message(role="user", content=parts)
-    completion = wire.Completion(model=house.catalogue.name, messages=[message])
-    return asking.chat(house.vlm, completion, house.settings)
+    completion = wire.Completion(model=service.catalogue.name, messages=[message])
+    return asking.chat(service.vlm, completion, service.settings)
 
 
 def _target(asked: Asked, size: tuple[int, int]) -> Target | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..base.errors import FoveateError
@@ -20,10 +21,8 @@ from ..base.memory import Size, out_of_memory
 from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
 from ..vlm.vlm import VLM, Chat
-from .errors import Busy, Failed, Stopping
-from .metrics import Metrics
 from .sampling import Choose, Event, Row, Sampling, Take
-from .settings import Settings
+from .wire import Busy, Failed, Settings, Stopping
 
 log = logging.getLogger(__name__)
 
@@ -224,3 +223,33 @@ def _told(error: Exception) -> FoveateError:
     log.error("The model failed on a request.", exc_info=error)
     told = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
     return Failed(f"The model failed on this request: {told}.")
+
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """One server's figures, in a registry of its own."""
+
+    def __init__(self, waiting: Callable[[], float]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "foveate_requests", "Answered requests.", ["path", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "foveate_request_seconds", "From request to end of answer, chat completions.",
+            registry=registry, buckets=SECONDS,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "foveate_tokens", "Of answered prompts and of answers.", ["kind"], registry=registry
+        )
+        self.batches = Histogram(
+            "foveate_batch_size", "Requests that went through the model together.",
+            registry=registry, buckets=SIZES,
+        )  # fmt: skip
+        self.cancelled = Counter(
+            "foveate_cancelled", "Requests whose client went away.", registry=registry
+        )
+        queue = Gauge("foveate_queue_length", "Requests that wait.", registry=registry)
+        queue.set_function(waiting)

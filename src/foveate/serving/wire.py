@@ -1,16 +1,59 @@
-"""OpenAI's wire format: what a request may say, and the shapes of the answers."""
+"""OpenAI's wire format: what a request may say, refusals, and the shapes of the answers."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 
 from ..base import __version__
+from ..base.errors import FoveateError
 from .sampling import End, Piece, Token
 
 FINGERPRINT = f"foveate-{__version__}"
+
+
+# -- what the server allows ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows, and how it batches.
+
+    Attributes:
+        batch: requests that go through the model at a time.
+        queue: requests that may wait; one more is answered 429.
+        tokens: most tokens of an answer; what a request that says nothing gets.
+        prompt_tokens: most tokens of a request's text, pictures not counted.
+        images: most pictures of a request.
+        image_bytes: most bytes of one encoded picture.
+        pixels: most pixels of all pictures of a request together.
+        body_bytes: most bytes of a request.
+        seconds: for a request to arrive, and for a remote picture to be fetched.
+        remote_images: whether pictures are fetched from public addresses.
+        methods: text forms of methods with parameters of the server's own, which may name files;
+            a request asks for them by name alone.
+        api_key: what clients must send as a bearer token; None lets everybody in.
+    """
+
+    batch: int = 16
+    queue: int = 64
+    tokens: int = 1024
+    prompt_tokens: int = 4096
+    images: int = 4
+    image_bytes: int = 10_000_000
+    pixels: int = 16_000_000
+    body_bytes: int = 32_000_000
+    seconds: float = 30.0
+    remote_images: bool = False
+    methods: tuple[str, ...] = ()
+    api_key: str | None = None
+
+
+# -- what a request may say ------------------------------------------------------------------------
 
 
 class Strict(BaseModel):
@@ -93,6 +136,95 @@ class Completion(Strict):
     prompt_cache_key: str | None = None
 
 
+# -- refusals --------------------------------------------------------------------------------------
+
+
+class Refusal(FoveateError):
+    """A request that cannot be answered. param: the parameter that is to blame."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+
+class Unauthorised(Refusal):
+    status, code = 401, "invalid_api_key"
+
+
+class UnknownModel(Refusal):
+    status, code = 404, "model_not_found"
+
+
+class TooSlow(Refusal):
+    status = 408
+
+
+class TooLarge(Refusal):
+    status = 413
+
+
+class WrongType(Refusal):
+    status = 415
+
+
+class Gone(Refusal):
+    """The client hung up: nobody reads this."""
+
+    status = 499
+
+    def __init__(self) -> None:
+        super().__init__("The client went away.")
+
+
+class Busy(Refusal):
+    """The queue is full. seconds: after which to try again."""
+
+    status, code = 429, "queue_full"
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__("The server is busy: try again in a moment.")
+        self.seconds = seconds
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.seconds)}
+
+
+class Failed(Refusal):
+    """The model failed on a request."""
+
+    status = 500
+
+
+class Stopping(Refusal):
+    """The server takes no new requests."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("The server is stopping: ask another one.")
+
+
+def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error, as OpenAI writes it."""
+    if isinstance(error, Refusal):
+        body = error_body(str(error), error.status, error.param, error.code)
+        return error.status, body, error.headers
+    if isinstance(error, FoveateError):
+        return 400, error_body(str(error), 400), {}
+    if isinstance(error, HTTPException):  # no such path, and the like
+        body = error_body(f"{error.detail}.", error.status_code)
+        return error.status_code, body, dict(error.headers or {})
+    return 500, error_body("The server failed on this request; its log says why.", 500), {}
+
+
 def told(error: ValidationError) -> tuple[str, str | None]:
     """The first thing that is wrong with a body, as one sentence, and the parameter it is about."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -104,11 +236,14 @@ def told(error: ValidationError) -> tuple[str, str | None]:
     return f"The parameter {where} cannot be used: {first['msg']}.", where
 
 
-def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:
+def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:
     """The body of an answer with an error `status`."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def usage(end: End) -> dict[str, int]:
