@@ -1,4 +1,4 @@
-"""The same server, several times over, in Ray Serve: every replica has a model and a queue."""
+"""Replicas of the server in Ray Serve. Every replica has its own model and queue."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..vlm.vlm import VLM
 from .ray import last_line, set_environment
 
 NAME = "foveate"
-SPARE = 16  # requests that a replica takes beside questions: health, figures
-DRAIN = 600.0  # seconds that a replica has to finish what it holds
+SPARE = 16  # further requests that a replica takes, such as /healthz and /metrics
+DRAIN = 600.0  # seconds in which a replica may finish what it holds
 
 
 def run_replicas(
@@ -44,7 +44,7 @@ def run_replicas(
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # the second time is meant at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         stopped.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,7 +103,7 @@ def _ray() -> Any:
 
 
 def _share(resources: dict[str, float], replicas: int) -> dict[str, float]:
-    """What each replica gets; one that asked for more than there is would wait for ever."""
+    """The resources of each replica. One that asks for more than there is would wait for ever."""
     if gpus := resources.get("GPU", 0):
         if replicas > gpus:
             raise FoveateError(f"{replicas} replicas need as many GPUs, and Ray has {gpus:g}.")

@@ -91,8 +91,8 @@ def ask(
     ]
     names = [text(stack) for stack in stacks]
     if as_json:
-        found = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
-        print(json.dumps({**vlm.source, "image": image, "question": question, "answers": found}))
+        rows = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
+        print(json.dumps({**vlm.source, "image": image, "question": question, "answers": rows}))
     else:
         table = new_table("method", "answer", "probability", "seconds")
         table.caption_justify = "left"

@@ -108,12 +108,12 @@ async def chat_completions(request: Request) -> Response:
     events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to hear it
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     service.worker.submit(waiting, deliver)
     answer = _events(request, service, waiting, events)
-    first = await anext(answer)  # what fails before it is answered with a status of its own
+    first = await anext(answer)  # an error before it becomes the status
     writer = wire.Writer(f"chatcmpl-{uuid.uuid4().hex}", asked, text(waiting.methods))
     if asked.stream:
         return StreamingResponse(
@@ -135,7 +135,7 @@ def _question(service: Service, body: bytes) -> tuple[wire.Completion, queue.Req
 async def _events(
     request: Request, service: Service, waiting: queue.Request, events: asyncio.Queue[Event]
 ) -> AsyncGenerator[Piece | End]:
-    """The pieces of an answer and its end; a client that hangs up frees its place."""
+    """The pieces of an answer and its end. A client that hangs up frees its place."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -168,7 +168,7 @@ async def _events(
 async def _stream(
     writer: wire.Writer, first: Piece | End, rest: AsyncGenerator[Piece | End]
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events; an error in its middle is one, too."""
+    """An answer as server-sent events. An error in its middle is an event, too."""
 
     def line(data: Any) -> str:
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
@@ -188,7 +188,7 @@ async def _stream(
 
 
 class Counted:
-    """Counts what was answered, by path and status."""
+    """Counts answers by path and status."""
 
     PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics")
 
@@ -218,8 +218,8 @@ class Counted:
 
 
 class Server(uvicorn.Server):
-    """Ends in two steps: the first signal refuses new requests until the worker has finished what
-    it holds, then the server exits; a second one exits at once."""
+    """Stops in two steps. The first signal refuses new requests; the server exits once the worker
+    has finished those it holds. A second signal exits at once."""
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         app = create_app(vlm, settings)
@@ -246,7 +246,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with this address, before anything that takes long.
+    """A socket with this address. Called first, so that a taken port is told at once.
 
     Raises:
         FoveateError: the address is in use, or not one of this machine.

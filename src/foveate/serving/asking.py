@@ -109,22 +109,22 @@ class Catalogue:
     Attributes:
         name: ``pocket``, ``llava-hf/llava-1.5-7b-hf``, or the last part of a folder's path.
         ids: what ``GET /v1/models`` lists: the name, and ``name:method`` for every method that
-            works on this model with its default parameters, or with the server's own.
+            works on this model with its default parameters, or with those that the server sets.
 
     Args:
-        own: methods with the server's own parameters, each asked for by its name.
+        offered: methods with parameters that the server sets; a request gives only the name.
 
     Raises:
-        FoveateError: where one of `own` does not exist or cannot serve this model.
+        FoveateError: one of `offered` does not exist or does not work on this model.
     """
 
-    def __init__(self, vlm: VLM, own: Sequence[str] = ()) -> None:
-        self.own = {method.name: method for method in as_stack(*own)}
-        for method in self.own.values():
+    def __init__(self, vlm: VLM, offered: Sequence[str] = ()) -> None:
+        self.offered = {method.name: method for method in as_stack(*offered)}
+        for method in self.offered.values():
             Stack(vlm.model, (method,))
         path = Path(vlm.name)
         self.vlm, self.name = vlm, path.name if path.is_dir() else vlm.name
-        with warnings.catch_warnings(action="ignore"):  # nobody has asked for these yet
+        with warnings.catch_warnings(action="ignore"):  # no request has named these yet
             works = [name for name in methods() if self._serves(name)]
         self.ids = [self.name, *(f"{self.name}:{method}" for method in works)]
         self._checked = functools.lru_cache(256)(self._check)
@@ -133,8 +133,8 @@ class Catalogue:
         """The methods that a request names.
 
         Raises:
-            UnknownModel: another model. FoveateError: methods that there are not, that the model
-                cannot be served with, that would read a file, or that would cost too much.
+            UnknownModel: another model. FoveateError: a method that does not exist, does not work
+                on the model, would read a file, or would cost too much.
         """
         name, suffix = model[: len(self.name)], model[len(self.name) :]
         if name != self.name or (suffix and suffix[0] != ":"):
@@ -147,16 +147,16 @@ class Catalogue:
         if len(text) > LONGEST:
             raise FoveateError(f"A method's text may have {LONGEST} characters.")
         asked = as_stack(text)
-        stack = tuple(self.own.get(m.name, m) if m == type(m)() else m for m in asked)
+        stack = tuple(self.offered.get(m.name, m) if m == type(m)() else m for m in asked)
         for method in stack:
-            if method is not self.own.get(method.name):
+            if method is not self.offered.get(method.name):
                 permit(method)
                 self._check_texts(method)
         Stack(self.vlm.model, stack)  # refuses what does not work on this model
         return stack
 
     def _check_texts(self, method: Method) -> None:
-        """Refuse texts that are no question's either."""
+        """Refuse texts that are not allowed in questions either."""
         mark = getattr(self.vlm.processor, "image_token", None)
         for name, value in method.parameters().items():
             if not isinstance(value, str):

@@ -41,14 +41,14 @@ def read_pictures(urls: list[str], settings: Settings) -> list[Image.Image]:
             f"A request may hold {settings.images} images, and this has {len(urls)}."
         )
     deadline = time.monotonic() + settings.seconds
-    found = [_content(url, settings, deadline) for url in urls]
-    pixels = sum(map(_pixels, found))
+    contents = [_content(url, settings, deadline) for url in urls]
+    pixels = sum(map(_pixels, contents))
     if pixels > settings.pixels:
         raise TooLarge(
             f"The images of a request may have {settings.pixels:,} pixels together, and these have "
             f"{pixels:,}: make them smaller."
         )
-    return [decode(data) for data in found]
+    return [decode(data) for data in contents]
 
 
 def _content(url: str, settings: Settings, deadline: float) -> bytes:
@@ -118,7 +118,7 @@ def fetch(url: str, limit: int, seconds: float) -> bytes:
         parts = _parse(url)
         try:
             with _connection(parts, deadline) as connection:
-                found = _read(connection, parts, limit)
+                body = _read(connection, parts, limit)
             if time.monotonic() >= deadline:  # the end may be where it was cut off
                 raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
@@ -126,9 +126,9 @@ def fetch(url: str, limit: int, seconds: float) -> bytes:
             if time.monotonic() >= deadline:
                 why = f"its host took longer than {seconds:g} seconds"
             raise FoveateError(f"The image cannot be fetched: {why}.") from error
-        if isinstance(found, bytes):
-            return found
-        url = urllib.parse.urljoin(url, found)
+        if isinstance(body, bytes):
+            return body
+        url = urllib.parse.urljoin(url, body)  # a redirect
     raise FoveateError(f"The image's address redirects more than {REDIRECTS} times.")
 
 
@@ -161,10 +161,10 @@ def _parse(url: str) -> urllib.parse.SplitResult:
 def _addresses(host: str, port: int) -> list[str]:
     """What a host name resolves to, all of it public."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise FoveateError("The image's host cannot be found: check the address.") from error
-    addresses = [str(info[4][0]) for info in found]
+    addresses = [str(info[4][0]) for info in infos]
     if not all(map(is_public, addresses)):
         raise FoveateError("The image's host is not a public one: send the image as a data URI.")
     return addresses

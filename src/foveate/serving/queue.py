@@ -38,13 +38,13 @@ class Request:
 
     @property
     def kind(self) -> tuple[str, int]:
-        """Requests of one kind are taken together: same methods, and chats of one kind."""
+        """Requests of one kind are taken together: the same methods, and chats of one kind."""
         return text(self.methods), self.chat.kind
 
 
 @dataclass(eq=False)
 class Job:
-    """Something else that needs the model; it shares no batch."""
+    """Other work for the model. It shares no batch."""
 
     work: Callable[[], Any]
     done: Future[Any] = field(default_factory=Future)
@@ -53,9 +53,9 @@ class Job:
 class Worker:
     """The thread that owns the model.
 
-    It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind as one
-    left-padded batch, or as several where methods made chats of several kinds of them. Requests
-    that come meanwhile wait.
+    It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind, and
+    answers them as one left-padded batch. Where methods turned them into chats of several kinds,
+    each kind is a batch. Requests that come meanwhile wait.
     """
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
@@ -74,7 +74,7 @@ class Worker:
         self._thread.start()
 
     def admit(self) -> None:
-        """Raises `Busy` or `Stopping` where a request would not be taken now."""
+        """Raises `Busy` or `Stopping` if a request would be refused now."""
         if self.stopping:
             raise Stopping
         if len(self.waiting) >= self.settings.queue:
@@ -85,8 +85,8 @@ class Worker:
         """Put a request into the queue.
 
         Args:
-            deliver: is called on the worker's thread with every `Piece` of the answer, and last
-                with its `End` or a `FoveateError`.
+            deliver: gets every `Piece` of the answer, and last its `End` or a `FoveateError`, on
+                the worker's thread.
 
         Raises:
             Busy: the queue is full. Stopping: the server stops.
@@ -99,11 +99,11 @@ class Worker:
             self._changed.notify()
 
     def run(self, work: Callable[[], Any]) -> Future[Any]:
-        """Put something else to do with the model into the queue.
+        """Put other work for the model into the queue.
 
         Returns:
-            what `work` returns or raises, the latter as a `FoveateError`; cancelling it frees the
-            place in the queue.
+            what `work` returns, or raises as a `FoveateError`. Cancelling it frees the place in
+            the queue.
 
         Raises:
             Busy: the queue is full. Stopping: the server stops.
@@ -122,7 +122,7 @@ class Worker:
                 self.waiting.remove(waiting)
 
     def cancel(self, request: Request) -> None:
-        """Nobody waits for this answer any more: its place in the queue or batch is free."""
+        """Free the request's place in the queue or batch: nobody waits for its answer."""
         with self._changed:
             self._leave(request)
             if not request.row.done:
@@ -130,13 +130,13 @@ class Worker:
                 self.metrics.cancelled.inc()
 
     def stop(self) -> None:
-        """Take nothing new; what is held will be answered."""
+        """Refuse new requests, and answer those that are held."""
         with self._changed:
             self.stopping = True
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until everything held is answered, after `stop`."""
+        """After `stop`, wait until everything held is answered."""
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -170,7 +170,7 @@ class Worker:
         try:
             job.done.set_result(job.work())
         except Exception as error:
-            job.done.set_exception(_told(error))
+            job.done.set_exception(_for_client(error))
 
     def _answer(self, batch: list[Request]) -> None:
         """Every request of the batch gets an `End` or an error."""
@@ -189,7 +189,7 @@ class Worker:
 
 
 class Rows(Decoding):
-    """Each row of a batch decodes in its own way, and begins again with every attempt."""
+    """Decodes each row of a batch as its request says, and starts again with every attempt."""
 
     def __init__(self, rows: list[Row], worker: Worker) -> None:
         self.rows, self.worker = rows, worker
@@ -210,19 +210,19 @@ class Rows(Decoding):
         }
 
     def failed(self, row: int, error: Exception) -> None:
-        found = self.rows[row]
-        if not found.done:
-            found.done = True
-            found.deliver(_told(error))
+        answer = self.rows[row]
+        if not answer.done:
+            answer.done = True
+            answer.deliver(_for_client(error))
 
 
-def _told(error: Exception) -> FoveateError:
-    """What a client is told of an error; what is not the client's mistake is logged."""
+def _for_client(error: Exception) -> FoveateError:
+    """The error that a client gets. What is not the client's mistake is logged."""
     if isinstance(error, FoveateError):
         return error
     log.error("The model failed on a request.", exc_info=error)
-    told = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
-    return Failed(f"The model failed on this request: {told}.")
+    reason = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
+    return Failed(f"The model failed on this request: {reason}.")
 
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -230,7 +230,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """One server's figures, in a registry of its own."""
+    """The figures that `/metrics` gives to Prometheus."""
 
     def __init__(self, waiting: Callable[[], float]) -> None:
         self.registry = registry = CollectorRegistry()

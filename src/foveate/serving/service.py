@@ -1,7 +1,7 @@
-"""What all routes stand on: the model and its worker, the key, the body of a request.
+"""What all routes share: the model and its worker, the key, the body of a request.
 
-A route finds the model, the worker and the rest as ``request.app.state.service``; ``Depends(
-authorised)`` guards it.
+Routes find the `Service` at ``request.app.state.service``, and ``Depends(authorised)`` asks for
+the key.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def authorised(request: Request) -> None:
 
 async def read_body(request: Request, settings: wire.Settings) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # what a web page may send elsewhere unasked is of another type
+    if kind != "application/json":  # a page of another site can only send other types
         raise wire.WrongType("The body must be JSON, and its content type application/json.")
     body, most = bytearray(), settings.body_bytes
     try:

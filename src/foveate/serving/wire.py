@@ -25,18 +25,18 @@ class Settings:
 
     Attributes:
         batch: requests that go through the model at a time.
-        queue: requests that may wait; one more is answered 429.
-        tokens: most tokens of an answer; what a request that says nothing gets.
+        queue: requests that may wait. One more gets the status 429.
+        tokens: most tokens of an answer, and the default.
         prompt_tokens: most tokens of a request's text, pictures not counted.
         images: most pictures of a request.
         image_bytes: most bytes of one encoded picture.
         pixels: most pixels of all pictures of a request together.
         body_bytes: most bytes of a request.
-        seconds: for a request to arrive, and for a remote picture to be fetched.
+        seconds: time for a request to arrive, and for its remote pictures.
         remote_images: whether pictures are fetched from public addresses.
-        methods: text forms of methods with parameters of the server's own, which may name files;
-            a request asks for them by name alone.
-        api_key: what clients must send as a bearer token; None lets everybody in.
+        methods: text forms of methods with parameters that the server sets and that may name
+            files; a request gives only the name.
+        api_key: the bearer token that clients must send; None lets everybody in.
     """
 
     batch: int = 16
@@ -57,7 +57,7 @@ class Settings:
 
 
 class Strict(BaseModel):
-    """A field that nobody knows is a mistake."""
+    """Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -87,7 +87,7 @@ def _as_parts(content: Any) -> Any:
 
 
 class Message(BaseModel):
-    """Clients send answers back with all their fields; only these matter."""
+    """Clients send answers back with all their fields. Only these two are used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)] = []
@@ -127,7 +127,7 @@ class Completion(Strict):
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
-    # heard and not needed
+    # accepted and not used
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -140,7 +140,7 @@ class Completion(Strict):
 
 
 class Refusal(FoveateError):
-    """A request that cannot be answered. param: the parameter that is to blame."""
+    """A request that cannot be answered. param: the parameter with the mistake."""
 
     status: ClassVar[int] = 400
     code: ClassVar[str | None] = None
@@ -184,7 +184,7 @@ class Gone(Refusal):
 
 
 class Busy(Refusal):
-    """The queue is full. seconds: after which to try again."""
+    """The queue is full. seconds: when to try again."""
 
     status, code = 429, "queue_full"
 
@@ -213,7 +213,7 @@ class Stopping(Refusal):
 
 
 def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers of an error, as OpenAI writes it."""
+    """Status, body and headers of an error, as OpenAI writes them."""
     if isinstance(error, Refusal):
         body = error_body(str(error), error.status, error.param, error.code)
         return error.status, body, error.headers
@@ -226,7 +226,7 @@ def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]
 
 
 def told(error: ValidationError) -> tuple[str, str | None]:
-    """The first thing that is wrong with a body, as one sentence, and the parameter it is about."""
+    """The first mistake in a body, as one sentence, and the parameter that it is about."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":

@@ -1,10 +1,11 @@
 """Questions to answers, as many at a time as memory allows.
 
-    for found in answer_all(vlm, chats, as_stack("clvs"), max_new_tokens=16):
-        print(found.text if isinstance(found, Answer) else f"failed: {found}")
+    for result in answer_all(vlm, chats, as_stack("clvs"), max_new_tokens=16):
+        print(result.text if isinstance(result, Answer) else f"failed: {result}")
 
-Methods rewrite the questions, those about one image share its prefix (`foveate.vlm.prefix`), others
-form left-padded batches. Where memory is short, fewer are asked at a time (`foveate.base.memory`).
+Methods rewrite the questions. Questions about one image share its prefix (`foveate.vlm.prefix`),
+others form left-padded batches. Where memory is short, fewer are asked at a time
+(`foveate.base.memory`).
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from .prefix import Prompts, ask_together, prepare, same_images
 from .vlm import VLM, Answer, Chat
 
 T = TypeVar("T")
-Found = dict[int, Answer | Exception]  # by the question's place among those asked
+Results = dict[int, Answer | Exception]  # by the question's place among those asked
 
 
 class Unwanted(Exception):
-    """Nobody waited for this answer any more."""
+    """Nobody waits for this answer any more."""
 
 
 class Decoding:
-    """How `generate` decodes a batch: this one greedily. Rows are places in the chats asked."""
+    """How `generate` decodes a batch: here greedily. Rows are places among the chats asked."""
 
     def wanted(self, row: int) -> bool:
-        """Whether somebody still waits for this answer; looked up before every attempt."""
+        """Whether somebody still waits for this answer; asked before every attempt."""
         return True
 
     def options(self, rows: list[int]) -> dict[str, Any]:
-        """What `generate` is told of these rows beside the defaults, anew for every attempt."""
+        """Further arguments of `generate` for these rows; asked for at every attempt."""
         return {}
 
     def failed(self, row: int, error: Exception) -> None:
-        """This question has failed for good; told at once, while others are still asked."""
+        """Called as soon as a question has failed for good, while others are still asked."""
 
 
 def answer_all(
@@ -52,27 +53,27 @@ def answer_all(
     share: bool = True,
     decoding: Decoding | None = None,
 ) -> list[Answer | Exception]:
-    """Answers to questions about any images, in their order; for each that failed, its error.
+    """Answers to questions about any images, in order. A question that failed has its error.
 
-    A batch for which memory does not suffice is halved, down to one question; how many then go at
-    a time in later calls is up to `size`. After other failures, and where halving did not help,
-    the questions are asked one by one, so that only those fail that must.
+    A batch that runs out of memory is halved, down to one question. `size` decides how many later
+    calls ask at a time. After other failures, and where halving did not help, the questions are
+    asked one by one, so that a bad question fails alone.
 
     Args:
-        methods: their `rewrite` is run here, at once for all chats about the same images.
-        size: how many at a time; None = `vlm.size`, as for all reading passes of this model.
-        share: questions about one image share its prefix, all others form padded batches by kind;
-            a question that shapes the image's rows (`Method.shares_prefix` is False) is asked
-            alone. False asks one by one, as published code does.
-        decoding: how batches are decoded. A shared prefix is not decoded by `generate`: with this,
-            all form padded batches, whatever the methods are.
+        methods: their `rewrite` is run here, once for all chats about the same images.
+        size: how many at a time. None = `vlm.size`, which all reading passes of this model use.
+        share: let questions about one image share its prefix, and batch all others by kind. Where
+            the question changes image rows (`Method.shares_prefix` is False), each is asked alone.
+            False asks one by one, as published code does.
+        decoding: how batches are decoded. It needs `generate`, which shared prefixes do without:
+            all questions then form padded batches, with any methods.
     """
     shares = share and decoding is None and all(method.shares_prefix for method in methods)
     pads = shares or (share and decoding is not None)
     call = _Call(vlm, methods, max_new_tokens, size or vlm.size, decoding or Decoding(), shares)
-    found = call.rewritten(chats)
-    ready = {row: chat for row, chat in found.items() if isinstance(chat, Chat)}
-    answers: Found = {row: one for row, one in found.items() if isinstance(one, Exception)}
+    rewritten = call.rewritten(chats)
+    ready = {row: chat for row, chat in rewritten.items() if isinstance(chat, Chat)}
+    answers: Results = {row: e for row, e in rewritten.items() if isinstance(e, Exception)}
     batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
     for rows in _grouped(ready, lambda row: (shares and _images(ready[row])) or row):
         prompts = call.prepared([ready[row] for row in rows])
@@ -102,13 +103,13 @@ def process_ahead(vlm: VLM, chats: Sequence[Chat], stacks: Iterable[tuple[Method
         vlm.processed(chats[0])
 
 
-def complete(found: Iterable[Answer | Exception]) -> list[Answer]:
-    """Answers of `answer_all`; the first error, where there is one, is raised."""
+def complete(results: Iterable[Answer | Exception]) -> list[Answer]:
+    """Answers of `answer_all`. Raises the first error, where there is one."""
     answers = []
-    for one in found:
-        if isinstance(one, Exception):
-            raise one
-        answers.append(one)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        answers.append(result)
     return answers
 
 
@@ -126,12 +127,12 @@ class _Call:
     def prepared(self, chats: list[Chat]) -> Prompts | None:
         """The chats on a shared prefix, where they have one. What fails here fails again when the
         questions are asked one by one, and is then told of the right question."""
-        found = _tried(lambda: prepare(self.vlm, chats, self.methods)) if self.shares else None
-        return None if isinstance(found, Exception) else found
+        prompts = _tried(lambda: prepare(self.vlm, chats, self.methods)) if self.shares else None
+        return None if isinstance(prompts, Exception) else prompts
 
     def rewritten(self, chats: Sequence[Chat]) -> dict[int, Chat | Exception]:
         """Chats as the methods want them asked."""
-        found: dict[int, Chat | Exception] = {}
+        rewritten: dict[int, Chat | Exception] = {}
 
         def conversation(row: int) -> Hashable:
             chat = chats[row]
@@ -143,28 +144,28 @@ class _Call:
             group = [chats[row] for row in rows]
             new = _tried(lambda: self.vlm.rewrite(group, self.methods))  # noqa: B023
             if not isinstance(new, Exception):
-                found |= dict(zip(rows, new, strict=True))
+                rewritten |= dict(zip(rows, new, strict=True))
             elif len(rows) == 1:
                 self.decoding.failed(rows[0], new)
-                found[rows[0]] = new
+                rewritten[rows[0]] = new
             else:
                 waiting[:0] = [[row] for row in rows]
-        return found
+        return rewritten
 
     def asked(
         self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None = None
-    ) -> Found:
+    ) -> Results:
         """Answers to chats of one kind, or to all of these prompts on their prefix."""
-        found, size, before = Found(), self.size, self.size.now
+        results, size, before = Results(), self.size, self.size.now
         while rows:
             batch = rows if prompts else rows[: size.now]
             if gone := [row for row in batch if not self.decoding.wanted(row)]:
-                found |= {row: Unwanted() for row in gone}
+                results |= {row: Unwanted() for row in gone}
                 rows = [row for row in rows if row not in gone]
                 continue
             new = _tried(lambda: self._answers(batch, chats, prompts))  # noqa: B023
             if not isinstance(new, Exception):
-                found |= dict(zip(batch, new, strict=True))
+                results |= dict(zip(batch, new, strict=True))
                 rows = rows[len(batch) :]
                 continue
             starved = out_of_memory(new)
@@ -174,15 +175,15 @@ class _Call:
             alone = rows if starved else batch
             if len(alone) == 1:
                 self.decoding.failed(alone[0], new)
-                found[alone[0]] = new
+                results[alone[0]] = new
             else:
                 _warn(f"{type(new).__name__}: {len(alone)} questions are now asked one by one.")
                 for row in alone:
-                    found |= self.asked([row], chats)
-            if starved and any(isinstance(found[row], Exception) for row in alone):
+                    results |= self.asked([row], chats)
+            if starved and any(isinstance(results[row], Exception) for row in alone):
                 size.restore(before)
             rows = rows[len(alone) :]
-        return found
+        return results
 
     def _answers(
         self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None
@@ -207,7 +208,7 @@ def _images(chat: Chat) -> tuple[int, ...]:
 
 
 def _tried(work: Callable[[], T]) -> T | Exception:
-    """What `work` returns, or its failure, which holds no tensors any more."""
+    """What `work` returns or raises. An exception has let go of its tensors."""
     try:
         return work()
     except Exception as error:

@@ -2,9 +2,9 @@
 
     answers = ask_together(vlm, prepare(vlm, chats), methods, max_new_tokens=16)
 
-What the prompts have in common, the system text and the image, is filled with `prefill`; the cache
-is forked, and the rest of every prompt goes through the model as a row of one left-padded batch.
-In a causal model this changes nothing: answers are those of asking one by one.
+`prefill` fills what the prompts have in common: the system text and the image. The cache is forked,
+and the rest of every prompt goes through the model as one row of a left-padded batch. In a causal
+model this changes nothing: the answers are those of asking one by one.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _PROCESSORS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @dataclass
 class Prompts:
-    """Questions about one image, ready for the model.
+    """Questions about the same images, ready for the model.
 
     Attributes:
         prefix: model inputs (1, P) of what the prompts share, pixels included.
         suffixes: token ids of the rest of each prompt, none empty.
-        seconds: that preparing took.
+        seconds: how long preparing took.
     """
 
     chats: list[Chat]
@@ -138,8 +138,8 @@ def ask_together(
             }
             chats = [prompts.chats[row] for row in rows]
             record = Recorder.read(fork) if recorded else None
-            found = vlm.answers(chats, written, watch, ends, timings, record)
-            answers |= dict(zip(rows, found, strict=True))
+            batch = vlm.answers(chats, written, watch, ends, timings, record)
+            answers |= dict(zip(rows, batch, strict=True))
     return [answers[row] for row in range(len(prompts.chats))]
 
 
@@ -166,16 +166,16 @@ def suffix_batch(
     ids = prefix["input_ids"]
     width = max(map(len, suffixes))
     rows = [[filler] * (width - len(s)) + s for s in suffixes]
-    own = [[0] * (width - len(s)) + [1] * len(s) for s in suffixes]
-    found, mask = torch.tensor(rows, device=ids.device), torch.tensor(own, device=ids.device)
+    real = [[0] * (width - len(s)) + [1] * len(s) for s in suffixes]
+    tokens, mask = torch.tensor(rows, device=ids.device), torch.tensor(real, device=ids.device)
     before = prefix["attention_mask"].expand(len(suffixes), -1)
     extras = {
-        name: torch.zeros_like(found)
+        name: torch.zeros_like(tokens)
         for name, value in prefix.items()
         if isinstance(value, Tensor) and value.shape == ids.shape
     }
     return extras | {
-        "input_ids": found,
+        "input_ids": tokens,
         "attention_mask": torch.cat([before, mask], 1),
         "position_ids": first + (mask.cumsum(1) - 1).clamp(min=0),
     }
