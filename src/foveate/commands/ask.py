@@ -112,13 +112,5 @@ def ask(
 
 
 def _as_dict(name: str, answer: Answer) -> dict[str, Any]:
-    return {
-        "method": name,
-        "answer": answer.text,
-        "probability": answer.probability,
-        "yes": answer.yes,
-        "tokens": answer.tokens,
-        "probabilities": answer.probabilities,
-        "seconds": answer.seconds,
-        "timings": answer.timings,
-    }
+    kept = ("probability", "yes", "tokens", "probabilities", "seconds", "timings")
+    return {"method": name, "answer": answer.text} | {key: getattr(answer, key) for key in kept}

@@ -21,7 +21,7 @@ from ..vlm.vlm import VLM
 from . import wire
 from .pictures import read_pictures
 from .sampling import Sampling
-from .wire import Refusal, Settings, UnknownModel
+from .wire import Refusal, Settings
 
 ORDER = (
     "After system messages, if any, user and assistant speak in turn, and the user speaks first "
@@ -133,12 +133,13 @@ class Catalogue:
         """The methods that a request names.
 
         Raises:
-            UnknownModel: another model. FoveateError: a method that does not exist, does not work
-                on the model, would read a file, or would cost too much.
+            Refusal: another model. FoveateError: a method that does not exist, does not work on
+                the model, would read a file, or would cost too much.
         """
         name, suffix = model[: len(self.name)], model[len(self.name) :]
         if name != self.name or (suffix and suffix[0] != ":"):
-            raise UnknownModel(f"There is no model {model[:200]!r} here: ask for {self.name!r}.")
+            reason = f"There is no model {model[:200]!r} here: ask for {self.name!r}."
+            raise Refusal(reason, status=404, code="model_not_found")
         if suffix and method is not None:
             raise FoveateError("The method is given twice: in the model's name and as `method`.")
         return self._checked(suffix[1:] if suffix else method or "vanilla")

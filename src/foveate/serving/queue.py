@@ -93,10 +93,7 @@ class Worker:
         """
         words = partial(self._decode, skip_special_tokens=True)
         request.row = Row(request.sampling, words, self._decode, deliver)
-        with self._changed:
-            self.admit()
-            self.waiting.append(request)
-            self._changed.notify()
+        self._put(request)
 
     def run(self, work: Callable[[], Any]) -> Future[Any]:
         """Put other work for the model into the queue.
@@ -110,11 +107,14 @@ class Worker:
         """
         job = Job(work)
         job.done.add_done_callback(lambda _: self._leave(job))
+        self._put(job)
+        return job.done
+
+    def _put(self, waiting: Request | Job) -> None:
         with self._changed:
             self.admit()
-            self.waiting.append(job)
+            self.waiting.append(waiting)
             self._changed.notify()
-        return job.done
 
     def _leave(self, waiting: Request | Job) -> None:
         with self._changed:

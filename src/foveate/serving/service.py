@@ -36,15 +36,19 @@ async def authorised(request: Request) -> None:
     key = request.app.state.service.settings.api_key
     given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
     if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-        raise wire.Unauthorised(
-            "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
+        raise wire.Refusal(
+            "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
+            status=401,
+            code="invalid_api_key",
         )
 
 
 async def read_body(request: Request, settings: wire.Settings) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site can only send other types
-        raise wire.WrongType("The body must be JSON, and its content type application/json.")
+        raise wire.Refusal(
+            "The body must be JSON, and its content type application/json.", status=415
+        )
     body, most = bytearray(), settings.body_bytes
     try:
         async with asyncio.timeout(settings.seconds):
@@ -53,7 +57,8 @@ async def read_body(request: Request, settings: wire.Settings) -> bytes:
                 if len(body) > most:
                     raise wire.TooLarge(f"A request may have {most:,} bytes: make it smaller.")
     except TimeoutError:
-        raise wire.TooSlow(f"The body took more than {settings.seconds:g} seconds.") from None
+        reason = f"The body took more than {settings.seconds:g} seconds."
+        raise wire.Refusal(reason, status=408) from None
     except ClientDisconnect:
         raise wire.Gone from None
     return bytes(body)

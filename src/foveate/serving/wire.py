@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
@@ -140,76 +140,56 @@ class Completion(Strict):
 
 
 class Refusal(FoveateError):
-    """A request that cannot be answered. param: the parameter with the mistake."""
+    """A request that cannot be answered.
 
-    status: ClassVar[int] = 400
-    code: ClassVar[str | None] = None
+    Args:
+        param: the parameter with the mistake.
+        status: of HTTP. code: OpenAI's name of the mistake.
+    """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.param = param
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {}
-
-
-class Unauthorised(Refusal):
-    status, code = 401, "invalid_api_key"
-
-
-class UnknownModel(Refusal):
-    status, code = 404, "model_not_found"
-
-
-class TooSlow(Refusal):
-    status = 408
+        self.param, self.status, self.code = param, status, code
+        self.headers: dict[str, str] = {}
 
 
 class TooLarge(Refusal):
-    status = 413
-
-
-class WrongType(Refusal):
-    status = 415
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=413)
 
 
 class Gone(Refusal):
     """The client hung up: nobody reads this."""
 
-    status = 499
-
     def __init__(self) -> None:
-        super().__init__("The client went away.")
+        super().__init__("The client went away.", status=499)
 
 
 class Busy(Refusal):
     """The queue is full. seconds: when to try again."""
 
-    status, code = 429, "queue_full"
-
     def __init__(self, seconds: int) -> None:
-        super().__init__("The server is busy: try again in a moment.")
+        super().__init__(
+            "The server is busy: try again in a moment.", status=429, code="queue_full"
+        )
         self.seconds = seconds
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.seconds)}
+        self.headers = {"Retry-After": str(seconds)}
 
 
 class Failed(Refusal):
     """The model failed on a request."""
 
-    status = 500
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=500)
 
 
 class Stopping(Refusal):
     """The server takes no new requests."""
 
-    status = 503
-
     def __init__(self) -> None:
-        super().__init__("The server is stopping: ask another one.")
+        super().__init__("The server is stopping: ask another one.", status=503)
 
 
 def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
