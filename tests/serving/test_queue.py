@@ -250,7 +250,7 @@ def test_a_failure_is_told_before_the_others_are_answered(worker, vlm, monkeypat
     for number, request in enumerate(requests):
         worker.submit(request, lambda _, number=number: told.append(number))
     worker.start()
-    wait_for(lambda: all(request.row.done for request in requests))
+    wait_for(lambda: all(request.answer.done for request in requests))
     assert told[0] == 0
     assert failing.batches == [3, 1, 1, 1]
 

@@ -21,7 +21,7 @@ from ..base.memory import Size, out_of_memory
 from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
 from ..vlm.vlm import VLM, Chat
-from .sampling import Choose, Event, Row, Sampling, Take
+from .sampling import Choose, Event, PartialAnswer, Sampling, Take
 from .wire import Busy, Failed, Settings, Stopping
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Request:
     chat: Chat
     methods: tuple[Method, ...]
     sampling: Sampling
-    row: Row = field(init=False)  # its answer, from `Worker.submit` on
+    answer: PartialAnswer = field(init=False)  # from `Worker.submit` on
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -92,7 +92,7 @@ class Worker:
             Busy: the queue is full. Stopping: the server stops.
         """
         words = partial(self._decode, skip_special_tokens=True)
-        request.row = Row(request.sampling, words, self._decode, deliver)
+        request.answer = PartialAnswer(request.sampling, words, self._decode, deliver)
         self._put(request)
 
     def run(self, work: Callable[[], Any]) -> Future[Any]:
@@ -125,8 +125,8 @@ class Worker:
         """Free the request's place in the queue or batch: nobody waits for its answer."""
         with self._changed:
             self._leave(request)
-            if not request.row.done:
-                request.row.done = True
+            if not request.answer.done:
+                request.answer.done = True
                 self.metrics.cancelled.inc()
 
     def stop(self) -> None:
@@ -180,7 +180,7 @@ class Worker:
             batch[0].methods,
             max(request.sampling.max_tokens for request in batch),
             size=self.size,
-            decoding=Rows([request.row for request in batch], self),
+            decoding=BatchDecoding([request.answer for request in batch], self),
         )
 
     def _decode(self, ids: list[int], **options: Any) -> str:
@@ -188,10 +188,10 @@ class Worker:
             return self.vlm.tokenizer.decode(ids, **options)
 
 
-class Rows(Decoding):
+class BatchDecoding(Decoding):
     """Decodes each row of a batch as its request says, and starts again with every attempt."""
 
-    def __init__(self, rows: list[Row], worker: Worker) -> None:
+    def __init__(self, rows: list[PartialAnswer], worker: Worker) -> None:
         self.rows, self.worker = rows, worker
 
     def wanted(self, row: int) -> bool:

@@ -124,7 +124,7 @@ class Text:
         return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
-class Row:
+class PartialAnswer:
     """One answer as it grows.
 
     Args:
@@ -222,7 +222,7 @@ def sample(scores: Tensor, temperature: float, top_p: float, draw: float) -> int
 class Choose(LogitsProcessor):
     """Marks the drawn token in rows that sample, and counts prompt tokens. pad: padding token."""
 
-    def __init__(self, rows: list[Row], pad: int) -> None:
+    def __init__(self, rows: list[PartialAnswer], pad: int) -> None:
         self.rows, self.pad, self.begun = rows, pad, False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
@@ -245,7 +245,7 @@ class Choose(LogitsProcessor):
 class Take(StoppingCriteria):
     """Gives the new tokens to their rows and ends those that are done. ends: ids of end tokens."""
 
-    def __init__(self, rows: list[Row], ends: set[int]) -> None:
+    def __init__(self, rows: list[PartialAnswer], ends: set[int]) -> None:
         self.rows, self.ends = rows, ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
