@@ -33,7 +33,7 @@ from subjects import VLMS
 from foveate import VLM
 from foveate.scenes import world
 from foveate.serving.app import create_app
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Settings
 
 ASKED = "Please describe this image in detail."
 ABOUT = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import traceback
 import weakref
@@ -20,9 +21,8 @@ from foveate.insight.analysis import parse
 from foveate.insight.truth import pocket_pictures
 from foveate.scenes import world
 from foveate.vlm import answering
-from foveate.vlm.answering import Decoding, Unwanted, answer_all, complete
+from foveate.vlm.answering import Decoding, Unwanted, answer_all, complete, process_ahead
 from foveate.vlm.look import read
-from foveate.vlm.prefix import prepare
 from foveate.vlm.vlm import Chat
 
 TEXTS = ("Is there a car?", "Is there a tree in the image?", "What color is the cup?", "Why?")
@@ -352,19 +352,47 @@ def test_answers_come_in_order_whatever_is_shared(
     assert answer_all(vlm, []) == []
 
 
-def test_prompts_prepared_ahead_are_not_prepared_again(
+def test_an_image_processed_ahead_is_not_processed_again(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chats = about(3)
-    ahead = prepare(vlm, chats)
-    assert ahead is not None
+    chats, lone = about(3), about(4)[:1]
+    process_ahead(vlm, chats, [()])
+    process_ahead(vlm, lone, [(Picky(),), as_stack("clvs")])
 
     def fail(*_: Any) -> Any:
-        raise AssertionError("prepared")
+        raise AssertionError("processed")
 
-    monkeypatch.setattr(answering, "prepare", fail)
+    with monkeypatch.context() as patched:
+        patched.setattr(VLM, "inputs", fail)
+        for stack in ((), as_stack("clvs")):
+            assert len(complete(answer_all(vlm, [*chats, *lone], stack, 1))) == 5
+
+
+def test_what_nobody_asks_is_not_processed_ahead(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("processed")
+
     monkeypatch.setattr(VLM, "inputs", fail)
-    assert len(complete(answer_all(vlm, chats, max_new_tokens=1, prompts=ahead))) == 4
+    process_ahead(vlm, about(3), [(Picky(),), as_stack("vicrop")])
+    process_ahead(vlm, [*about(3), *about(4)], [()])
+    process_ahead(vlm, [Chat([], "Why?")], [()])
+
+
+def test_what_was_processed_goes_with_its_chat(vlm: VLM) -> None:
+    before = len(vlm._processed)
+    chat = about(3)[0]
+    kept = vlm.processed(chat)
+    assert vlm.processed(chat) is kept
+    assert torch.equal(kept["input_ids"], vlm.inputs([chat])["input_ids"])
+    chat.text = "Is it red?"
+    assert vlm.processed(chat) is not kept, "of another question"
+    del chat
+    gc.collect()
+    assert len(vlm._processed) <= before
+    chats = [about(number)[0] for number in range(12)]
+    for one in chats:
+        vlm.processed(one)
+    assert len(vlm._processed) == 8
 
 
 class Told(Decoding):

@@ -16,13 +16,14 @@ from PIL import Image
 from foveate import commands
 from foveate.backends.transformers import compat
 from foveate.base import __version__
+from foveate.commands import doctor
 from foveate.core.method import methods
 from foveate.families.layout import Grid
 from foveate.insight.plots.attention import AttentionRow, show_attention
 from foveate.insight.plots.style import evenly, greys, lit
 from foveate.pocket import build
 from foveate.scenes import questions
-from foveate.vlm import doctor, loading
+from foveate.vlm import loading
 from tests import models, tiny
 from tests.test_images import png_header
 
@@ -232,9 +233,9 @@ def test_doctor_says_what_is_wrong_by_its_exit_code(run, monkeypatch):
 
 
 def test_doctor_asks_the_pocket_model(monkeypatch, folder, tmp_path):
-    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", folder)
+    monkeypatch.setattr("foveate.vlm.loading.WEIGHTS", Path(folder))
     assert doctor._pocket().good
-    monkeypatch.setattr("foveate.pocket.build.WEIGHTS", tmp_path)
+    monkeypatch.setattr("foveate.vlm.loading.WEIGHTS", tmp_path)
     assert doctor._pocket().good is False
 
 

@@ -172,13 +172,14 @@ def test_a_run_from_end_to_end(vlm: VLM, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["vanilla", "clvs", "vcd"])  # test_shared has all of them
-def test_sharing_changes_no_answer(vlm: VLM, method: str) -> None:
+def test_sharing_changes_no_answer(vlm: VLM, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, alone = Asker(vlm, [method]), Asker(vlm, [method], share=False)
     units = [unit for unit in questions(Scenes(images=1)) if len(unit) > 1]
     for unit in units:
         loaded = shared.load(unit)
-        assert loaded.prompts is not None
-        together = shared.answer(loaded, method)
+        with monkeypatch.context() as patched:  # the image was processed ahead
+            patched.setattr(VLM, "inputs", None)
+            together = shared.answer(loaded, method)
         one_by_one = [r for q in unit for r in alone.answer(alone.load([q]), method)]
         for a, b in zip(together, one_by_one, strict=True):
             assert (a["answer"], a["tokens"]) == (b["answer"], b["tokens"])

@@ -46,7 +46,7 @@ def test_rows_are_those_of_running_everything_again(
 ) -> None:
     chats = [vlm.chat(images, question, None) for question in QUESTIONS]
     if how == "padded":
-        monkeypatch.setattr("foveate.vlm.prefix.shareable", lambda *_: False)
+        monkeypatch.setattr("foveate.vlm.answering.prepare", lambda *_: None)
     if how == "alone":
         chats = chats[:1]
     layers = (0, 5, 11)

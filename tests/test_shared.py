@@ -10,7 +10,7 @@ import pytest
 from foveate import VLM
 from foveate.core.method import as_stack, methods
 from foveate.scenes import questions, world
-from foveate.vlm.prefix import ask_together, prepare, shareable
+from foveate.vlm.prefix import ask_together, prepare
 from foveate.vlm.vlm import Chat
 
 
@@ -40,8 +40,7 @@ STACKS = [
 @pytest.mark.parametrize("method", [*STACKS, "clvs+vcd", "tarac+pai(gamma=1)"])
 def test_answers_are_those_of_asking_one_by_one(vlm: VLM, method: str) -> None:
     chats, stack = chats_about(vlm, 3), as_stack(method)
-    assert shareable(vlm, chats, stack)
-    prompts = prepare(vlm, chats)
+    prompts = prepare(vlm, chats, stack)
     assert prompts is not None
     assert prompts.prefix["input_ids"].shape[1] > 144, "the image is in the prefix"
     together = ask_together(vlm, prompts, stack, max_new_tokens=12, batch_size=4)
@@ -67,18 +66,18 @@ def test_a_repetition_penalty_is_applied_as_generate_does(
     assert [a.text for a in together] == [vlm.answer([c], (), 12)[0].text for c in chats]
 
 
-def test_what_cannot_be_shared_is_told(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_shared_is_not_prepared(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = chats_about(vlm, 5)
-    assert not shareable(vlm, chats[:1], ())
-    assert not shareable(vlm, [*chats, chats_about(vlm, 6)[0]], ())
+    assert prepare(vlm, chats[:1]) is None
+    assert prepare(vlm, [*chats, chats_about(vlm, 6)[0]]) is None
     text = [Chat([], "Is there a car?"), Chat([], "Is it red?")]
-    assert not shareable(vlm, text, ())
+    assert prepare(vlm, text) is None
     clvs: Any = as_stack("clvs")[0]
     monkeypatch.setattr(type(clvs), "shares_prefix", False)
-    assert not shareable(vlm, chats, (clvs,))
+    assert prepare(vlm, chats, (clvs,)) is None
     monkeypatch.undo()
     monkeypatch.setattr(vlm.model.generation_config, "no_repeat_ngram_size", 3)
-    assert not shareable(vlm, chats, ())
+    assert prepare(vlm, chats) is None
 
 
 def test_prompts_that_differ_before_the_image_are_not_prepared(

@@ -18,7 +18,7 @@ from foveate.backends.transformers.record import Recorder
 from foveate.base.errors import FoveateError
 from foveate.core.method import Method, as_stack
 from foveate.vlm import loading
-from foveate.vlm.prefix import ask_together, prepare, shareable
+from foveate.vlm.prefix import ask_together, prepare
 from foveate.vlm.vlm import VLM, Answer, Chat, Turn
 from tests import models as families
 from tests import tiny
@@ -254,7 +254,6 @@ def test_a_template_without_earlier_turns_is_refused(vlm, monkeypatch):
 def test_questions_in_one_conversation_share_its_prefix(vlm):
     first = conversation((1, 0, 0))
     chats = [replace(first, text=text) for text in ("red", "Is there a cat?", "w70 w71")]
-    assert shareable(vlm, chats, ())
     for chat, answer in zip(chats, ask_together(vlm, prepare(vlm, chats), (), 6), strict=True):
         same(answer, vlm.answer([chat], (), 6)[0])
     other = replace(first, earlier=(replace(first.earlier[0], text="w80"), *first.earlier[1:]))

@@ -21,7 +21,7 @@ from foveate import VLM
 from foveate.scenes import world
 from foveate.serving.app import create_app
 from foveate.serving.service import Service
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Settings
 
 PATIENCE = 60.0  # seconds for anything that a test waits for
 

@@ -15,7 +15,7 @@ from foveate.backends.transformers.anatomy import anatomy
 from foveate.methods.cli.method import CLI
 from foveate.serving.app import create_app
 from foveate.serving.sampling import sample
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Settings
 from tests.serving.conftest import question, running, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."

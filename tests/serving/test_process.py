@@ -18,8 +18,8 @@ import pytest
 from openai import OpenAI
 
 from foveate import FoveateError, commands
-from foveate.serving import run
-from foveate.serving.settings import Settings
+from foveate.serving import app
+from foveate.serving.wire import Settings
 from tests.serving.conftest import PATIENCE, question, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
@@ -89,7 +89,7 @@ def test_a_signal_lets_it_finish_what_it_holds(vlm, number):
 
 
 def test_new_requests_are_refused_while_it_stops(vlm, gate):
-    server, sock = run.Server(vlm, Settings()), run.bind("127.0.0.1", 0)
+    server, sock = app.Server(vlm, Settings()), app.bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     wait_for(lambda: server.started)
@@ -118,7 +118,7 @@ def test_new_requests_are_refused_while_it_stops(vlm, gate):
 
 
 def test_what_is_missing_is_said(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "foveate.serving.run")
+    monkeypatch.delitem(sys.modules, "foveate.serving.app")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit):
         commands.main(["serve"])
@@ -135,7 +135,7 @@ def test_a_port_in_use_is_said(server, capsys):
 def test_a_socket_that_got_no_address_is_closed(server):
     def refused() -> None:
         with pytest.raises(FoveateError, match="cannot listen"):
-            run.bind("127.0.0.1", server.address[1])
+            app.bind("127.0.0.1", server.address[1])
 
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", ResourceWarning)

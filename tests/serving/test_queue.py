@@ -16,10 +16,9 @@ import torch
 
 from foveate import VLM, FoveateError
 from foveate.core.method import as_stack
-from foveate.serving.errors import Busy, Failed, Stopping
 from foveate.serving.queue import Request, Worker
 from foveate.serving.sampling import End, Piece, Sampling
-from foveate.serving.settings import Settings
+from foveate.serving.wire import Busy, Failed, Settings, Stopping
 from tests.serving.conftest import PATIENCE, question, running, scene, wait_for
 
 DESCRIBE = "Please describe this image in detail."
@@ -251,7 +250,7 @@ def test_a_failure_is_told_before_the_others_are_answered(worker, vlm, monkeypat
     for number, request in enumerate(requests):
         worker.submit(request, lambda _, number=number: told.append(number))
     worker.start()
-    wait_for(lambda: all(request.row.done for request in requests))
+    wait_for(lambda: all(request.answer.done for request in requests))
     assert told[0] == 0
     assert failing.batches == [3, 1, 1, 1]
 

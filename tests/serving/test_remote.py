@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from foveate import FoveateError
-from foveate.serving import remote
-from foveate.serving.remote import fetch, is_public
+from foveate.serving import pictures
+from foveate.serving.pictures import fetch, is_public
 from tests.serving.conftest import question, running, scene
 
 PRIVATE = (
@@ -135,7 +135,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     with Host(pages) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         look_up = socket.getaddrinfo
-        monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
+        monkeypatch.setattr(pictures, "is_public", lambda address: address == "127.0.0.1")
         monkeypatch.setattr(
             socket,
             "getaddrinfo",

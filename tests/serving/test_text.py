@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from foveate.serving.text import Text
+from foveate.serving.sampling import Text
 
 CASES = [
     ("the cat sat", ()),

@@ -1,4 +1,4 @@
-"""Any picture a user may hand over, as one upright 8-bit RGB `PIL.Image`, or one clear sentence."""
+"""Any picture that a user gives, as an upright 8-bit RGB `PIL.Image`, or one clear sentence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def decode(source: ImageLike) -> Image.Image:
         return _read(bytes(source), "The image")
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    import torch  # slow, and needed here alone
+    import torch  # slow, and only needed here
 
     if isinstance(source, torch.Tensor):
         return _from_array(_channels_last(source.detach().cpu()))
@@ -79,10 +79,10 @@ def _file(name: str | bytes) -> tuple[Path, str]:
         raise FoveateError(f"Images are not fetched from the network: download {text} first.")
     path = Path(text).expanduser()
     try:
-        found, regular = path.exists(), path.is_file()
+        exists, regular = path.exists(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or one with a null character
         raise FoveateError(f"{text[:80]!r} is not the name of a file: {error}.") from error
-    if not found:
+    if not exists:
         raise FoveateError(f"There is no image {text}: check the path.")
     if not regular:
         raise FoveateError(f"{text} is not a file: give the path of one image.")
@@ -118,7 +118,7 @@ def _read(source: Path | bytes, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _one_sentence(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises on a bad file into one sentence about `name`."""
+    """Turn an exception of Pillow into one sentence about `name`."""
     try:
         yield
     except (FoveateError, Warning):
@@ -197,7 +197,7 @@ def _from_array(array: np.ndarray, name: str = "The image array") -> Image.Image
 
 
 def _bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """Values scaled to uint8 by their type; a range that the type leaves open is refused."""
+    """Values scaled to uint8 by their type; refused where type and range do not fit."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == bool:

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: how to tell, how to free it, how many questions then go at once.
+"""Running out of memory: how to tell, how to free it, and how many questions to ask at a time.
 
 size = Size(64)
 size.halve(64)      # 64 at a time did not fit: size.now is 32
@@ -26,9 +26,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release(error: BaseException) -> None:
-    """Free what a caught failure holds: the tensors in the frames that it came through.
-
-    The error can still be logged with its traceback.
+    """Free the tensors that a caught exception holds in its frames. Its traceback can still be
+    logged.
     """
     starved, chain = out_of_memory(error), [error]
     for one in chain:  # grows on the way
@@ -43,11 +42,10 @@ def release(error: BaseException) -> None:
 class Size:
     """How many questions go through the model at a time.
 
-    A batch that does not fit halves it (`halve`), for the call at work and for later ones. It
-    grows back: after a call in which memory sufficed (`end`) it doubles, up to `most`. Where a
-    size that it grew back to does not fit either, it waits for twice as many such calls before
-    the next try, 64 at most; after 64 at full size it is as new. So one shortage costs little, and
-    a lasting one few failed batches.
+    A batch that does not fit halves the size (`halve`), for this call and later ones. A call in
+    which memory sufficed (`end`) doubles it again, up to `most`. If the larger size fails, it takes
+    twice as many such calls until the next try, 64 at most. After 64 calls at full size all is
+    forgotten. So one shortage costs little, and a lasting one few failed batches.
 
     Args:
         most: never more at a time, 1 or more.
@@ -62,10 +60,10 @@ class Size:
         self._short = self._grown = False
 
     def halve(self, asked: int) -> bool:
-        """So many questions did not fit, `now` of them at a time.
+        """`asked` questions did not fit, `now` of them at a time.
 
         Returns:
-            whether fewer can be tried: a question alone cannot be halved.
+            whether fewer can be tried: a single question cannot be halved.
         """
         tried = min(self.now, asked)
         if tried > 1:
@@ -75,7 +73,7 @@ class Size:
         return tried > 1
 
     def restore(self, before: int) -> None:
-        """Back to the size of before: it was not the batch, but a question in it."""
+        """Go back to the size of before: not the batch failed, but a question in it."""
         self.now, self._short = before, False
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Ways into other people's harnesses. Nothing here is imported unless the harness asks for it."""
+"""foveate inside other harnesses and engines. Each file is imported only by its harness."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from typing import Any
 def lmms_eval_models() -> Any:
     """lmms-eval's `ModelManifest` of `foveate`: the entry point ``lmms_eval.models``.
 
-    lmms-eval calls it at every start, whatever model it is to run, so nothing heavy is imported.
+    lmms-eval calls it at every start, for any model, so nothing heavy is imported.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

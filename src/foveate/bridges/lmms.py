@@ -24,7 +24,7 @@ from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..base.images import decode_all
 from ..core.method import as_stack
-from ..vlm.vlm import VLM, Answer, Chat
+from ..vlm.vlm import VLM, Chat
 
 DEFAULT_NEW_TOKENS = 1024
 """The limit where a task sets none, as in lmms-eval's own LLaVA model."""
@@ -118,7 +118,8 @@ class Foveate(lmms):
             for row in rows:
                 text, _, visuals, *where = requests[row].args
                 chats.append(self._chat(text, visuals, where))
-            for row, answer in zip(rows, self._ask(chats, limit, **options), strict=True):
+            written = self.vlm.answer(chats, self.methods, limit, **options)
+            for row, answer in zip(rows, written, strict=True):
                 tokens = TokenCounts(output_tokens=len(answer.tokens))
                 answers[row] = GenerationResult(until(answer.text, ends), tokens)
         return [answers[row] for row in range(len(requests))]
@@ -141,8 +142,9 @@ class Foveate(lmms):
                 wanted = target if isinstance(target, str) else target(self._doc(*where))
                 answers.append(self._tokens(chats[-1], str(wanted)))
             dictation = Dictation(answers)
-            self._ask(
+            self.vlm.answer(
                 chats,
+                self.methods,
                 max(map(len, answers)),
                 logits_processor=[dictation],
                 num_beams=1,
@@ -168,9 +170,6 @@ class Foveate(lmms):
         pictures = decode_all(visuals(self._doc(*where)))
         return self.vlm.rewrite([self.vlm.chat(pictures, text, None)], self.methods)[0]
 
-    def _ask(self, chats: list[Chat], limit: int, **options: Any) -> list[Answer]:
-        return self.vlm.answer(chats, self.methods, limit, **options)
-
     def _tokens(self, chat: Chat, answer: str) -> list[int]:
         """Ids of an answer as it goes on from the prompt."""
         prompt, tokenizer = self.vlm.prompt(chat), self.vlm.tokenizer
@@ -180,10 +179,10 @@ class Foveate(lmms):
             start, whole, alone = tokenizer(
                 [prompt, prompt + answer, answer], add_special_tokens=False
             )["input_ids"]
-        found = whole[len(start) :] if whole[: len(start)] == start else alone
-        if not found:
+        ids = whole[len(start) :] if whole[: len(start)] == start else alone
+        if not ids:
             raise FoveateError("The task rates an empty answer: give every choice some text.")
-        return found
+        return ids
 
     def _batches(self, groups: Iterable[list[int]], total: int) -> Iterator[list[int]]:
         """Rows of the same group, `batch_size` at a time, with a progress bar."""
@@ -239,6 +238,6 @@ class Dictation(LogitsProcessor):
         """Mean negative log-likelihood and greediness of every row."""
         likely, greedy = torch.stack(self.likely, 1).cpu(), torch.stack(self.greedy, 1).cpu()
         steps = torch.arange(likely.shape[1])
-        own = steps < self.lengths[:, None]
-        means = -(likely * own).sum(1) / self.lengths
-        return list(zip(means.tolist(), (greedy | ~own).all(1).tolist(), strict=True))
+        real = steps < self.lengths[:, None]
+        means = -(likely * real).sum(1) / self.lengths
+        return list(zip(means.tolist(), (greedy | ~real).all(1).tolist(), strict=True))

@@ -1,22 +1,21 @@
-"""The same server, several times over, in Ray Serve: every replica has a model and a queue."""
+"""Replicas of the server in Ray Serve. Every replica has its own model and queue."""
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from ..base.errors import FoveateError
-from ..serving.settings import Settings
+from ..serving.wire import Settings
 from ..vlm.vlm import VLM
-from .ray import last_line, set_environment
+from .ray import _ray as running_ray
+from .ray import last_line
 
 NAME = "foveate"
-SPARE = 16  # requests that a replica takes beside questions: health, figures
-DRAIN = 600.0  # seconds that a replica has to finish what it holds
+SPARE = 16  # further requests that a replica takes, such as /healthz and /metrics
+DRAIN = 600.0  # seconds in which a replica may finish what it holds
 
 
 def run_replicas(
@@ -38,72 +37,50 @@ def run_replicas(
     Raises:
         FoveateError: Ray is missing, cannot be had, or has no room for the replicas.
     """
-    ray = _ray()
-    from ray import serve
-
     stopped = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # the second time is meant at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         stopped.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
     def build() -> Any:
         from ..serving.app import create_app
 
         return create_app(load(), settings)
 
-    try:
-        needs = _share(ray.cluster_resources(), replicas)
-        deployment: Any = serve.deployment(
-            serve.ingress(build)(),
-            name=NAME,
-            num_replicas=replicas,
-            ray_actor_options=needs,
-            max_ongoing_requests=settings.queue + settings.batch + SPARE,
-            graceful_shutdown_timeout_s=DRAIN,
-            graceful_shutdown_wait_loop_s=0.5,
-        )
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(deployment.bind(), name=NAME)
-        print(f"foveate: {replicas} replicas at http://{host}:{port}/v1", flush=True)
-        stopped.wait()
-        serve.delete(NAME)  # nothing new comes in, and they finish
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise FoveateError(f"Ray Serve gave up ({last_line(error)}).") from error
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def _ray() -> Any:
-    """Ray, running."""
-    set_environment()
-    try:
-        import ray
-        import ray.serve
-    except ImportError as error:
-        raise FoveateError(
-            "This needs Ray Serve: install it with `pip install 'foveate[ray]'`."
-        ) from error
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if not ray.is_initialized():
+    with running_ray() as ray:
         try:
-            ray.init(
-                address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
-        except Exception as error:  # no such cluster, no room, a machine too busy to start it
+            from ray import serve
+        except ImportError as error:
             raise FoveateError(
-                f"Ray cannot be had at {address!r} ({last_line(error)}): check RAY_ADDRESS, "
-                "'local' starts it on this machine."
+                "This needs Ray Serve: install it with `pip install 'foveate[ray]'`."
             ) from error
-    return ray
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set its own
+            signal.signal(number, stop)
+        try:
+            needs = _share(ray.cluster_resources(), replicas)
+            deployment: Any = serve.deployment(
+                serve.ingress(build)(),
+                name=NAME,
+                num_replicas=replicas,
+                ray_actor_options=needs,
+                max_ongoing_requests=settings.queue + settings.batch + SPARE,
+                graceful_shutdown_timeout_s=DRAIN,
+                graceful_shutdown_wait_loop_s=0.5,
+            )
+            serve.start(http_options={"host": host, "port": port})
+            serve.run(deployment.bind(), name=NAME)
+            print(f"foveate: {replicas} replicas at http://{host}:{port}/v1", flush=True)
+            stopped.wait()
+            serve.delete(NAME)  # nothing new comes in, and they finish
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise FoveateError(f"Ray Serve gave up ({last_line(error)}).") from error
+        finally:
+            serve.shutdown()
 
 
 def _share(resources: dict[str, float], replicas: int) -> dict[str, float]:
-    """What each replica gets; one that asked for more than there is would wait for ever."""
+    """The resources of each replica. One that asks for more than there is would wait for ever."""
     if gpus := resources.get("GPU", 0):
         if replicas > gpus:
             raise FoveateError(f"{replicas} replicas need as many GPUs, and Ray has {gpus:g}.")

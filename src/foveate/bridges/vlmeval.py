@@ -1,13 +1,16 @@
-"""VLMEvalKit asks any model and method of foveate. Best effort: written against the interface of
-its `BaseModel`, tested with a stand-in for it and never run inside VLMEvalKit itself.
+"""VLMEvalKit runs its data sets on any model and method of foveate.
 
-VLMEvalKit has no plug-ins; a script adds the model to its table and goes on as ``run.py`` does:
+VLMEvalKit has no plug-ins. A script adds the model to its table and starts its ``run.py``:
 
     from functools import partial
     from vlmeval.config import supported_VLM
     from foveate.bridges.vlmeval import Foveate
 
     supported_VLM["llava-clvs"] = partial(Foveate, "llava-hf/llava-1.5-7b-hf", "clvs")
+    from vlmeval.run import main
+    main()                                  # --data POPE --model llava-clvs
+
+Run with nvidia-vlmeval 26.3 on transformers 5.24. It needs torchvision and decord.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class Foveate(BaseModel):
     Args:
         pretrained: "pocket", a folder of `save_pretrained` or a hub model.
         method: text form of one method or several, such as ``clvs(smoothing=0.7)``.
-        max_new_tokens: of every answer. options: `dtype`, `device` and others of `VLM.load`.
+        max_new_tokens: limit of every answer. options: `dtype`, `device` and others of `VLM.load`.
     """
 
     INTERLEAVE = True  # messages come whole, with all their pictures

@@ -32,26 +32,30 @@ if TYPE_CHECKING:
 
 @app.command()
 def ask(
-    image: Annotated[str, typer.Argument(help="A picture's path, or `demo` for a drawn scene.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[
+        str, typer.Argument(help="Give a picture's path, or `demo` for a drawn scene.")
+    ],
+    question: Annotated[str, typer.Argument(help="Ask this about the picture.")],
     model: ModelOption = "pocket",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ...; repeat it to compare, or "
-            "all. Default: vanilla and clvs."
+            help="Answer with vanilla, clvs, clvs(smoothing=0.7), clvs+vcd, ... Repeat it to "
+            "compare methods, or give all. The default compares vanilla and clvs."
         ),
     ] = None,
     show: Annotated[
         Path | None,
         typer.Option(
-            help="Draw attention by layer into this picture; for methods that look again, how "
-            "they came from the picture to what they asked about."
+            help="Draw the attention of each layer into this picture. For methods that look "
+            "again, draw the steps from the picture to the one they asked about."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Stop an answer after this many tokens.")
+    ] = 64,
+    system: Annotated[str | None, typer.Option(help="Put this system prompt first.")] = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -87,8 +91,8 @@ def ask(
     ]
     names = [text(stack) for stack in stacks]
     if as_json:
-        found = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
-        print(json.dumps({**vlm.source, "image": image, "question": question, "answers": found}))
+        rows = [_as_dict(name, answer) for name, answer in zip(names, answers, strict=True)]
+        print(json.dumps({**vlm.source, "image": image, "question": question, "answers": rows}))
     else:
         table = new_table("method", "answer", "probability", "seconds")
         table.caption_justify = "left"
@@ -108,13 +112,5 @@ def ask(
 
 
 def _as_dict(name: str, answer: Answer) -> dict[str, Any]:
-    return {
-        "method": name,
-        "answer": answer.text,
-        "probability": answer.probability,
-        "yes": answer.yes,
-        "tokens": answer.tokens,
-        "probabilities": answer.probabilities,
-        "seconds": answer.seconds,
-        "timings": answer.timings,
-    }
+    kept = ("probability", "yes", "tokens", "probabilities", "seconds", "timings")
+    return {"method": name, "answer": answer.text} | {key: getattr(answer, key) for key in kept}

@@ -2,47 +2,274 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from typing import Annotated
+import platform
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
+from ..backends.transformers.anatomy import anatomy
+from ..base import __version__
+from ..base.errors import FoveateError
+from ..core.method import methods
 from . import app
 from .common import RevisionOption, quiet
+
+EXTRAS = {
+    "matplotlib": "plot: pictures of attention",
+    "accelerate": "train, and models over several devices",
+    "flash-attn": "attention of the untouched rows on CUDA",
+    "torchvision": "the processors of families with video",
+}
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "mistral3",
+    "gemma3",
+)
+"""The families that the tests cover. Others work where their attention goes through transformers'
+interface."""
 
 
 @app.command()
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", "-m", help="Say what works on this model instead. Needs no weights."
-        ),
+        typer.Option("--model", "-m", help="Check this model instead. No weights are needed."),
     ] = None,
     revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --model.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was found with --model as JSON.")
+    ] = False,
 ) -> None:
     """Say what is installed and what works here, or with --model what works on a model.
 
     The exit code is 1 if foveate itself does not work here, or refuses the model.
     """
-    from ..base.errors import FoveateError
-    from ..vlm.doctor import check, examine, told
-
     quiet()
     if (as_json or revision) and not model:
         option = "--json" if as_json else "--revision"
         raise FoveateError(f"{option} is about a model: name one with --model.")
-    lines = check()
     if model:
-        found = examine(model, revision)
+        report = examine(model, revision)
         if as_json:
-            print(json.dumps(found, indent=1))
-            raise typer.Exit(1 if found["refusal"] else 0)
-        lines = told(found)
+            print(json.dumps(report, indent=1))
+            raise typer.Exit(1 if report["refusal"] else 0)
+        lines = model_lines(report)
+    else:
+        lines = installation_lines()
     healthy = True
     for line in lines:
         healthy &= line.good is not False
         mark = {True: "ok  ", False: "BAD ", None: "    "}[line.good]
-        print(f"{mark}{line.what}: {line.found}", flush=True)
+        print(f"{mark}{line.subject}: {line.finding}", flush=True)
     raise typer.Exit(0 if healthy else 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding. `good` is None where it is neither good nor bad."""
+
+    subject: str
+    finding: str
+    good: bool | None = None
+
+
+# -- this installation -----------------------------------------------------------------------------
+
+
+def installation_lines() -> Iterator[Line]:
+    """Findings in order, the slowest last; `good=False` means that foveate is broken here."""
+    yield Line("foveate", f"{__version__} on Python {platform.python_version()}", True)
+    for package in ("torch", "transformers", "pillow", "numpy"):
+        yield Line(package, importlib.metadata.version(package), True)
+    for package, use in EXTRAS.items():
+        version = _version(package)
+        yield Line(package, f"{version or 'not installed'} ({use})", bool(version) or None)
+    yield from _devices()
+    for family in FAMILIES:
+        yield _family(family)
+    yield _pocket()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Line]:
+    import torch
+
+    yield Line("cpu", f"{platform.machine()}, threads: {torch.get_num_threads()}", True)
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        yield Line(f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB", True)
+    if torch.backends.mps.is_available():
+        yield Line("mps", "available", True)
+
+
+def _family(name: str) -> Line:
+    """Whether the installed transformers has the model, and its processor can be built."""
+    from ..backends.transformers import compat
+
+    if not compat.has_family(name):
+        return Line(f"family {name}", "needs a newer transformers")
+    if compat.needs_torchvision(name) and not _version("torchvision"):
+        return Line(f"family {name}", "model yes, processor needs torchvision")
+    return Line(f"family {name}", "usable", True)
+
+
+def _pocket() -> Line:
+    """Load the pocket model and let it answer, plain and with CLVS."""
+    from ..scenes import questions, world
+    from ..vlm import VLM
+
+    try:
+        vlm = VLM.load("pocket", device="cpu")
+        picture = world.draw(world.sample(questions.FIRST_HELD_OUT), 96)
+        answers = [vlm.ask(picture, "Is there a tree?", method) for method in (None, "clvs")]
+    except FoveateError as error:
+        return Line("pocket model", str(error), False)
+    seconds = sum(answer.seconds for answer in answers)
+    return Line("pocket model", f"answers plain and with clvs in {seconds:.2f} s", True)
+
+
+# -- one model -------------------------------------------------------------------------------------
+
+
+def examine(name: str, revision: str | None = None) -> dict[str, Any]:
+    """What foveate finds in a model, from its configuration alone; nothing is computed.
+
+    Returns:
+        JSON-ready: "model", "revision", "commit", "class", "model_type", "versions"; "refusal", a
+        sentence or None. Of a model that is not refused also "cache_argument", "attention",
+        "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout", "padded_batches",
+        "static_cache", "compiled_decoding" (each whether it is there), and "methods" (name ->
+        "layers" where it acts, None where it acts on none, "note" and "refusal", sentences or
+        None).
+
+    Raises:
+        FoveateError: the model cannot be found, or sees nothing.
+    """
+    import torch
+
+    from ..backends.transformers import compat
+    from ..backends.transformers.handshake import handshake
+    from ..core.visual import visual_token_ids
+    from ..families.layout import layout_of
+    from ..vlm.loading import commit, outline
+
+    model = outline(name, revision)
+    report: dict[str, Any] = {
+        "model": name,
+        "revision": revision,
+        "commit": commit(name, revision),
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "versions": {
+            "foveate": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": compat.VERSION,
+        },
+        "refusal": None,
+    }
+    try:
+        hands = handshake(model)
+    except FoveateError as error:
+        return report | {"refusal": str(error)}
+    kinds = {
+        kind: [i for i, other in enumerate(hands.kinds) if other == kind]
+        for kind in dict.fromkeys(hands.kinds)
+    }
+    return report | {
+        "cache_argument": hands.cache,
+        "attention": hands.attention,
+        "layers": kinds,
+        "image_tokens": list(visual_token_ids(model.config)),
+        "layout": layout_of(model.config) is not None,
+        "padded_batches": compat.takes_masks(model),
+        "static_cache": compat.static_cache(model),
+        "compiled_decoding": compat.static_decoding(model),
+        "methods": _methods(model),
+    }
+
+
+def _methods(model: Any) -> dict[str, dict[str, Any]]:
+    """Where every method acts with its published parameters, or why it does not."""
+    report = {}
+    for name, cls in methods().items():
+        layers = refusal = None
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            try:
+                layers = cls().resolve(anatomy(model)).layers
+            except FoveateError as error:
+                refusal = str(error)
+        report[name] = {
+            "layers": layers and list(layers),
+            "note": str(notes[0].message) if notes else None,
+            "refusal": refusal,
+        }
+    return report
+
+
+def model_lines(report: dict[str, Any]) -> Iterator[Line]:
+    """The findings of `examine` as lines."""
+    yield Line("model", f"{report['model']} ({report['class']}, {report['model_type']})")
+    if report["commit"]:
+        yield Line("commit", report["commit"])
+    for package, version in report["versions"].items():
+        yield Line(package, version)
+    if report["refusal"]:
+        yield Line("handshake", report["refusal"], False)
+        return
+    yield Line("handshake", "the model can be enhanced", True)
+    yield Line("cache argument", report["cache_argument"])
+    yield Line("attention", report["attention"])
+    for kind, layers in report["layers"].items():
+        yield Line(f"layers of {kind}", f"{len(layers)} ({ranges(layers)})")
+    ids = ", ".join(map(str, report["image_tokens"]))
+    yield Line("image tokens", ids or "named nowhere: pass image_token_id to enhance()", bool(ids))
+    layout = "known" if report["layout"] else "not known: no heat maps on the image, no crops"
+    yield Line("image layout", layout, report["layout"] or None)
+    for key, what in (
+        ("padded_batches", "padded batches"),
+        ("static_cache", "static cache"),
+        ("compiled_decoding", "compiled decoding"),
+    ):
+        yield Line(what, "yes" if report[key] else "no", report[key] or None)
+    for name, entry in report["methods"].items():
+        if entry["refusal"]:
+            yield Line(name, entry["refusal"])
+        else:
+            layers = entry["layers"] or []
+            where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+            where = where if layers else "outside the layers"
+            yield Line(name, f"{where}. {entry['note']}" if entry["note"] else where, True)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words: "0 to 3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )

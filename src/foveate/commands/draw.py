@@ -20,13 +20,15 @@ class Habit(StrEnum):
 
 @app.command()
 def draw(
-    number: Annotated[int, typer.Argument(min=1, metavar="N", help="How many scenes.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    seed: Annotated[int, typer.Option(min=0, help="First scene's number.")] = 0,
+    number: Annotated[int, typer.Argument(min=1, metavar="N", help="Draw this many scenes.")],
+    out: Annotated[Path, typer.Option(help="Write to this folder.")],
+    seed: Annotated[int, typer.Option(min=0, help="Start with the scene of this number.")] = 0,
     habit: Annotated[
-        Habit, typer.Option(help="Scenes as in training, or against it.")
+        Habit, typer.Option(help="Draw scenes as in training, against it, or both.")
     ] = Habit.BOTH,
-    size: Annotated[int, typer.Option(min=32, max=4096, help="Side in pixels.")] = 768,
+    size: Annotated[
+        int, typer.Option(min=32, max=4096, help="Make pictures with sides of this many pixels.")
+    ] = 768,
 ) -> None:
     """Draw scenes, with masks, questions and ground truth, for experiments of your own.
 

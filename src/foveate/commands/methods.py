@@ -16,7 +16,7 @@ from .common import RevisionOption, brief, load, new_table, note, print_table
 @app.command("methods")
 def list_methods(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Fill in what the method uses on it.")
+        str | None, typer.Option("--model", "-m", help="Show the values that this model gets.")
     ] = None,
     revision: RevisionOption = None,
 ) -> None:
@@ -40,31 +40,30 @@ def list_methods(
 
 
 def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Method or refusal by name, as on the model `name`.
+    """Methods resolved for the model `name`, or the sentence that refuses them.
 
-    An outline of the model is enough for most; where a value depends on the weights (None is
-    left), they are loaded.
+    Most need only the model's outline. The weights are loaded where a value is still None.
     """
     from ..vlm.loading import outline
 
     def on(model: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        resolved: dict[str, Any] = {}
         for key, method in chosen.items():
             try:
-                found[key] = method.resolve(anatomy(model))
+                resolved[key] = method.resolve(anatomy(model))
             except FoveateError as error:
-                found[key] = str(error)
-        return found
+                resolved[key] = str(error)
+        return resolved
 
-    found = on(outline(name, revision))
+    resolved = on(outline(name, revision))
     open_ends = [
         f"{key}.{k}"
-        for key, method in found.items()
+        for key, method in resolved.items()
         if not isinstance(method, str)
         for k, v in method.parameters().items()
         if v is None and k != "layers"
     ]
     if open_ends:
         note(f"loading the weights of {name} for {', '.join(open_ends)}")
-        found = on(load(name, revision=revision).model)
-    return found
+        resolved = on(load(name, revision=revision).model)
+    return resolved

@@ -23,34 +23,46 @@ class Engine(StrEnum):
 def serve(
     model: ModelOption = "pocket",
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+        str, typer.Option(help="Listen at this address. 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Listen at this port. 0 takes a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="FOVEATE_API_KEY", help="What clients must send; better as the variable."
+            envvar="FOVEATE_API_KEY",
+            help="Let in only clients that send this key. Prefer the environment variable: "
+            "other users of the machine can see options.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Requests that go through the model at a time.")
+        int, typer.Option(min=1, help="Answer up to this many requests at a time.")
     ] = 16,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Let this many requests wait, and refuse more.")
+    ] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Allow answers of at most this many tokens.")
+    ] = 1024,
     max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest text of a request, in tokens.")
+        int, typer.Option(min=1, help="Allow at most this many tokens of text in a request.")
     ] = 4096,
-    max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 4,
+    max_images: Annotated[
+        int, typer.Option(min=0, help="Allow at most this many images in a request.")
+    ] = 4,
     max_image_bytes: Annotated[
-        int, typer.Option(min=1, help="Largest encoded image, in bytes.")
+        int, typer.Option(min=1, help="Allow encoded images of at most this many bytes.")
     ] = 10_000_000,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Of all images of a request together.")
+        int, typer.Option(min=1, help="Allow at most this many pixels in all images of a request.")
     ] = 16_000_000,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32_000_000,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, help="Allow requests of at most this many bytes.")
+    ] = 32_000_000,
     allow_remote_images: Annotated[
         bool,
-        typer.Option("--allow-remote-images", help="Fetch images from public addresses."),
+        typer.Option("--allow-remote-images", help="Fetch images from public addresses, too."),
     ] = False,
     method: Annotated[
         list[str] | None,
@@ -60,9 +72,15 @@ def serve(
         ),
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="plain: this process; ray: replicas in Ray Serve.")
+        Engine,
+        typer.Option(
+            help="Run the server in this process (plain), or as replicas in Ray Serve (ray)."
+        ),
     ] = Engine.PLAIN,
-    replicas: Annotated[int, typer.Option(min=1, help="With --engine ray: models to load.")] = 1,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Run this many replicas, each with a model. Needs --engine ray."),
+    ] = 1,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -73,8 +91,8 @@ def serve(
     one ends at once.
     """
     try:
-        from ..serving.run import Server, bind
-        from ..serving.settings import Settings
+        from ..serving.app import Server, bind
+        from ..serving.wire import Settings
     except ModuleNotFoundError as error:
         raise FoveateError(
             f"The server needs {error.name}: pip install 'foveate[serve]'."

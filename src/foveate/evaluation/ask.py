@@ -23,8 +23,7 @@ from PIL import Image
 from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
 from ..core.method import Method
-from ..vlm.answering import answer_all
-from ..vlm.prefix import Prompts, prepare
+from ..vlm.answering import answer_all, process_ahead
 from ..vlm.vlm import VLM, Answer, Chat
 from .benchmark import EvalRecord
 from .run import Plan, Question, Run, Stack, Watch, environment, read_stacks, unwatched
@@ -61,12 +60,10 @@ class Loaded:
 
     Attributes:
         chats: what to ask, or what is wrong with the question's image or text.
-        prompts: the good chats as a shared prefix and suffixes, where they have one.
     """
 
     questions: list[Question]
     chats: list[Chat | str]
-    prompts: Prompts | None
 
 
 class Asker:
@@ -125,15 +122,11 @@ class Asker:
                 chats.append(chat)
             except FoveateError as error:
                 chats.append(str(error))
-        prompts, good = None, [chat for chat in chats if isinstance(chat, Chat)]
-        kept = any(  # a method that looks again asks about other pictures
-            all(m.shares_prefix and (m.is_neutral or not m.wants("rewrite")) for m in stack)
-            for stack in self.stacks.values()
-        )
-        if self.share and kept and good:
+        good = [chat for chat in chats if isinstance(chat, Chat)]
+        if self.share and good:
             with contextlib.suppress(Exception):  # then it fails again where that is recorded
-                prompts = prepare(self.vlm, good)
-        return Loaded(job, chats, prompts)
+                process_ahead(self.vlm, good, self.stacks.values())
+        return Loaded(job, chats)
 
     def answer(self, loaded: Loaded, method: str) -> list[EvalRecord]:
         """One record per question: an answer, or an error."""
@@ -141,7 +134,7 @@ class Asker:
         start, limit = time.perf_counter(), loaded.questions[0].limit  # one for the whole job
         given = answer_all(
             self.vlm, asked, self.stacks[method], limit,
-            size=self.size, share=self.share, prompts=loaded.prompts,
+            size=self.size, share=self.share,
         )  # fmt: skip
         ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(given)
         records = []

@@ -40,8 +40,8 @@ from transformers import (
 from ..backends.transformers.compat import clip_image_processor, pocket_weights
 from ..scenes import phrases
 from ..scenes.lessons import PATCH, SIZE, VISUAL_TOKENS
+from ..vlm.loading import WEIGHTS
 
-WEIGHTS = Path(__file__).parent / "weights"
 MEAN, STD = [0.5, 0.5, 0.5], [0.27, 0.27, 0.27]
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")

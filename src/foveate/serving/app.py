@@ -11,12 +11,16 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from types import FrameType
 from typing import Any
 
 import anyio
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -25,10 +29,10 @@ from starlette.exceptions import HTTPException
 from ..base.errors import FoveateError
 from ..core.method import text
 from ..vlm.vlm import VLM
-from . import asking, errors, explore, queue, wire
+from . import asking, explore, queue, wire
 from .sampling import End, Event, Piece
 from .service import Service, authorised, read_body
-from .settings import Settings
+from .wire import Settings
 
 
 def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
@@ -55,7 +59,7 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    status, body, headers = errors.answer(error)
+    status, body, headers = wire.error_answer(error)
     return JSONResponse(body, status, headers)
 
 
@@ -104,12 +108,12 @@ async def chat_completions(request: Request) -> Response:
     events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to hear it
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     service.worker.submit(waiting, deliver)
     answer = _events(request, service, waiting, events)
-    first = await anext(answer)  # what fails before it is answered with a status of its own
+    first = await anext(answer)  # an error before it becomes the status
     writer = wire.Writer(f"chatcmpl-{uuid.uuid4().hex}", asked, text(waiting.methods))
     if asked.stream:
         return StreamingResponse(
@@ -131,13 +135,13 @@ def _question(service: Service, body: bytes) -> tuple[wire.Completion, queue.Req
 async def _events(
     request: Request, service: Service, waiting: queue.Request, events: asyncio.Queue[Event]
 ) -> AsyncGenerator[Piece | End]:
-    """The pieces of an answer and its end; a client that hangs up frees its place."""
+    """The pieces of an answer and its end. A client that hangs up frees its place."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         service.worker.cancel(waiting)
-        events.put_nowait(errors.Gone())
+        events.put_nowait(wire.Gone())
 
     watching, metrics, start = (
         asyncio.create_task(watch()),
@@ -164,7 +168,7 @@ async def _events(
 async def _stream(
     writer: wire.Writer, first: Piece | End, rest: AsyncGenerator[Piece | End]
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events; an error in its middle is one, too."""
+    """An answer as server-sent events. An error in its middle is an event, too."""
 
     def line(data: Any) -> str:
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
@@ -179,12 +183,12 @@ async def _stream(
             for chunk in writer.end(event):
                 yield line(chunk)
         except FoveateError as error:
-            yield line(errors.answer(error)[1])
+            yield line(wire.error_answer(error)[1])
         yield "data: [DONE]\n\n"
 
 
 class Counted:
-    """Counts what was answered, by path and status."""
+    """Counts answers by path and status."""
 
     PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics")
 
@@ -208,3 +212,59 @@ class Counted:
         finally:
             path = scope["path"] if scope["path"] in self.PATHS else "other"
             self.requests.labels(path, status).inc()
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """Stops in two steps. The first signal refuses new requests; the server exits once the worker
+    has finished those it holds. A second signal exits at once."""
+
+    def __init__(self, vlm: VLM, settings: Settings) -> None:
+        app = create_app(vlm, settings)
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
+        self.worker: queue.Worker = app.state.service.worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.worker.stopping:
+            self.should_exit = self.force_exit = True
+        else:
+            threading.Thread(target=self._finish, daemon=True).start()
+
+    def _finish(self) -> None:
+        self.worker.stop()
+        self.worker.join()
+        self.should_exit = True
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets:
+            host, port = sock.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"foveate: {self.worker.vlm.name} at http://{host}:{port}/v1", flush=True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address. Called first, so that a taken port is told at once.
+
+    Raises:
+        FoveateError: the address is in use, or not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise FoveateError(
+            f"The server cannot listen at {host}:{port} ({error.strerror}): give another --host "
+            "or --port."
+        ) from error
+    return sock

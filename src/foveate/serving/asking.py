@@ -1,15 +1,27 @@
-"""From the body of a request to a question for the worker, or one sentence about what is wrong."""
+"""From the body of a request to a question for the worker: its chat, methods and sampling.
+
+What is wrong with a request is told in one sentence.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
 from pydantic import ValidationError
 
-from ..vlm.vlm import VLM, Chat, Role, Turn
+from ..base.errors import FoveateError
+from ..base.form import permit
+from ..core.context import Stack
+from ..core.method import Method, as_stack, methods
+from ..vlm.chat import Chat, Role, Turn
+from ..vlm.vlm import VLM
 from . import wire
-from .errors import Refusal
 from .pictures import read_pictures
 from .sampling import Sampling
-from .settings import Settings
+from .wire import Refusal, Settings
 
 ORDER = (
     "After system messages, if any, user and assistant speak in turn, and the user speaks first "
@@ -86,3 +98,81 @@ def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
         stop=tuple(asked.stop),
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
+
+
+LONGEST = 500  # characters of a method's text form
+
+
+class Catalogue:
+    """The model's name, and the methods it can be served with.
+
+    Attributes:
+        name: ``pocket``, ``llava-hf/llava-1.5-7b-hf``, or the last part of a folder's path.
+        ids: what ``GET /v1/models`` lists: the name, and ``name:method`` for every method that
+            works on this model with its default parameters, or with those that the server sets.
+
+    Args:
+        offered: methods with parameters that the server sets; a request gives only the name.
+
+    Raises:
+        FoveateError: one of `offered` does not exist or does not work on this model.
+    """
+
+    def __init__(self, vlm: VLM, offered: Sequence[str] = ()) -> None:
+        self.offered = {method.name: method for method in as_stack(*offered)}
+        for method in self.offered.values():
+            Stack(vlm.model, (method,))
+        path = Path(vlm.name)
+        self.vlm, self.name = vlm, path.name if path.is_dir() else vlm.name
+        with warnings.catch_warnings(action="ignore"):  # no request has named these yet
+            works = [name for name in methods() if self._serves(name)]
+        self.ids = [self.name, *(f"{self.name}:{method}" for method in works)]
+        self._checked = functools.lru_cache(256)(self._check)
+
+    def methods(self, model: str, method: str | None) -> tuple[Method, ...]:
+        """The methods that a request names.
+
+        Raises:
+            Refusal: another model. FoveateError: a method that does not exist, does not work on
+                the model, would read a file, or would cost too much.
+        """
+        name, suffix = model[: len(self.name)], model[len(self.name) :]
+        if name != self.name or (suffix and suffix[0] != ":"):
+            reason = f"There is no model {model[:200]!r} here: ask for {self.name!r}."
+            raise Refusal(reason, status=404, code="model_not_found")
+        if suffix and method is not None:
+            raise FoveateError("The method is given twice: in the model's name and as `method`.")
+        return self._checked(suffix[1:] if suffix else method or "vanilla")
+
+    def _check(self, text: str) -> tuple[Method, ...]:
+        if len(text) > LONGEST:
+            raise FoveateError(f"A method's text may have {LONGEST} characters.")
+        asked = as_stack(text)
+        stack = tuple(self.offered.get(m.name, m) if m == type(m)() else m for m in asked)
+        for method in stack:
+            if method is not self.offered.get(method.name):
+                permit(method)
+                self._check_texts(method)
+        Stack(self.vlm.model, stack)  # refuses what does not work on this model
+        return stack
+
+    def _check_texts(self, method: Method) -> None:
+        """Refuse texts that are not allowed in questions either."""
+        mark = getattr(self.vlm.processor, "image_token", None)
+        for name, value in method.parameters().items():
+            if not isinstance(value, str):
+                continue
+            if mark and mark in value:
+                raise FoveateError(
+                    f"{method.name}: {name} contains {mark}, which stands for an image: leave it "
+                    "out."
+                )
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise FoveateError(f"{method.name}: {name} has half a character: write it out.")
+
+    def _serves(self, name: str) -> bool:
+        try:
+            self._check(name)
+        except FoveateError:
+            return False
+        return True

@@ -32,8 +32,8 @@ from ..insight.trace import Trace, trace
 from ..scenes import questions, world
 from ..vlm.vlm import Chat
 from . import asking, wire
-from .errors import Gone, Refusal
 from .service import Service, authorised, read_body
+from .wire import Gone, Refusal
 
 PAGE = Path(__file__).parent / "page"
 FILES = {
@@ -212,7 +212,7 @@ async def attention(request: Request) -> Response:
 
 
 def _work(service: Service, body: bytes) -> Callable[[], Trace]:
-    """The job for the worker; a request that is not right is refused here."""
+    """What the worker has to do, once everything about the request has been found to be right."""
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..base.errors import FoveateError
@@ -20,10 +21,8 @@ from ..base.memory import Size, out_of_memory
 from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
 from ..vlm.vlm import VLM, Chat
-from .errors import Busy, Failed, Stopping
-from .metrics import Metrics
-from .sampling import Choose, Event, Row, Sampling, Take
-from .settings import Settings
+from .sampling import Choose, Event, PartialAnswer, Sampling, Take
+from .wire import Busy, Failed, Settings, Stopping
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +34,17 @@ class Request:
     chat: Chat
     methods: tuple[Method, ...]
     sampling: Sampling
-    row: Row = field(init=False)  # its answer, from `Worker.submit` on
+    answer: PartialAnswer = field(init=False)  # from `Worker.submit` on
 
     @property
     def kind(self) -> tuple[str, int]:
-        """Requests of one kind are taken together: same methods, and chats of one kind."""
+        """Requests of one kind are taken together: the same methods, and chats of one kind."""
         return text(self.methods), self.chat.kind
 
 
 @dataclass(eq=False)
 class Job:
-    """Something else that needs the model; it shares no batch."""
+    """Other work for the model. It shares no batch."""
 
     work: Callable[[], Any]
     done: Future[Any] = field(default_factory=Future)
@@ -54,9 +53,9 @@ class Job:
 class Worker:
     """The thread that owns the model.
 
-    It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind as one
-    left-padded batch, or as several where methods made chats of several kinds of them. Requests
-    that come meanwhile wait.
+    It takes the oldest request and up to ``settings.batch - 1`` further ones of its kind, and
+    answers them as one left-padded batch. Where methods turned them into chats of several kinds,
+    each kind is a batch. Requests that come meanwhile wait.
     """
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
@@ -75,7 +74,7 @@ class Worker:
         self._thread.start()
 
     def admit(self) -> None:
-        """Raises `Busy` or `Stopping` where a request would not be taken now."""
+        """Raises `Busy` or `Stopping` if a request would be refused now."""
         if self.stopping:
             raise Stopping
         if len(self.waiting) >= self.settings.queue:
@@ -86,36 +85,36 @@ class Worker:
         """Put a request into the queue.
 
         Args:
-            deliver: is called on the worker's thread with every `Piece` of the answer, and last
-                with its `End` or a `FoveateError`.
+            deliver: gets every `Piece` of the answer, and last its `End` or a `FoveateError`, on
+                the worker's thread.
 
         Raises:
             Busy: the queue is full. Stopping: the server stops.
         """
         words = partial(self._decode, skip_special_tokens=True)
-        request.row = Row(request.sampling, words, self._decode, deliver)
-        with self._changed:
-            self.admit()
-            self.waiting.append(request)
-            self._changed.notify()
+        request.answer = PartialAnswer(request.sampling, words, self._decode, deliver)
+        self._put(request)
 
     def run(self, work: Callable[[], Any]) -> Future[Any]:
-        """Put something else to do with the model into the queue.
+        """Put other work for the model into the queue.
 
         Returns:
-            what `work` returns or raises, the latter as a `FoveateError`; cancelling it frees the
-            place in the queue.
+            what `work` returns, or raises as a `FoveateError`. Cancelling it frees the place in
+            the queue.
 
         Raises:
             Busy: the queue is full. Stopping: the server stops.
         """
         job = Job(work)
         job.done.add_done_callback(lambda _: self._leave(job))
+        self._put(job)
+        return job.done
+
+    def _put(self, waiting: Request | Job) -> None:
         with self._changed:
             self.admit()
-            self.waiting.append(job)
+            self.waiting.append(waiting)
             self._changed.notify()
-        return job.done
 
     def _leave(self, waiting: Request | Job) -> None:
         with self._changed:
@@ -123,21 +122,21 @@ class Worker:
                 self.waiting.remove(waiting)
 
     def cancel(self, request: Request) -> None:
-        """Nobody waits for this answer any more: its place in the queue or batch is free."""
+        """Free the request's place in the queue or batch: nobody waits for its answer."""
         with self._changed:
             self._leave(request)
-            if not request.row.done:
-                request.row.done = True
+            if not request.answer.done:
+                request.answer.done = True
                 self.metrics.cancelled.inc()
 
     def stop(self) -> None:
-        """Take nothing new; what is held will be answered."""
+        """Refuse new requests, and answer those that are held."""
         with self._changed:
             self.stopping = True
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until everything held is answered, after `stop`."""
+        """After `stop`, wait until everything held is answered."""
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -171,7 +170,7 @@ class Worker:
         try:
             job.done.set_result(job.work())
         except Exception as error:
-            job.done.set_exception(_told(error))
+            job.done.set_exception(_for_client(error))
 
     def _answer(self, batch: list[Request]) -> None:
         """Every request of the batch gets an `End` or an error."""
@@ -181,7 +180,7 @@ class Worker:
             batch[0].methods,
             max(request.sampling.max_tokens for request in batch),
             size=self.size,
-            decoding=Rows([request.row for request in batch], self),
+            decoding=BatchDecoding([request.answer for request in batch], self),
         )
 
     def _decode(self, ids: list[int], **options: Any) -> str:
@@ -189,10 +188,10 @@ class Worker:
             return self.vlm.tokenizer.decode(ids, **options)
 
 
-class Rows(Decoding):
-    """Each row of a batch decodes in its own way, and begins again with every attempt."""
+class BatchDecoding(Decoding):
+    """Decodes each row of a batch as its request says, and starts again with every attempt."""
 
-    def __init__(self, rows: list[Row], worker: Worker) -> None:
+    def __init__(self, rows: list[PartialAnswer], worker: Worker) -> None:
         self.rows, self.worker = rows, worker
 
     def wanted(self, row: int) -> bool:
@@ -211,16 +210,46 @@ class Rows(Decoding):
         }
 
     def failed(self, row: int, error: Exception) -> None:
-        found = self.rows[row]
-        if not found.done:
-            found.done = True
-            found.deliver(_told(error))
+        answer = self.rows[row]
+        if not answer.done:
+            answer.done = True
+            answer.deliver(_for_client(error))
 
 
-def _told(error: Exception) -> FoveateError:
-    """What a client is told of an error; what is not the client's mistake is logged."""
+def _for_client(error: Exception) -> FoveateError:
+    """The error that a client gets. What is not the client's mistake is logged."""
     if isinstance(error, FoveateError):
         return error
     log.error("The model failed on a request.", exc_info=error)
-    told = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
-    return Failed(f"The model failed on this request: {told}.")
+    reason = "memory does not suffice for it" if out_of_memory(error) else type(error).__name__
+    return Failed(f"The model failed on this request: {reason}.")
+
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The figures that `/metrics` gives to Prometheus."""
+
+    def __init__(self, waiting: Callable[[], float]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "foveate_requests", "Answered requests.", ["path", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "foveate_request_seconds", "From request to end of answer, chat completions.",
+            registry=registry, buckets=SECONDS,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "foveate_tokens", "Of answered prompts and of answers.", ["kind"], registry=registry
+        )
+        self.batches = Histogram(
+            "foveate_batch_size", "Requests that went through the model together.",
+            registry=registry, buckets=SIZES,
+        )  # fmt: skip
+        self.cancelled = Counter(
+            "foveate_cancelled", "Requests whose client went away.", registry=registry
+        )
+        queue = Gauge("foveate_queue_length", "Requests that wait.", registry=registry)
+        queue.set_function(waiting)

@@ -3,6 +3,7 @@
 `Choose` sees the scores of a step and marks, in the rows that sample, the token drawn with the
 row's own generator; greedy decoding then picks it. `Take` sees the new tokens, gives each to its
 request and ends the rows that are done. So an answer does not depend on the rest of its batch.
+`Text` turns the tokens into text that can be sent at once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from .text import Text
-
 Reason = Literal["stop", "length"]
 
 
@@ -29,10 +28,10 @@ class Sampling:
         max_tokens: tokens after which it ends.
         temperature: 0 is greedy.
         top_p: draw from the fewest tokens whose probabilities sum to it.
-        seed: of the draws; None draws one, too.
+        seed: of the draws; None draws a seed.
         stop: strings that end it.
-        top_logprobs: also return the log-probabilities of the chosen tokens and of so many of the
-            likeliest; None returns none.
+        top_logprobs: also return the log-probabilities of the chosen tokens and of this many of
+            the likeliest; None returns none.
     """
 
     max_tokens: int
@@ -71,8 +70,61 @@ class End:
 
 Event = Piece | End | Exception
 
+UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are still to come
 
-class Row:
+
+class Text:
+    """Text from tokens, given out as soon as no later token can change it.
+
+    Held back: the bytes of an unfinished character, white space (an answer ends without), and
+    whatever may become a stop string. Pieces joined are `complete` text: the decoded tokens up to
+    the first stop string, stripped.
+
+    Args:
+        decode: token ids to text. stops: strings that end the answer and are cut off it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()) -> None:
+        self.decode, self.stops = decode, stops
+        self.restart()
+        self.given = 0  # characters of `raw` that are out, stripped ones included
+
+    def restart(self) -> None:
+        """Forget the tokens. Text that was given out is not given out again."""
+        self.ids: list[int] = []
+        self.starts: list[int] = []  # where in `raw` each token's text begins
+        self.raw = ""
+        self.stopped = False
+
+    def add(self, token: int) -> None:
+        """Add a token. Sets `stopped` if it completes a stop string."""
+        self.starts.append(len(self.raw))
+        self.ids.append(token)
+        self.raw = self.decode(self.ids)
+        places = [at for at in map(self.raw.find, self.stops) if at >= 0]
+        if places:
+            self.raw, self.stopped = self.raw[: min(places)], True
+
+    def take(self, complete: bool = False) -> str:
+        """The text that can be given out now and was not before; all the rest if `complete`."""
+        text = self.raw if complete else self.raw.rstrip(UNFINISHED)
+        if not complete:
+            text = text[: len(text) - max(map(self._overlap, self.stops), default=0)]
+        end = len(text.rstrip())
+        piece = self.raw[self.given : end]
+        if not self.raw[: self.given].strip():
+            piece = piece.lstrip()
+        self.given = max(self.given, end)
+        return piece
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end may be the beginning of `stop`."""
+        text = self.raw.rstrip(UNFINISHED)
+        lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+        return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+class PartialAnswer:
     """One answer as it grows.
 
     Args:
@@ -96,14 +148,14 @@ class Row:
         self.restart()
 
     def restart(self) -> None:
-        """Begin again after a failed attempt; what was delivered is not delivered again."""
+        """Start again after a failed attempt. Pieces already delivered are not delivered again."""
         self.text.restart()
         self.tokens: list[Token] = []
         self.logs: Tensor | None = None
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def look(self, scores: Tensor) -> int | None:
-        """Scores (V,) of the next token: which one is drawn, or None where decoding is greedy."""
+        """The token drawn from scores (V,), or None where decoding is greedy."""
         if self.sampling.top_logprobs is not None:
             self.logs = scores.float().log_softmax(-1).cpu()
         if self.sampling.temperature == 0:
@@ -112,7 +164,7 @@ class Row:
         return sample(scores, self.sampling.temperature, self.sampling.top_p, draw)
 
     def add(self, token: int, ends: bool) -> None:
-        """The token that was chosen, and whether it is an end token."""
+        """Take the chosen token in. ends: whether it is an end token."""
         if ends:
             self._finish("stop")
             return
@@ -153,8 +205,8 @@ class Row:
 def sample(scores: Tensor, temperature: float, top_p: float, draw: float) -> int:
     """The token of `scores` (V,) at the point `draw`, in [0, 1), of the cumulated probabilities.
 
-    In the order of the vocabulary, so that rounding, which differs between batches, moves a
-    boundary by its own size and no more.
+    Tokens stay in the order of the vocabulary. Rounding differs between batches, and so it moves
+    a boundary only by its own size.
     """
     logits = scores.float().cpu().double()
     p = ((logits - logits.max()) / temperature).softmax(-1)
@@ -163,20 +215,20 @@ def sample(scores: Tensor, temperature: float, top_p: float, draw: float) -> int
         beyond = ordered.cumsum(0) - ordered >= top_p
         p[order[beyond]] = 0
     cumulated = p.cumsum(0)
-    found = torch.searchsorted(cumulated, draw * cumulated[-1], right=True)
-    return min(int(found), len(p) - 1)
+    token = torch.searchsorted(cumulated, draw * cumulated[-1], right=True)
+    return min(int(token), len(p) - 1)
 
 
 class Choose(LogitsProcessor):
-    """Marks the drawn token in rows that sample, and counts prompts. pad: the padding token."""
+    """Marks the drawn token in rows that sample, and counts prompt tokens. pad: padding token."""
 
-    def __init__(self, rows: list[Row], pad: int) -> None:
+    def __init__(self, rows: list[PartialAnswer], pad: int) -> None:
         self.rows, self.pad, self.begun = rows, pad, False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if not self.begun:
-            own = (input_ids != self.pad).cumsum(1) > 0  # padding is on the left
-            for row, count in zip(self.rows, own.sum(1).tolist(), strict=True):
+            real = (input_ids != self.pad).cumsum(1) > 0  # padding is on the left
+            for row, count in zip(self.rows, real.sum(1).tolist(), strict=True):
                 row.prompt_tokens = count
             self.begun = True
         chosen = {i: row.look(scores[i]) for i, row in enumerate(self.rows) if not row.done}
@@ -191,9 +243,9 @@ class Choose(LogitsProcessor):
 
 
 class Take(StoppingCriteria):
-    """Hands the new tokens to their rows; ends those that are done. ends: ids of end tokens."""
+    """Gives the new tokens to their rows and ends those that are done. ends: ids of end tokens."""
 
-    def __init__(self, rows: list[Row], ends: set[int]) -> None:
+    def __init__(self, rows: list[PartialAnswer], ends: set[int]) -> None:
         self.rows, self.ends = rows, ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]

@@ -1,20 +1,63 @@
-"""OpenAI's wire format: what a request may say, and the shapes of the answers."""
+"""OpenAI's wire format: what a request may say, refusals, and the shapes of the answers."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 
 from ..base import __version__
+from ..base.errors import FoveateError
 from .sampling import End, Piece, Token
 
 FINGERPRINT = f"foveate-{__version__}"
 
 
+# -- what the server allows ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows, and how it batches.
+
+    Attributes:
+        batch: requests that go through the model at a time.
+        queue: requests that may wait. One more gets the status 429.
+        tokens: most tokens of an answer, and the default.
+        prompt_tokens: most tokens of a request's text, pictures not counted.
+        images: most pictures of a request.
+        image_bytes: most bytes of one encoded picture.
+        pixels: most pixels of all pictures of a request together.
+        body_bytes: most bytes of a request.
+        seconds: time for a request to arrive, and for its remote pictures.
+        remote_images: whether pictures are fetched from public addresses.
+        methods: text forms of methods with parameters that the server sets and that may name
+            files; a request gives only the name.
+        api_key: the bearer token that clients must send; None lets everybody in.
+    """
+
+    batch: int = 16
+    queue: int = 64
+    tokens: int = 1024
+    prompt_tokens: int = 4096
+    images: int = 4
+    image_bytes: int = 10_000_000
+    pixels: int = 16_000_000
+    body_bytes: int = 32_000_000
+    seconds: float = 30.0
+    remote_images: bool = False
+    methods: tuple[str, ...] = ()
+    api_key: str | None = None
+
+
+# -- what a request may say ------------------------------------------------------------------------
+
+
 class Strict(BaseModel):
-    """A field that nobody knows is a mistake."""
+    """Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -44,7 +87,7 @@ def _as_parts(content: Any) -> Any:
 
 
 class Message(BaseModel):
-    """Clients send answers back with all their fields; only these matter."""
+    """Clients send answers back with all their fields. Only these two are used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[Part], BeforeValidator(_as_parts)] = []
@@ -84,7 +127,7 @@ class Completion(Strict):
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
-    # heard and not needed
+    # accepted and not used
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -93,8 +136,77 @@ class Completion(Strict):
     prompt_cache_key: str | None = None
 
 
+# -- refusals --------------------------------------------------------------------------------------
+
+
+class Refusal(FoveateError):
+    """A request that cannot be answered.
+
+    Args:
+        param: the parameter with the mistake.
+        status: of HTTP. code: OpenAI's name of the mistake.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+        self.headers: dict[str, str] = {}
+
+
+class TooLarge(Refusal):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=413)
+
+
+class Gone(Refusal):
+    """The client hung up: nobody reads this."""
+
+    def __init__(self) -> None:
+        super().__init__("The client went away.", status=499)
+
+
+class Busy(Refusal):
+    """The queue is full. seconds: when to try again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(
+            "The server is busy: try again in a moment.", status=429, code="queue_full"
+        )
+        self.seconds = seconds
+        self.headers = {"Retry-After": str(seconds)}
+
+
+class Failed(Refusal):
+    """The model failed on a request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=500)
+
+
+class Stopping(Refusal):
+    """The server takes no new requests."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is stopping: ask another one.", status=503)
+
+
+def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error, as OpenAI writes them."""
+    if isinstance(error, Refusal):
+        body = error_body(str(error), error.status, error.param, error.code)
+        return error.status, body, error.headers
+    if isinstance(error, FoveateError):
+        return 400, error_body(str(error), 400), {}
+    if isinstance(error, HTTPException):  # no such path, and the like
+        body = error_body(f"{error.detail}.", error.status_code)
+        return error.status_code, body, dict(error.headers or {})
+    return 500, error_body("The server failed on this request; its log says why.", 500), {}
+
+
 def told(error: ValidationError) -> tuple[str, str | None]:
-    """The first thing that is wrong with a body, as one sentence, and the parameter it is about."""
+    """The first mistake in a body, as one sentence, and the parameter that it is about."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
@@ -104,11 +216,14 @@ def told(error: ValidationError) -> tuple[str, str | None]:
     return f"The parameter {where} cannot be used: {first['msg']}.", where
 
 
-def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:
+def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> Any:
     """The body of an answer with an error `status`."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def usage(end: End) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """Questions to answers, as many at a time as memory allows.
 
-    for found in answer_all(vlm, chats, as_stack("clvs"), max_new_tokens=16):
-        print(found.text if isinstance(found, Answer) else f"failed: {found}")
+    for result in answer_all(vlm, chats, as_stack("clvs"), max_new_tokens=16):
+        print(result.text if isinstance(result, Answer) else f"failed: {result}")
 
-Methods rewrite the questions, those about one image share its prefix (`foveate.vlm.prefix`), others
-form left-padded batches. Where memory is short, fewer are asked at a time (`foveate.base.memory`).
+Methods rewrite the questions. Questions about one image share its prefix (`foveate.vlm.prefix`),
+others form left-padded batches. Where memory is short, fewer are asked at a time
+(`foveate.base.memory`).
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ from typing import Any, TypeVar
 
 from ..base.memory import Size, out_of_memory, release
 from ..core.method import Method
-from .prefix import Prompts, ask_together, prepare
+from .prefix import Prompts, ask_together, prepare, same_images
 from .vlm import VLM, Answer, Chat
 
 T = TypeVar("T")
-Found = dict[int, Answer | Exception]  # by the question's place among those asked
+Results = dict[int, Answer | Exception]  # by the question's place among those asked
 
 
 class Unwanted(Exception):
-    """Nobody waited for this answer any more."""
+    """Nobody waits for this answer any more."""
 
 
 class Decoding:
-    """How `generate` decodes a batch: this one greedily. Rows are places in the chats asked."""
+    """How `generate` decodes a batch: here greedily. Rows are places among the chats asked."""
 
     def wanted(self, row: int) -> bool:
-        """Whether somebody still waits for this answer; looked up before every attempt."""
+        """Whether somebody still waits for this answer; asked before every attempt."""
         return True
 
     def options(self, rows: list[int]) -> dict[str, Any]:
-        """What `generate` is told of these rows beside the defaults, anew for every attempt."""
+        """Further arguments of `generate` for these rows; asked for at every attempt."""
         return {}
 
     def failed(self, row: int, error: Exception) -> None:
-        """This question has failed for good; told at once, while others are still asked."""
+        """Called as soon as a question has failed for good, while others are still asked."""
 
 
 def answer_all(
@@ -50,58 +51,65 @@ def answer_all(
     *,
     size: Size | None = None,
     share: bool = True,
-    prompts: Prompts | None = None,
     decoding: Decoding | None = None,
 ) -> list[Answer | Exception]:
-    """Answers to questions about any images, in their order; for each that failed, its error.
+    """Answers to questions about any images, in order. A question that failed has its error.
 
-    A batch for which memory does not suffice is halved, down to one question; how many then go at
-    a time in later calls is up to `size`. After other failures, and where halving did not help,
-    the questions are asked one by one, so that only those fail that must.
+    A batch that runs out of memory is halved, down to one question. `size` decides how many later
+    calls ask at a time. After other failures, and where halving did not help, the questions are
+    asked one by one, so that a bad question fails alone.
 
     Args:
-        methods: their `rewrite` is run here, at once for all chats about the same images.
-        size: how many at a time; None = `vlm.size`, as for all reading passes of this model.
-        share: questions about one image share its prefix, all others form padded batches by kind;
-            a question that shapes the image's rows (`Method.shares_prefix` is False) is asked
-            alone. False asks one by one, as published code does.
-        prompts: what `prepare` made of chats about one image, ahead of this call.
-        decoding: how batches are decoded. A shared prefix is not decoded by `generate`: with this,
-            all form padded batches, whatever the methods are.
+        methods: their `rewrite` is run here, once for all chats about the same images.
+        size: how many at a time. None = `vlm.size`, which all reading passes of this model use.
+        share: let questions about one image share its prefix, and batch all others by kind. Where
+            the question changes image rows (`Method.shares_prefix` is False), each is asked alone.
+            False asks one by one, as published code does.
+        decoding: how batches are decoded. It needs `generate`, which shared prefixes do without:
+            all questions then form padded batches, with any methods.
     """
-    size, decoded = size or vlm.size, decoding or Decoding()
-    call = _Call(vlm, methods, max_new_tokens, size, decoded)
-    prefix = share and decoding is None and all(method.shares_prefix for method in methods)
-    padded = prefix or (share and decoding is not None)
-    found = call.rewritten(chats)
-    ready = {row: chat for row, chat in found.items() if isinstance(chat, Chat)}
-    answers: Found = {row: one for row, one in found.items() if isinstance(one, Exception)}
+    shares = share and decoding is None and all(method.shares_prefix for method in methods)
+    pads = shares or (share and decoding is not None)
+    call = _Call(vlm, methods, max_new_tokens, size or vlm.size, decoding or Decoding(), shares)
+    rewritten = call.rewritten(chats)
+    ready = {row: chat for row, chat in rewritten.items() if isinstance(chat, Chat)}
+    answers: Results = {row: e for row, e in rewritten.items() if isinstance(e, Exception)}
     batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
-    for rows in _grouped(ready, lambda row: (prefix and _images(ready[row])) or row):
-        group = [ready[row] for row in rows]
-        own: Prompts | Exception | None = None
-        if prefix and prompts is not None and prompts.of(group):
-            own = prompts
-        elif prefix:
-            own = _tried(lambda: prepare(vlm, group, methods))  # noqa: B023
-        if isinstance(own, Prompts):
-            answers |= call.asked(rows, ready, own)
-            continue  # a failure to prepare comes again, with the question to blame
+    for rows in _grouped(ready, lambda row: (shares and _images(ready[row])) or row):
+        prompts = call.prepared([ready[row] for row in rows])
+        if prompts is not None:
+            answers |= call.asked(rows, ready, prompts)
+            continue
         for row in rows:
-            batches.setdefault(ready[row].kind if padded else -1 - row, []).append(row)
+            batches.setdefault(ready[row].kind if pads else -1 - row, []).append(row)
     for rows in batches.values():
         answers |= call.asked(rows, ready)
-    size.end()
+    call.size.end()
     return [answers[row] for row in range(len(chats))]
 
 
-def complete(found: Iterable[Answer | Exception]) -> list[Answer]:
-    """Answers of `answer_all`; the first error, where there is one, is raised."""
+def process_ahead(vlm: VLM, chats: Sequence[Chat], stacks: Iterable[tuple[Method, ...]]) -> None:
+    """Process the image that all these chats are about, for `answer_all` to use later.
+
+    Does nothing where `answer_all` would not: with chats about several images, or where every
+    stack rewrites the chats or lets the question change image rows. May run in another thread
+    while the model answers.
+    """
+
+    def plain(method: Method) -> bool:
+        return method.shares_prefix and (method.is_neutral or not method.wants("rewrite"))
+
+    if same_images(chats) and any(all(map(plain, stack)) for stack in stacks):
+        vlm.processed(chats[0])
+
+
+def complete(results: Iterable[Answer | Exception]) -> list[Answer]:
+    """Answers of `answer_all`. Raises the first error, where there is one."""
     answers = []
-    for one in found:
-        if isinstance(one, Exception):
-            raise one
-        answers.append(one)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        answers.append(result)
     return answers
 
 
@@ -114,10 +122,17 @@ class _Call:
     limit: int
     size: Size
     decoding: Decoding
+    shares: bool  # whether questions about one image share its prefix
+
+    def prepared(self, chats: list[Chat]) -> Prompts | None:
+        """The chats on a shared prefix, where they have one. What fails here fails again when the
+        questions are asked one by one, and is then told of the right question."""
+        prompts = _tried(lambda: prepare(self.vlm, chats, self.methods)) if self.shares else None
+        return None if isinstance(prompts, Exception) else prompts
 
     def rewritten(self, chats: Sequence[Chat]) -> dict[int, Chat | Exception]:
         """Chats as the methods want them asked."""
-        found: dict[int, Chat | Exception] = {}
+        rewritten: dict[int, Chat | Exception] = {}
 
         def conversation(row: int) -> Hashable:
             chat = chats[row]
@@ -129,28 +144,28 @@ class _Call:
             group = [chats[row] for row in rows]
             new = _tried(lambda: self.vlm.rewrite(group, self.methods))  # noqa: B023
             if not isinstance(new, Exception):
-                found |= dict(zip(rows, new, strict=True))
+                rewritten |= dict(zip(rows, new, strict=True))
             elif len(rows) == 1:
                 self.decoding.failed(rows[0], new)
-                found[rows[0]] = new
+                rewritten[rows[0]] = new
             else:
                 waiting[:0] = [[row] for row in rows]
-        return found
+        return rewritten
 
     def asked(
         self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None = None
-    ) -> Found:
+    ) -> Results:
         """Answers to chats of one kind, or to all of these prompts on their prefix."""
-        found, size, before = Found(), self.size, self.size.now
+        results, size, before = Results(), self.size, self.size.now
         while rows:
             batch = rows if prompts else rows[: size.now]
             if gone := [row for row in batch if not self.decoding.wanted(row)]:
-                found |= {row: Unwanted() for row in gone}
+                results |= {row: Unwanted() for row in gone}
                 rows = [row for row in rows if row not in gone]
                 continue
             new = _tried(lambda: self._answers(batch, chats, prompts))  # noqa: B023
             if not isinstance(new, Exception):
-                found |= dict(zip(batch, new, strict=True))
+                results |= dict(zip(batch, new, strict=True))
                 rows = rows[len(batch) :]
                 continue
             starved = out_of_memory(new)
@@ -160,15 +175,15 @@ class _Call:
             alone = rows if starved else batch
             if len(alone) == 1:
                 self.decoding.failed(alone[0], new)
-                found[alone[0]] = new
+                results[alone[0]] = new
             else:
                 _warn(f"{type(new).__name__}: {len(alone)} questions are now asked one by one.")
                 for row in alone:
-                    found |= self.asked([row], chats)
-            if starved and any(isinstance(found[row], Exception) for row in alone):
+                    results |= self.asked([row], chats)
+            if starved and any(isinstance(results[row], Exception) for row in alone):
                 size.restore(before)
             rows = rows[len(alone) :]
-        return found
+        return results
 
     def _answers(
         self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None
@@ -176,7 +191,9 @@ class _Call:
         if prompts is not None:
             return ask_together(self.vlm, prompts, self.methods, self.limit, self.size.now)
         group = [chats[row] for row in rows]
-        return self.vlm.answer(group, self.methods, self.limit, **self.decoding.options(rows))
+        inputs = self.vlm.processed(group[0]) if self.shares and len(group) == 1 else None
+        options = self.decoding.options(rows)
+        return self.vlm.answer(group, self.methods, self.limit, inputs=inputs, **options)
 
 
 def _grouped(rows: Iterable[int], key: Callable[[int], Hashable]) -> Iterable[list[int]]:
@@ -191,7 +208,7 @@ def _images(chat: Chat) -> tuple[int, ...]:
 
 
 def _tried(work: Callable[[], T]) -> T | Exception:
-    """What `work` returns, or its failure, which holds no tensors any more."""
+    """What `work` returns or raises. An exception has let go of its tensors."""
     try:
         return work()
     except Exception as error:

@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 from ..backends.transformers import compat
 from ..base.errors import FoveateError
 
+WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
+"""The folder of the pocket model."""
 MODELS: Any = transformers.AutoModelForImageTextToText
 HINT = "use 'pocket', a saved model's folder, or a hub name such as 'llava-hf/llava-1.5-7b-hf'"
 
@@ -36,9 +38,9 @@ def load(
 ) -> tuple[Any, Any]:
     """The model, in eval mode on its device, and its processor; see `VLM.load`.
 
-    Raises `FoveateError` for a name that leads nowhere, a folder that is incomplete, a revision
-    that the hub does not have, a model that sees nothing or needs code of its own, and for a
-    device, dtype or attention not to be had.
+    Raises:
+        FoveateError: an unknown name, an incomplete folder, a revision that the hub does not have,
+            a model without vision or with remote code, an unknown device, dtype or attention.
     """
     if device is not None and device_map is not None:
         raise FoveateError("Give either device or device_map, not both.")
@@ -80,8 +82,8 @@ def outline(name: str, revision: str | None = None) -> Any:
 
 
 def commit(name: str, revision: str | None = None) -> str | None:
-    """The commit that was loaded of a hub model, by where it lies in the cache (transformers no
-    longer keeps it on the configuration); None for a model from elsewhere."""
+    """The commit of a hub model, read from its place in the cache (transformers no longer keeps it
+    on the configuration); None for a model from elsewhere."""
     if _is_local(name):
         return None
     file = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -89,7 +91,7 @@ def commit(name: str, revision: str | None = None) -> str | None:
 
 
 def _options(offline: bool, revision: str | None) -> dict[str, Any]:
-    """What every `from_pretrained` is given."""
+    """The options of every `from_pretrained`."""
     options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
     return options if revision is None else options | {"revision": revision}
 
@@ -102,7 +104,7 @@ def _config(name: str, source: str, options: dict[str, Any]) -> Any:
 
 
 def _locate(name: str, revision: str | None = None, weights: bool = True) -> tuple[str, bool]:
-    """What to give to `from_pretrained`, and whether the network must be left alone.
+    """What to give to `from_pretrained`, and whether to leave the network alone.
 
     Args:
         weights: whether a folder must hold them.
@@ -113,15 +115,12 @@ def _locate(name: str, revision: str | None = None, weights: bool = True) -> tup
             "revision."
         )
     if name == "pocket":
-        from ..pocket.build import WEIGHTS
-
-        folder = Path(WEIGHTS)
-        if not _has_weights(folder):
+        if not _has_weights(WEIGHTS):
             raise FoveateError(
                 "The pocket model's weights are missing from this installation: install foveate "
                 "again, or make them with `foveate train pocket`."
             )
-        return str(folder), True
+        return str(WEIGHTS), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -147,7 +146,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _offline(name: str, revision: str | None) -> bool:
-    """Ask the hub once whether it has the model; False where it does, True where only a cache can.
+    """Ask the hub once whether it has the model. True: it cannot be reached, but the cache has it.
 
     transformers itself retries every file for half a minute before it gives up.
     """
@@ -195,12 +194,12 @@ def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype 
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    value = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise FoveateError(
             f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or 'auto'."
         )
-    return found
+    return value
 
 
 @contextlib.contextmanager

@@ -25,9 +25,8 @@ from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
 from ..core.method import Method
 from ..core.visual import WHOLE, Box, Pixels
-from ..families.layout import Grid, grids, together
+from ..families.layout import Grid, together
 from .answering import answer_all, complete
-from .prefix import prepare
 from .vlm import VLM, Answer, Chat
 
 T = TypeVar("T")
@@ -93,14 +92,8 @@ def read(
         Exception: the first failure of a question that also fails alone.
     """
     recorder, chats = Recorder(layers=layers, heads=heads), list(chats)
-    prompts = prepare(vlm, chats)
-    inputs: Any = vlm.inputs(chats[:1]) if prompts is None else prompts.prefix
-    sizes = [[image.size for image in chats[0].images]]
-    where = grids(vlm.model, dict(inputs), sizes, vlm.processor)[0]
-    if len(chats) == 1:
-        answers = vlm.answer(chats, (recorder,), max_new_tokens, inputs=inputs)
-    else:
-        answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens, prompts=prompts))
+    where = vlm.grids(chats[0])
+    answers = complete(answer_all(vlm, chats, (recorder,), max_new_tokens))
     return [_reading(answer, where, max_new_tokens) for answer in answers]
 
 

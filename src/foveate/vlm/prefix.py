@@ -2,16 +2,16 @@
 
     answers = ask_together(vlm, prepare(vlm, chats), methods, max_new_tokens=16)
 
-What the prompts have in common, the system text and the image, is filled with `prefill`; the cache
-is forked, and the rest of every prompt goes through the model as a row of one left-padded batch.
-In a causal model this changes nothing: answers are those of asking one by one.
+`prefill` fills what the prompts have in common: the system text and the image. The cache is forked,
+and the rest of every prompt goes through the model as one row of a left-padded batch. In a causal
+model this changes nothing: the answers are those of asking one by one.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,12 @@ _PROCESSORS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @dataclass
 class Prompts:
-    """Questions about one image, ready for the model.
+    """Questions about the same images, ready for the model.
 
     Attributes:
         prefix: model inputs (1, P) of what the prompts share, pixels included.
         suffixes: token ids of the rest of each prompt, none empty.
-        seconds: that preparing took.
+        seconds: how long preparing took.
     """
 
     chats: list[Chat]
@@ -60,34 +60,23 @@ class Prompts:
     suffixes: list[list[int]]
     seconds: float
 
-    def of(self, chats: list[Chat]) -> bool:
-        """Whether these are the chats that were prepared."""
-        return list(map(id, chats)) == list(map(id, self.chats))
-
-
-def shareable(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...]) -> bool:
-    """Whether these chats can be answered together."""
-    first, config = chats[0], vlm.model.generation_config
-    seen = list(map(id, first.images))
-    return (
-        len(chats) > 1
-        and bool(seen)
-        and all(list(map(id, chat.images)) == seen and not chat.contrast for chat in chats)
-        and all(method.shares_prefix for method in methods)
-        and all(getattr(config, name, None) in idle for name, idle in _PROCESSORS)
-    )
-
 
 def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Prompts | None:
     """Chats about the same images as a shared prefix and suffixes.
 
-    None where they are not `shareable`, the prompts differ before the image or the processor's
-    tokens cannot be told apart: then each needs a prompt of its own.
+    None where each needs a prompt of its own: a lone chat, chats without images or about several,
+    methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`),
+    prompts that differ before the image, a processor whose tokens cannot be told apart.
     """
-    if not shareable(vlm, chats, methods):
+    if len(chats) < 2 or not same_images(chats) or any(chat.contrast for chat in chats):
+        return None
+    config = vlm.model.generation_config
+    if not all(method.shares_prefix for method in methods) or not all(
+        getattr(config, name, None) in idle for name, idle in _PROCESSORS
+    ):
         return None
     start = time.perf_counter()
-    inputs: dict[str, Any] = dict(vlm.inputs([chats[0]]))
+    inputs: dict[str, Any] = dict(vlm.processed(chats[0]))
     whole = inputs["input_ids"][0].tolist()
     texts = [vlm.prompt(chat) for chat in chats]
     bos = vlm.tokenizer.bos_token
@@ -111,6 +100,12 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     prefix = {k: v[:, :length] if k in per_token else v for k, v in inputs.items()}
     seconds = time.perf_counter() - start
     return Prompts(chats, prefix, [tail[common:] for tail in tails], seconds)
+
+
+def same_images(chats: Sequence[Chat]) -> bool:
+    """Whether all chats are about the same images, and there are some."""
+    images = list(map(id, chats[0].images))
+    return bool(images) and all(list(map(id, chat.images)) == images for chat in chats)
 
 
 def ask_together(
@@ -143,8 +138,8 @@ def ask_together(
             }
             chats = [prompts.chats[row] for row in rows]
             record = Recorder.read(fork) if recorded else None
-            found = vlm.answers(chats, written, watch, ends, timings, record)
-            answers |= dict(zip(rows, found, strict=True))
+            batch = vlm.answers(chats, written, watch, ends, timings, record)
+            answers |= dict(zip(rows, batch, strict=True))
     return [answers[row] for row in range(len(prompts.chats))]
 
 
@@ -171,16 +166,16 @@ def suffix_batch(
     ids = prefix["input_ids"]
     width = max(map(len, suffixes))
     rows = [[filler] * (width - len(s)) + s for s in suffixes]
-    own = [[0] * (width - len(s)) + [1] * len(s) for s in suffixes]
-    found, mask = torch.tensor(rows, device=ids.device), torch.tensor(own, device=ids.device)
+    real = [[0] * (width - len(s)) + [1] * len(s) for s in suffixes]
+    tokens, mask = torch.tensor(rows, device=ids.device), torch.tensor(real, device=ids.device)
     before = prefix["attention_mask"].expand(len(suffixes), -1)
     extras = {
-        name: torch.zeros_like(found)
+        name: torch.zeros_like(tokens)
         for name, value in prefix.items()
         if isinstance(value, Tensor) and value.shape == ids.shape
     }
     return extras | {
-        "input_ids": found,
+        "input_ids": tokens,
         "attention_mask": torch.cat([before, mask], 1),
         "position_ids": first + (mask.cumsum(1) - 1).clamp(min=0),
     }

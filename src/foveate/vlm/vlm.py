@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
-import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
     BatchFeature,
-    LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
@@ -42,97 +38,20 @@ from ..base.images import ImageLike, decode_all
 from ..base.memory import Size
 from ..core.method import Method, as_stack
 from ..families.layout import Grid, grids
+from .chat import Answer, Chat, Turn, render
 from .loading import commit, load
+from .watch import Probabilities, Stop
 
 Methods = str | Method | Sequence[str | Method] | None
 """Nothing, one method, or several, as text ("clvs(smoothing=0.7)+vcd") or as objects."""
 
-Role = Literal["user", "assistant"]
-
-_ASKS_YES_OR_NO = re.compile(
-    r"yes or no|(?:^|[.!?:\n])\s*"
-    r"(?:is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must)"
-    r"(?:n['’]t)?\s[^.!?]*\?",
-    re.IGNORECASE,
-)
+_PROCESSED = 8  # chats whose `inputs` are kept
 
 
 def _stack(method: Methods) -> tuple[Method, ...]:
     if method is None:
         return ()
     return as_stack(*([method] if isinstance(method, (str, Method)) else method))
-
-
-def _text(text: str) -> dict[str, str]:
-    """A part of a message, for chat templates."""
-    return {"type": "text", "text": text}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What was said before the question: by the user, pictures and then text, or by the model."""
-
-    role: Role
-    text: str
-    images: int = 0
-    """How many of `Chat.images` belong to it: each turn takes the next ones."""
-
-
-@dataclass
-class Chat:
-    """A question: pictures, then text. What `Method.rewrite` receives and returns."""
-
-    images: list[Image.Image]
-    """Those of earlier turns first; what these leave over belongs to the question."""
-    text: str
-    system: str | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    """What a method found out on the way, such as the box it cropped; back on `Answer.chat`."""
-    contrast: list[Image.Image] | None = None
-    """Other pictures of the same sizes, which a method's second stream is to see instead."""
-    earlier: tuple[Turn, ...] = ()
-    """The conversation so far, oldest first: user and assistant in turn, the user first."""
-
-    @property
-    def kind(self) -> int:
-        """Chats of one kind can share a padded batch: some models tile only lone pictures."""
-        return len(self.images)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to one chat."""
-
-    text: str
-    tokens: tuple[str, ...]
-    """The produced tokens, without the end token."""
-    probabilities: tuple[float, ...]
-    """The probability of each token when it was chosen, before temperature; empty with beams."""
-    yes: float | None
-    """P(yes) / (P(yes) + P(no)), all spellings, at the first token; None for other questions."""
-    timings: dict[str, float]
-    """Wall-clock seconds spent on `rewrite`, `prepare` and `generate`; a batch's divided by its
-    size."""
-    chat: Chat
-    """The prompt as the model saw it, after the methods' `rewrite`."""
-    record: Record | None = None
-    """What a `Recorder` among the methods kept."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.timings.values())
-
-    @property
-    def probability(self) -> float | None:
-        """Of "yes" against "no" or the reverse, where the answer is one of them; else the
-        geometric mean of the tokens' probabilities. None where there are none."""
-        first = re.match(r"\W*(yes|no)\b", self.text, re.IGNORECASE)
-        if self.yes is not None and first:
-            return self.yes if first[1].lower() == "yes" else 1 - self.yes
-        if not self.probabilities:
-            return None
-        logs = [math.log(max(p, 1e-45)) for p in self.probabilities]
-        return math.exp(sum(logs) / len(logs))
 
 
 class VLM:
@@ -167,6 +86,7 @@ class VLM:
         self._using: int | None = None  # the thread that holds it
         self.tokenizing = threading.RLock()  # a tokenizer serves one thread at a time
         self.readings: OrderedDict[Any, Any] = OrderedDict()  # kept by `foveate.vlm.look`
+        self._processed: OrderedDict[Any, BatchFeature] = OrderedDict()  # the latest used last
         self.size = Size(64)  # questions at a time where nobody says how many
 
     @classmethod
@@ -217,8 +137,7 @@ class VLM:
         methods = _stack(method)
         if record:
             methods += (record if isinstance(record, Recorder) else Recorder(),)
-        chats = [self.chat(decode_all(image), question, system)]
-        return self._answer([chats], methods, max_new_tokens, generation)[0]
+        return self._ask([(image, question)], methods, system, max_new_tokens, generation)[0]
 
     def batch(
         self,
@@ -230,23 +149,7 @@ class VLM:
         **generation: Any,
     ) -> list[Answer]:
         """One answer per (image, question) pair, from one left-padded batch, in the same order."""
-        groups: dict[Any, list[Chat]] = {}  # all chats of one image are rewritten together
-        pictures: dict[Any, list[Image.Image]] = {}
-        order = []
-        for image, question in pairs:
-            key = str(image) if isinstance(image, (str, Path)) else id(image)
-            if key not in pictures:
-                pictures[key] = decode_all(image)
-            group = groups.setdefault(key, [])
-            order.append((key, len(group)))
-            group.append(self.chat(pictures[key], question, system))
-        if not order:
-            return []
-        found = iter(
-            self._answer(list(groups.values()), _stack(method), max_new_tokens, generation)
-        )
-        answers = {key: [next(found) for _ in group] for key, group in groups.items()}
-        return [answers[key][index] for key, index in order]
+        return self._ask(pairs, _stack(method), system, max_new_tokens, generation)
 
     def stream(
         self,
@@ -289,38 +192,25 @@ class VLM:
 
     def prompt(self, chat: Chat) -> str:
         """The chat in the model's own template, up to where the answer begins."""
-        pictures = len(chat.images) - sum(turn.images for turn in chat.earlier)
-        said = [*chat.earlier, Turn("user", chat.text, pictures)]
-        turns: list[dict[str, Any]] = []
-        for turn in said:
-            content = [{"type": "image"} for _ in range(turn.images)]
-            turns.append({"role": turn.role, "content": [*content, _text(turn.text)]})
-        if chat.system:
-            turns.insert(0, {"role": "system", "content": [_text(chat.system)]})
-        if not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise FoveateError(
-                f"The processor of {self.name} has no chat template: set "
-                "`vlm.processor.chat_template` to one (a Jinja text)."
-            )
-        try:
-            text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise FoveateError(f"The chat template of {self.name} objects: {error}.") from error
-        if chat.system and chat.system.strip() not in text:
-            raise FoveateError(
-                f"The chat template of {self.name} drops system prompts: put it in the question."
-            )
-        asked = (turn.text for turn in chat.earlier if turn.role == "user")  # answers are shortened
-        if not all(question.strip() in text for question in asked):
-            raise FoveateError(
-                f"The chat template of {self.name} drops earlier turns: put them in the question."
-            )
-        return text
+        return render(chat, self.processor, self.name)
+
+    def processed(self, chat: Chat) -> BatchFeature:
+        """`inputs` of one chat. Those of the latest chats are kept for as long as these exist, so
+        that methods and reading passes which start from the same chat process its images once."""
+        key = id(chat), self.prompt(chat), *map(id, chat.images)
+        with self.tokenizing:
+            if key not in self._processed:
+                self._processed[key] = self.inputs([chat])
+                weakref.finalize(chat, self._processed.pop, key, None)
+                while len(self._processed) > _PROCESSED:
+                    self._processed.popitem(last=False)
+            self._processed.move_to_end(key)
+            return self._processed[key]
 
     def grids(self, chat: Chat) -> list[Grid]:
         """Where each image's visual tokens lie on it; refused where the layout is not known."""
         sizes = [[image.size for image in chat.images]]
-        return grids(self.model, self.inputs([chat]).data, sizes, self.processor)[0]
+        return grids(self.model, self.processed(chat).data, sizes, self.processor)[0]
 
     def chat(
         self,
@@ -345,17 +235,31 @@ class VLM:
         turns = tuple(replace(turn, text=turn.text.strip()) for turn in earlier)
         return Chat(list(images), question.strip(), system, earlier=turns)
 
-    def _answer(
+    def _ask(
         self,
-        groups: list[list[Chat]],
+        pairs: Sequence[tuple[ImageLike | list[ImageLike] | None, str]],
         methods: tuple[Method, ...],
+        system: str | None,
         max_new_tokens: int,
         generation: dict[str, Any],
     ) -> list[Answer]:
-        """Answers to groups of chats, flattened; each group is about one image."""
+        """One answer per pair, in order; methods rewrite all chats about one image together."""
+        pictures: dict[Any, list[Image.Image]] = {}
+        groups: dict[Any, list[Chat]] = {}
+        order = []
+        for image, question in pairs:
+            key = str(image) if isinstance(image, (str, Path)) else id(image)
+            if key not in pictures:
+                pictures[key] = decode_all(image)
+            group = groups.setdefault(key, [])
+            order.append((key, len(group)))
+            group.append(self.chat(pictures[key], question, system))
+        if not order:
+            return []
         start = time.perf_counter()
-        chats = [chat for group in groups for chat in self.rewrite(group, methods)]
+        groups = {key: self.rewrite(group, methods) for key, group in groups.items()}
         rewritten = time.perf_counter() - start
+        chats = [groups[key][index] for key, index in order]
         return self.answer(chats, methods, max_new_tokens, rewritten=rewritten, **generation)
 
     def answer(
@@ -421,7 +325,7 @@ class VLM:
                     text=self._decode(kept, skip_special_tokens=True).strip(),
                     tokens=tuple(self._decode([token]) for token in kept),
                     probabilities=tuple(chosen[row][:length]) if chosen else (),
-                    yes=self._yes(watch, row) if _ASKS_YES_OR_NO.search(chat.text) else None,
+                    yes=self._yes(watch, row) if chat.asks_yes_or_no else None,
                     timings=timings,
                     chat=chat,
                     record=record if record is None or len(chats) == 1 else record.row(row),
@@ -496,7 +400,7 @@ class VLM:
         options: dict[str, Any],
     ) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = _Stop()
+        stop = Stop()
         criteria = StoppingCriteriaList([*options.get("stopping_criteria", []), stop])
         options = {**options, "streamer": streamer, "stopping_criteria": criteria}
         failures: list[BaseException] = []
@@ -540,38 +444,3 @@ class VLM:
             return None
         logs = watch.first[row]
         return torch.sigmoid(logs[yes].logsumexp(0) - logs[no].logsumexp(0)).item()
-
-
-class Probabilities(LogitsProcessor):
-    """Keeps the probability of every token that was chosen, instead of all logits."""
-
-    first: Tensor | None = None
-    """Log-probabilities (B, V) of the first token."""
-
-    def __init__(self) -> None:
-        self.latest: Tensor | None = None
-        self.chosen: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.latest is not None:
-            self.chosen.append(self.latest.gather(1, input_ids[:, -1:]))
-        self.latest = scores.float().log_softmax(-1)
-        if self.first is None:
-            self.first = self.latest
-        return scores
-
-    def finish(self, sequences: Tensor) -> list[list[float]]:
-        """Probabilities (B, produced tokens), or nothing where nobody asked."""
-        if self.latest is None:
-            return []
-        last = self.latest.gather(1, sequences[:, -1:].to(self.latest.device))
-        return torch.cat([*self.chosen, last], 1).exp().tolist()
-
-
-class _Stop(StoppingCriteria):
-    """Ends the generation after the current token once `now` is set."""
-
-    now = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.now, device=input_ids.device)
