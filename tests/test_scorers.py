@@ -45,7 +45,8 @@ CASES = [
 ]
 _YES_NO = """Yes|No|yes|no|YES|NO|Yes.|No.|No, it is not.|Yes, but no owl|Not sure|I know|Nope|No!
 no?|"No"|**No**|**Yes**|yes/no|No\tlight|I do not think so. Yes|isn't|It isn't there|nothing
-A kayak. No.|eyes|y|N|n.|not|None|yes yes|No,no|Answer: no|yesno|no 1,000|no/1,000|no .5|no - no| No"""
+A kayak. No.|eyes|y|N|n.|not|None|yes yes|No,no|Answer: no|yesno|no 1,000|no/1,000|no .5|no - no
+No | No"""
 YES_NO = [*_YES_NO.replace("\n", "|").split("|"), "Yes\nno", "No\n"]
 LETTERS = """A|b|(C)|D.|The answer is C|Answer: B|option d]|I choose B|Because|blue|It is (B) or (C)
 Answer is A|answer  is  b|choice IS: c|zebra|none of them|Is it c?|answers B|my option isA|on D side
