@@ -33,7 +33,7 @@ METHODS := $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir \
 	$(wildcard src/foveate/methods/*)))))
 ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
-	--families llava,qwen -n $(JOBS)
+	--families 'llava*,qwen*' -n $(JOBS)
 
 .PHONY: demo test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
 	installed testing

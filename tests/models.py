@@ -145,6 +145,15 @@ def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict
     return out
 
 
+def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:
+    """Padded batches on one cache: pictures, two tokens, a turn of kind `second`, two tokens."""
+    # Qwen works positions out from all pictures of a sample in a row, not turn by turn
+    batch = 1 if alone or (second == "image" and name.startswith("qwen")) else 3
+    tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
+    first, more = (inputs(name, kind, batch=batch) for kind in ("mixed", second))
+    return [first, *tokens[:2], more, *tokens[2:]]
+
+
 def _prompt(name: str, kind: str, row: int) -> tuple[list[int], list[dict[str, Tensor]]]:
     pieces = KINDS[kind][row]
     ids = [] if kind == "suffix" else [BOS]

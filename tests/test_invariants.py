@@ -117,10 +117,11 @@ def test_weights_are_finite_and_sum_to_one(method: Method, family: str, model: A
     layers = tuple(i for i in attention_layers(model) if edited is None or i in edited)
     recorder = Recorder(heads="all", layers=layers or None)
     stack = [recorder] if method.name == "recorder" else [method, recorder]
-    out = forward(model, models.inputs(family, "mixed", batch=3), *stack)
-    rows = Recorder.read(out).values[0]
+    inputs = models.inputs(family, "mixed", batch=3)
+    rows = Recorder.read(forward(model, inputs, *stack)).values[0]
     assert rows.isfinite().all()
     assert (rows >= 0).all()
+    assert (rows.permute(0, 3, 1, 2)[inputs["attention_mask"] == 0] == 0).all(), "not on padding"
     if method.row_sum_one:
         assert close(rows.sum(-1), torch.ones(()))
 
