@@ -209,7 +209,6 @@ def test_methods(run, folder):
     assert "layers=0..5" in out
     assert "foveate heads" in out, "what cannot be had says why"
     assert "loading the weights" in err
-    assert "sink_dims=()" in out
     code, out, _ = run("methods", "--model", "pocket")
     assert code == 0
     assert "heads=((" in out, "the pocket model has a list of its own"

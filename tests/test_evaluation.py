@@ -212,6 +212,7 @@ def count(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_as_an_undisturbed_one(vlm: VLM, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     evaluate([Scenes()], vlm, KILLED, whole)
@@ -365,6 +366,7 @@ def starving(vlm: VLM, most: int) -> Callable[..., Any]:
     return limited
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short. going on with 1")
 @pytest.mark.parametrize("method", ["vanilla", "clvs"])
 def test_out_of_memory_halves_the_batch(
@@ -382,6 +384,7 @@ def test_out_of_memory_halves_the_batch(
         assert all(r["error"] is None for r in other)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:OutOfMemoryError. 4 questions are now asked one by one")
 def test_memory_that_one_question_exceeds_does_not_slow_the_others(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
@@ -439,6 +442,7 @@ class Watched:
         return records, answered, most
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short")
 @pytest.mark.parametrize("method", ["vicrop", "carve(steps=2)", "laser"])
 @pytest.mark.parametrize("how", ["once", "always"])

@@ -383,6 +383,7 @@ def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
     assert answers[0].probabilities != answers[1].probabilities
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(run, folder, tmp_path: Path):
     with (tmp_path / "objects.jsonl").open("w") as file:
         for i in range(40):

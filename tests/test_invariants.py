@@ -151,20 +151,12 @@ def test_static_cache_equals_dynamic(method: Method, family: str, model: Any) ->
 QUICK = ("llava", "qwen2_5_vl", "internvl")  # one of each kind; the others take minutes
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "family",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in models.FAMILIES],
+)
 def test_decoding_compiles_to_one_graph(method: Method, family: str) -> None:
-    if family not in QUICK:
-        pytest.skip("takes long: see the slow test")
-    check_compiled(method, family)
-
-
-@pytest.mark.slow
-def test_decoding_compiles_to_one_graph_on_the_others(method: Method, family: str) -> None:
-    if family in QUICK:
-        pytest.skip("is not slow")
-    check_compiled(method, family)
-
-
-def check_compiled(method: Method, family: str) -> None:
     if method.wants("contrast") or method.name == "recorder":
         pytest.skip("runs a second stream or keeps a record, which are not one static graph")
     if family != "gemma3":  # its sliding layers count in Python: several plain graphs

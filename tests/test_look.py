@@ -57,6 +57,7 @@ def by_hand(vlm: VLM, chat: Chat, steps: int) -> list[torch.Tensor]:
     return maps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("heads", ["mean", "all"])
 @pytest.mark.parametrize("how", ["shared", "alone", "padded"])
 def test_rows_are_those_of_running_everything_again(

@@ -356,6 +356,7 @@ def test_a_layer_that_only_a_graph_skips_is_named() -> None:
         generate(model, method=method, **options)
 
 
+@pytest.mark.long
 def test_graphs_are_checked_once_they_are_made() -> None:
     model = models.build("llava")
     config = CompileConfig(fullgraph=True, backend="eager", dynamic=False)
