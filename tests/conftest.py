@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _words(item: pytest.Item) -> set[str]:
     """The words among a test's parameters."""
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return {value for value in given if isinstance(value, str)}
+    return {word for value in given if isinstance(value, str) for word in value.split()}
 
 
 @pytest.fixture(params=list(models.FAMILIES))

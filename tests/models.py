@@ -117,7 +117,13 @@ def randomise(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict[str, Tensor]:
+def inputs(
+    name: str,
+    kind: str = "image",
+    batch: int = 1,
+    row: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
     """Tensors for ``model(**inputs)``: prompts ``row .. row + batch`` of a kind, left-padded."""
     spec = FAMILIES[name]()
     prompts = [_prompt(name, kind, r) for r in range(row, row + batch)]
@@ -142,7 +148,7 @@ def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict
         out[key] = _cat([p[key] for p in pictures])
     if pictures and spec.counts:
         out["batch_num_images"] = torch.tensor([len(row_pictures) for _, row_pictures in prompts])
-    return out
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in out.items()}
 
 
 def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:

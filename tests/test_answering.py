@@ -244,6 +244,7 @@ def test_a_shared_prefix_halves_and_recovers(vlm: VLM, batches: Batches) -> None
     assert size.now == 8
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short")
 def test_a_padded_batch_halves_and_keeps_what_it_has(vlm: VLM, batches: Batches) -> None:
     chats = [about(number, ("What is this?",))[0] for number in range(6)]
@@ -274,6 +275,7 @@ def test_what_failed_is_free_before_the_next_attempt(vlm: VLM, batches: Batches)
     assert set(kept) == {1}, "what a forward holds goes with it"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:(Memory is short|OutOfMemoryError)")
 def test_memory_that_one_question_exceeds_is_told_of_that_question(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch

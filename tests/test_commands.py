@@ -249,6 +249,7 @@ def test_draw(run, tmp_path):
     assert run("draw", 1, "--out", tmp_path, "--habit", "sometimes")[0] == 2
 
 
+@pytest.mark.long
 def test_demo(run, folder, tmp_path):
     code, out, err = run("demo", "--model", folder, "--out", tmp_path, "--seed", 1)
     assert (code, err) == (0, "")

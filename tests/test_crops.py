@@ -140,6 +140,7 @@ def test_the_layers_table_speaks_of_vicrops_own_crops(
     assert "n = 4 " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_script_writes_its_page_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

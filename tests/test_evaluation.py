@@ -475,7 +475,9 @@ def test_logits_that_are_no_numbers_are_an_error(vlm: VLM, monkeypatch: pytest.M
     weight = vlm.model.get_output_embeddings().weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.nan))
     asker = Asker(vlm, ["vanilla"])
-    for record in asker.answer(asker.load(questions(Scenes())[0]), "vanilla"):
+    found = list(asker.answer(asker.load(questions(Scenes())[0]), "vanilla"))
+    assert len(found) == 4
+    for record in found:
         assert "NaN" in record["error"]
         assert json.loads(json.dumps(record), parse_constant=no_constant) == record
 
@@ -553,6 +555,7 @@ def test_shards_have_whole_images_and_equal_parts() -> None:
         assert min(counts) > 40
 
 
+@pytest.mark.long
 def test_shards_put_together_are_the_whole(vlm: VLM, tmp_path: Path) -> None:
     b = Scenes(images=4)
     evaluate([b], vlm, ["vanilla", "clvs"], tmp_path / "whole")
@@ -629,6 +632,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 BENCH = "pocket(questions=2, categories=('existence-random', 'attribute'))"
 
 
+@pytest.mark.long
 def test_eval_on_drawn_scenes(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,6 +657,7 @@ def test_eval_on_drawn_scenes(
     assert (parts / "shard-1-of-2" / RESULTS).exists()
 
 
+@pytest.mark.long
 def test_eval_stopped_by_hand(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

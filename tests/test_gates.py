@@ -43,6 +43,7 @@ def trained(vlm: VLM, folder: Path, **options: Any) -> str:
 # -- what is read ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("summary", ["prompt", "image"])
 def test_gates_are_those_of_each_question_alone(
     vlm: VLM, pictures: list[Picture], tmp_path: Path, summary: Any

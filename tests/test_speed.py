@@ -47,6 +47,7 @@ def test_script_writes_its_tables(
     assert rows["clvs"]["peak"]["ratio"] < 1.02 < rows["eager"]["peak"]["ratio"]
 
 
+@pytest.mark.long
 def test_script_counts_questions_per_second(tmp_path: Path) -> None:
     out = tmp_path / "eval"
     given = ["--eval", "--sizes", "pocket", "--method", "clvs", "--device", "cpu"]

@@ -150,6 +150,7 @@ def test_largest_weights_are_drawn_as_shares(llava: VLM) -> None:
 
 
 def test_reading_changes_no_answer(traced: Trace, pocket: VLM) -> None:
+    assert len(traced.runs) > 1
     for run in traced.runs:
         plain = pocket.ask(traced.image, traced.question, run.method)
         assert run.answer.text == plain.text
