@@ -1,11 +1,12 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from foveate import commands
 from tests import models
 
 
@@ -36,9 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     if len(left_out) == len(models.FAMILIES):
         raise pytest.UsageError(f"--families {chosen}: tests/models.py has no such family")
-    drop = [item for item in items if left_out & _words(item)]
-    config.hook.pytest_deselected(items=drop)
-    items[:] = [item for item in items if item not in drop]
+    config.hook.pytest_deselected(items=[item for item in items if left_out & _words(item)])
+    items[:] = [item for item in items if not left_out & _words(item)]
 
 
 def _words(item: pytest.Item) -> set[str]:
@@ -60,3 +60,17 @@ def model(family: str) -> Iterator[PreTrainedModel]:
     model.set_attn_implementation("sdpa")
     yield model
     assert not model._forward_hooks, "a test left a hook on the shared model"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            commands.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call

@@ -618,28 +618,15 @@ def test_the_next_images_are_opened_beside_the_model() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            commands.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 BENCH = "pocket(questions=2, categories=('existence-random', 'attribute'))"
 
 
 @pytest.mark.long
-def test_eval_on_drawn_scenes(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_on_drawn_scenes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands.common.Progress, "EVERY", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "run"
-    code, printed, told = command("eval", BENCH, "--out", out, "--device", "cpu")
+    code, printed, told = run("eval", BENCH, "--out", out, "--device", "cpu")
     assert code == 0
     assert "16 of 16 questions" in told
     assert "Existence, random" in printed
@@ -653,14 +640,12 @@ def test_eval_on_drawn_scenes(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = tmp_path / "parts"
-    assert command("eval", BENCH, "--out", parts, "--method", "vanilla", "--limit", 1)[0] == 0
+    assert run("eval", BENCH, "--out", parts, "--method", "vanilla", "--limit", 1)[0] == 0
     assert (parts / "shard-1-of-2" / RESULTS).exists()
 
 
 @pytest.mark.long
-def test_eval_stopped_by_hand(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_stopped_by_hand(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: Any, done: int, total: int, what: str) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -668,11 +653,11 @@ def test_eval_stopped_by_hand(
     given = ("eval", BENCH, "--out", tmp_path, "--method", "vanilla", "--device", "cpu")
     with monkeypatch.context() as patched:
         patched.setattr(commands.common.Progress, "__call__", stop)
-        code, _, told = command(*given)
+        code, _, told = run(*given)
     assert code == 130
     assert told == "foveate: stopped; the same command goes on from here\n"
     assert count(tmp_path) == 3
-    assert command(*given)[0] == 0
+    assert run(*given)[0] == 0
     assert count(tmp_path) == 8
 
 
@@ -688,9 +673,9 @@ def test_eval_stopped_by_hand(
     ],
 )
 def test_mistakes_are_one_sentence(
-    command: Any, tmp_path: Path, given: list[str], sentence: str
+    run: Any, tmp_path: Path, given: list[str], sentence: str
 ) -> None:
-    code, _, told = command("eval", *given, "--out", tmp_path / "run", "--device", "cpu")
+    code, _, told = run("eval", *given, "--out", tmp_path / "run", "--device", "cpu")
     assert code == 2
     assert sentence in told
     assert told.startswith("foveate: ")

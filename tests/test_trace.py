@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate import FoveateError, Method, commands, trace
+from foveate import FoveateError, Method, trace
 from foveate.families.layout import Grid
 from foveate.insight.pages.trace import page
 from foveate.insight.target import Target, known, read
@@ -478,20 +478,6 @@ def test_the_page_draws_itself_in_a_browser(traced: Trace, saved: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- command
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            commands.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        code = stop.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_command_writes_and_tells(run: Any, tmp_path: Path) -> None:
