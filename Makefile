@@ -72,6 +72,7 @@ lint: testing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 speed: testing
 	$(BIN)/python benchmarks/speed.py
