@@ -1,4 +1,4 @@
-# Two commands are all a newcomer needs: make demo, make test.
+# Two commands are all a newcomer needs: make demo, make test. While you work: make quick.
 
 # What to install as torch. On Linux without a GPU, to avoid gigabytes of CUDA libraries:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -33,13 +33,16 @@ METHODS := $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir \
 	$(wildcard src/foveate/methods/*)))))
 ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models shared look vlm \
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
-	--families llava,qwen -n $(JOBS)
+	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
 	installed testing
 
 demo: installed
 	$(BIN)/foveate demo --out demo
+
+quick: testing
+	$(BIN)/python -m pytest --families llava -m "not slow and not long" -n $(JOBS)
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -69,6 +72,7 @@ lint: testing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 speed: testing
 	$(BIN)/python benchmarks/speed.py

@@ -1,10 +1,12 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from foveate import commands
 from tests import models
 
 
@@ -22,25 +24,27 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they give, and s
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--families",
-        help="run what is tested per model family for these alone: beginnings of names, a,b,c",
+        help="test these model families only: names or patterns, such as llava or llava*,qwen*",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not (chosen := config.getoption("--families")):
         return
-    left_out = {name for name in models.FAMILIES if not name.startswith(tuple(chosen.split(",")))}
+    patterns = chosen.split(",")
+    left_out = {
+        name for name in models.FAMILIES if not any(fnmatch(name, pattern) for pattern in patterns)
+    }
     if len(left_out) == len(models.FAMILIES):
-        raise pytest.UsageError(f"--families {chosen}: no family in tests/models.py begins so")
-    drop = [item for item in items if left_out & _words(item)]
-    config.hook.pytest_deselected(items=drop)
-    items[:] = [item for item in items if item not in drop]
+        raise pytest.UsageError(f"--families {chosen}: tests/models.py has no such family")
+    config.hook.pytest_deselected(items=[item for item in items if left_out & _words(item)])
+    items[:] = [item for item in items if not left_out & _words(item)]
 
 
 def _words(item: pytest.Item) -> set[str]:
     """The words among a test's parameters."""
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return {value for value in given if isinstance(value, str)}
+    return {word for value in given if isinstance(value, str) for word in value.split()}
 
 
 @pytest.fixture(params=list(models.FAMILIES))
@@ -56,3 +60,17 @@ def model(family: str) -> Iterator[PreTrainedModel]:
     model.set_attn_implementation("sdpa")
     yield model
     assert not model._forward_hooks, "a test left a hook on the shared model"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            commands.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        code = stop.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call

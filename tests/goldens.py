@@ -1,6 +1,7 @@
-"""The outputs of official scorers and question files in ../shared, beside the repository.
+"""Question files as data roots, and the outputs of official scorers in ../shared.
 
-They are read where they are and never copied; tests that need them skip where they are absent.
+What lies in ../shared, beside the repository, is read where it is and never copied. Tests that need
+it are the stronger check and skip without it; tests/test_scorers.py needs only what is here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from foveate.evaluation.benchmark import EvalRecord, Sample
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN, BENCHDATA = SHARED / "golden", SHARED / "benchdata"
 REASON = "the scorers' outputs (../shared/golden) are not beside this repository"
+QUESTIONS = Path(__file__).parent / "references" / "questions"  # our own, in the official formats
 needed = pytest.mark.skipif(not GOLDEN.is_dir(), reason=REASON)
 
 
@@ -40,15 +42,15 @@ def read(*parts: str) -> Any:
     return json.loads(text)
 
 
-def data_root(folder: Path, *images: str) -> Path:
-    """A data root in `folder`: links to every question file, and empty files named `images`."""
-    if not BENCHDATA.is_dir():
+def data_root(folder: Path, *images: str, source: Path = BENCHDATA) -> Path:
+    """A data root in `folder`: links to the files of `source`, and empty files named `images`."""
+    if not source.is_dir():
         pytest.skip("the question files (../shared/benchdata) are not beside this repository")
-    for source in BENCHDATA.rglob("*"):
-        target = folder / source.relative_to(BENCHDATA)
-        if source.is_file():
+    for file in source.rglob("*"):
+        target = folder / file.relative_to(source)
+        if file.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source)
+            target.symlink_to(file)
     for image in images:
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
         (folder / image).touch()

@@ -124,7 +124,13 @@ def randomise(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict[str, Tensor]:
+def inputs(
+    name: str,
+    kind: str = "image",
+    batch: int = 1,
+    row: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
     """Tensors for ``model(**inputs)``: prompts ``row .. row + batch`` of a kind, left-padded."""
     spec = FAMILIES[name]()
     prompts = [_prompt(name, kind, r) for r in range(row, row + batch)]
@@ -149,7 +155,16 @@ def inputs(name: str, kind: str = "image", batch: int = 1, row: int = 0) -> dict
         out[key] = _cat([p[key] for p in pictures])
     if pictures and spec.counts:
         out["batch_num_images"] = torch.tensor([len(row_pictures) for _, row_pictures in prompts])
-    return out
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in out.items()}
+
+
+def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:
+    """Padded batches on one cache: pictures, two tokens, a turn of kind `second`, two tokens."""
+    # Qwen works positions out from all pictures of a sample in a row, not turn by turn
+    batch = 1 if alone or (second == "image" and name.startswith("qwen")) else 3
+    tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
+    first, more = (inputs(name, kind, batch=batch) for kind in ("mixed", second))
+    return [first, *tokens[:2], more, *tokens[2:]]
 
 
 def _prompt(name: str, kind: str, row: int) -> tuple[list[int], list[dict[str, Tensor]]]:

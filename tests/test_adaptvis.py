@@ -113,16 +113,6 @@ def test_a_question_behind_a_shared_prefix_has_its_own_confidence(family: str, m
     assert torch.cat(factors).tolist() == pytest.approx([2.0 if s else 0.3 for s in sure])
 
 
-def test_a_second_request_is_not_changed_by_the_first() -> None:
-    model, method = models.build("llava"), AdaptVis(**parameters("llava", "image"))
-    first, second = models.inputs("llava", "images"), models.inputs("llava", row=1)
-    with torch.no_grad(), enhance(model, method):
-        model.generate(**first, max_new_tokens=3)
-        again = model(**second).logits
-    with torch.no_grad(), enhance(model, method):
-        assert torch.equal(model(**second).logits, again)
-
-
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

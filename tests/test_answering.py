@@ -166,6 +166,7 @@ def test_a_failure_lets_go_of_its_tensors_and_keeps_its_traceback() -> None:
     assert "in outer" in told
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:(Memory is short|.* questions are now asked one by one)")
 @pytest.mark.parametrize("error", [starved(), ZeroDivisionError("no")])
 def test_a_question_that_always_fails_fails_alone(
@@ -243,6 +244,7 @@ def test_a_shared_prefix_halves_and_recovers(vlm: VLM, batches: Batches) -> None
     assert size.now == 8
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short")
 def test_a_padded_batch_halves_and_keeps_what_it_has(vlm: VLM, batches: Batches) -> None:
     chats = [about(number, ("What is this?",))[0] for number in range(6)]
@@ -273,6 +275,7 @@ def test_what_failed_is_free_before_the_next_attempt(vlm: VLM, batches: Batches)
     assert set(kept) == {1}, "what a forward holds goes with it"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:(Memory is short|OutOfMemoryError)")
 def test_memory_that_one_question_exceeds_is_told_of_that_question(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
@@ -295,6 +298,7 @@ def test_memory_that_one_question_exceeds_is_told_of_that_question(
     assert size.now == 4
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short")
 @pytest.mark.parametrize("analysis", ["convergence", "decay", "heads", "complexity", "layers"])
 def test_an_analysis_goes_on_where_memory_is_short(
@@ -320,6 +324,7 @@ def same(one: Any, other: Any) -> bool:
     return one == (pytest.approx(other, rel=1e-3, abs=1e-5) if isinstance(one, float) else other)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:(Memory is short|OutOfMemoryError)")
 def test_a_reading_that_cannot_be_is_the_failure_itself(vlm: VLM, batches: Batches) -> None:
     batches.room(0)

@@ -340,6 +340,7 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> li
     return asked
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["folder", "hub"])
 def test_an_evaluation_reads_the_files_once(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,20 +41,6 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            commands.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        code = stop.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
-
-
 def one_sentence(result: tuple[int, str, str]) -> str:
     code, out, err = result
     assert code == 2
@@ -210,7 +196,6 @@ def test_methods(run, folder):
     assert "layers=0..5" in out
     assert "foveate heads" in out, "what cannot be had says why"
     assert "loading the weights" in err
-    assert "sink_dims=()" in out
     code, out, _ = run("methods", "--model", "pocket")
     assert code == 0
     assert "heads=((" in out, "the pocket model has a list of its own"
@@ -251,6 +236,7 @@ def test_draw(run, tmp_path):
     assert run("draw", 1, "--out", tmp_path, "--habit", "sometimes")[0] == 2
 
 
+@pytest.mark.long
 def test_demo(run, folder, tmp_path):
     code, out, err = run("demo", "--model", folder, "--out", tmp_path, "--seed", 1)
     assert (code, err) == (0, "")

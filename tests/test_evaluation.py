@@ -224,6 +224,7 @@ def count(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_as_an_undisturbed_one(vlm: VLM, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     evaluate(Plan([Scenes()], KILLED, whole), vlm)
@@ -379,6 +380,7 @@ def starving(vlm: VLM, most: int) -> Callable[..., Any]:
     return limited
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short. going on with 1")
 @pytest.mark.parametrize("method", ["vanilla", "clvs"])
 def test_out_of_memory_halves_the_batch(
@@ -396,6 +398,7 @@ def test_out_of_memory_halves_the_batch(
         assert all(r["error"] is None for r in other)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:OutOfMemoryError. 4 questions are now asked one by one")
 def test_memory_that_one_question_exceeds_does_not_slow_the_others(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
@@ -453,6 +456,7 @@ class Watched:
         return records, answered, most
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Memory is short")
 @pytest.mark.parametrize("method", ["vicrop", "carve(steps=2)", "laser"])
 @pytest.mark.parametrize("how", ["once", "always"])
@@ -485,7 +489,9 @@ def test_logits_that_are_no_numbers_are_an_error(vlm: VLM, monkeypatch: pytest.M
     weight = vlm.model.get_output_embeddings().weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.nan))
     asker = Asker(vlm, ["vanilla"])
-    for record in asker.answer(asker.load(questions(Scenes())[0]), "vanilla"):
+    found = list(asker.answer(asker.load(questions(Scenes())[0]), "vanilla"))
+    assert len(found) == 4
+    for record in found:
         assert "NaN" in record["error"]
         assert json.loads(json.dumps(record), parse_constant=no_constant) == record
 
@@ -563,6 +569,7 @@ def test_shards_have_whole_images_and_equal_parts() -> None:
         assert min(counts) > 40
 
 
+@pytest.mark.long
 def test_shards_put_together_are_the_whole(vlm: VLM, tmp_path: Path) -> None:
     b = Scenes(images=4)
     evaluate(Plan([b], ["vanilla", "clvs"], tmp_path / "whole"), vlm)
@@ -631,27 +638,15 @@ def test_the_next_images_are_opened_beside_the_model() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            commands.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 BENCH = "pocket(questions=2, categories=('existence-random', 'attribute'))"
 
 
-def test_eval_on_drawn_scenes(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.long
+def test_eval_on_drawn_scenes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands.common.Progress, "EVERY", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "run"
-    code, printed, told = command("eval", BENCH, "--out", out, "--device", "cpu")
+    code, printed, told = run("eval", BENCH, "--out", out, "--device", "cpu")
     assert code == 0
     assert "16 of 16 questions" in told
     assert "Existence, random" in printed
@@ -665,13 +660,12 @@ def test_eval_on_drawn_scenes(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = tmp_path / "parts"
-    assert command("eval", BENCH, "--out", parts, "--method", "vanilla", "--limit", 1)[0] == 0
+    assert run("eval", BENCH, "--out", parts, "--method", "vanilla", "--limit", 1)[0] == 0
     assert (parts / "shard-1-of-2" / RESULTS).exists()
 
 
-def test_eval_stopped_by_hand(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.long
+def test_eval_stopped_by_hand(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: Any, done: int, total: int, what: str) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -679,11 +673,11 @@ def test_eval_stopped_by_hand(
     given = ("eval", BENCH, "--out", tmp_path, "--method", "vanilla", "--device", "cpu")
     with monkeypatch.context() as patched:
         patched.setattr(commands.common.Progress, "__call__", stop)
-        code, _, told = command(*given)
+        code, _, told = run(*given)
     assert code == 130
     assert told == "foveate: stopped; the same command goes on from here\n"
     assert count(tmp_path) == 3
-    assert command(*given)[0] == 0
+    assert run(*given)[0] == 0
     assert count(tmp_path) == 8
 
 
@@ -699,9 +693,9 @@ def test_eval_stopped_by_hand(
     ],
 )
 def test_mistakes_are_one_sentence(
-    command: Any, tmp_path: Path, given: list[str], sentence: str
+    run: Any, tmp_path: Path, given: list[str], sentence: str
 ) -> None:
-    code, _, told = command("eval", *given, "--out", tmp_path / "run", "--device", "cpu")
+    code, _, told = run("eval", *given, "--out", tmp_path / "run", "--device", "cpu")
     assert code == 2
     assert sentence in told
     assert told.startswith("foveate: ")

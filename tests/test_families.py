@@ -278,6 +278,7 @@ def test_a_tile_token_is_its_own_place_in_the_one_map():
 # -- at full size, by the models' own packing ------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["LlavaNext", "LlavaOnevision"])
 def test_full_size_mosaics_are_where_the_model_packs_them(name):
     """Every patch carries its place on the padded canvas through `pack_image_features`."""

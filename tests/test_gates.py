@@ -44,6 +44,7 @@ def trained(vlm: VLM, folder: Path, **options: Any) -> str:
 # -- what is read ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("summary", ["prompt", "image"])
 def test_gates_are_those_of_each_question_alone(
     vlm: VLM, pictures: list[AnnotatedImage], tmp_path: Path, summary: Any
@@ -72,6 +73,7 @@ def test_without_an_injection_there_are_no_gates(
     assert not list(tmp_path.iterdir())  # nothing is begun
 
 
+@pytest.mark.long
 def test_two_injections_beside_each_other(
     vlm: VLM, pictures: list[AnnotatedImage], tmp_path: Path
 ) -> None:
@@ -86,7 +88,6 @@ def test_two_injections_beside_each_other(
     gates = np.array(second["gate"]["mean"], float)
     assert (np.isnan(gates) == ~np.eye(4, dtype=bool)).all()
     assert np.nanmax(np.array(second["deviation"], float)) < 1e-6
-    assert "Grey: not connected." in found["caption"]
     assert (tmp_path / "out" / "gates.png").stat().st_size > 10_000
     assert "gates.png" in (tmp_path / "out" / "gates.md").read_text()
 

@@ -207,6 +207,7 @@ def samples() -> list[LabelledImage]:
 WORDS = Vocabulary({f"w{i}": () for i in range(models.VOCAB)})
 
 
+@pytest.mark.long
 def test_scores_are_means_over_hallucinated_less_means_over_real(vlm, samples, tmp_path: Path):
     out = tmp_path / "list.json"
     options = {"max_new_tokens": 5, "prompt": "is there a cat", "top_k": 4}
@@ -371,6 +372,7 @@ def test_where_no_image_can_be_used_one_sentence_says_why(run, folder, photos, t
     assert "No image could be used (There is no image" in sentence(result)
 
 
+@pytest.mark.long
 def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
     out = tmp_path / "list.json"
     code, printed, err = run("--scenes", 3, "--max-new-tokens", 24, "--out", out)
@@ -387,6 +389,7 @@ def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
     assert answers[0].probabilities != answers[1].probabilities
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(run, folder, tmp_path: Path):
     with (tmp_path / "objects.jsonl").open("w") as file:
         for i in range(40):

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import FoveateError, Method, enhance
-from foveate.backends.transformers.anatomy import anatomy
-from foveate.backends.transformers.compat import cache_of, passing
-from foveate.core import Rows
+from foveate import FoveateError, Method
 from foveate.methods.devils import Devils
 from foveate.methods.scalingvis import ScalingVis, scaled
 from foveate.methods.tarac import TARAC
 from foveate.methods.vaf import VAF
 from tests import models
 from tests.references import devils, scalingvis, tarac, vaf
-from tests.references.full import FullMap, disagreement
+from tests.references.full import (
+    FullMap,
+    disagreement,
+    disagreement_in_beams,
+    disagreement_in_turns,
+)
 
 REFERENCES: dict[type[Method], type[FullMap]] = {
     VAF: vaf.VAF,
@@ -64,57 +66,22 @@ def test_every_parameter_equals_the_reference(name: str, method: Method) -> None
     assert disagreement(method, slow(model, method), inputs) < 1e-5
 
 
-def pieces(name: str, second: str) -> list[dict[str, Tensor]]:
-    """A conversation of padded batches: pictures, two tokens, another turn, two tokens."""
-    # Qwen works positions out from all pictures of a sample in a row, not turn by turn
-    batch = 1 if second == "image" and name.startswith("qwen") else 3
-    tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
-    first, more = (models.inputs(name, kind, batch=batch) for kind in ("mixed", second))
-    return [first, *tokens[:2], more, *tokens[2:]]
-
-
 @pytest.mark.parametrize(
     "method", [*METHODS, TARAC(beta=2.0, alpha=0.9, normalise=True)], ids=lambda m: m.name
 )
 @pytest.mark.parametrize("second", ["suffix", "image"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_a_second_turn_equals_the_reference(name: str, method: Method, second: str) -> None:
-    model = models.build(name)
-    talk, reference = pieces(name, second), slow(model, method)
-    want, masks, places = [], [], []
-    for piece in talk:
-        want.append(reference.forward(dict(piece)).logits)
-        masks.append(reference.seen["attention_mask"])
-        places.append(reference.positions[..., -piece["input_ids"].shape[1] :])
-    cache = None
-    with torch.no_grad(), enhance(model, method):
-        for piece, mask, place, logits in zip(talk, masks, places, want, strict=True):
-            position_ids = place if len(place) == 3 else place[0]
-            given = piece | {"attention_mask": mask, "position_ids": position_ids}
-            out = model(**given, **passing(model, cache), use_cache=True)
-            cache = cache_of(out)
-            assert (out.logits[:, -1] - logits).abs().max() < 1e-5
+    talk = models.conversation(name, second)
+    assert disagreement_in_turns(method, slow(models.build(name), method), talk)[0] < 1e-5
 
 
 @pytest.mark.parametrize("pool", ["max", "head"])
 def test_the_memory_of_tarac_follows_beams(family: str, model: Any, pool: Any) -> None:
     method = TARAC(beta=2.0, alpha=1.0, pool=pool)
-    inputs, steps = models.inputs(family, "image", batch=2), 8
-    with torch.no_grad(), enhance(model, method):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            num_beams=4,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-    length = inputs["input_ids"].shape[1]
-    for row, tokens in enumerate(out.sequences[:, length:]):
-        alone = models.inputs(family, "image", row=row)
-        done = slow(model, method).run(alone, steps, tokens=tokens[None, :-1])
-        chances = [s.logits.log_softmax(-1)[0, t] for s, t in zip(done, tokens, strict=True)]
-        assert (sum(chances) / steps - out.sequences_scores[row]).abs() < 1e-5
-    assert (out.beam_indices.diff(dim=1) != 0).any()
+    alone = [models.inputs(family, row=row) for row in range(2)]
+    together = models.inputs(family, batch=2)
+    assert disagreement_in_beams(method, lambda: slow(model, method), together, alone) < 1e-5
 
 
 # -- by hand -----------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ def test_readings_and_vaq_equal_full_maps_on_every_family(name: str) -> None:
     compared(vlm, about(picture(0, *SIZES[name]), ASKED), "laser(heads=2)", heads=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "heads"),
     [
@@ -169,6 +170,7 @@ def test_layers_before_the_first_are_read_but_not_chosen(small: VLM) -> None:
     assert difference(found.c, slow.added) < 1e-5
 
 
+@pytest.mark.long
 def test_the_pocket_model_chooses_different_layers_for_different_questions(pocket: VLM) -> None:
     assert len(set(compared(pocket, scene(2, 96), "laser(heads=4)", heads=4))) > 1
 
@@ -294,6 +296,7 @@ def streams(vlm: VLM, chat: Chat, tokens: list[int]) -> tuple[Tensor, Tensor]:
     return own, reference.stream(vlm, chat.contrast, chat, tokens)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [SMALL, "laser(heads=2,floor=10,answer_input=both)"])
 def test_prompt_and_decode_steps_equal_two_streams_by_hand(small: VLM, method: str) -> None:
     chats = views(small, picture(0), method, ASKED[:3])
@@ -305,6 +308,7 @@ def test_prompt_and_decode_steps_equal_two_streams_by_hand(small: VLM, method: s
         assert difference(fast[-1], own[-1]) > 0.01, "the hidden patches matter"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [{"alpha": 0.3}, {"alpha": 2.0, "plausibility": 0.1}, {"plausibility": 1.0}],
@@ -342,6 +346,7 @@ class Watched(LASER, register=False):
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plausibility", [0.0, 0.1])
 def test_a_batch_with_and_without_vat_is_its_single_prompts(
     small: VLM, plausibility: float
@@ -368,6 +373,7 @@ def test_no_second_stream_runs_where_no_prompt_wants_one(small: VLM) -> None:
     chats = rewritten(small, about(picture(0), ASKED), "laser(heads=2,floor=10,vat=never)")
     Watched.seen.clear()
     small.answer(chats, (Watched(heads=2, floor=10),), 2)
+    assert len(Watched.seen) == 2
     for plain, other, out, paired in Watched.seen:
         assert other is None
         assert not paired
@@ -393,6 +399,7 @@ def beams(vlm: VLM, chat: Chat, tokens: int) -> list[int]:
     return kept[0][1]
 
 
+@pytest.mark.long
 def test_beams_equal_a_search_by_hand(small: VLM) -> None:
     chats = views(small, picture(0), SMALL, ASKED[:3])
     chats[1].contrast, chats[1].notes["vat"] = None, False
@@ -404,6 +411,7 @@ def test_beams_equal_a_search_by_hand(small: VLM) -> None:
         assert list(answer.tokens) == expected
 
 
+@pytest.mark.long
 def test_the_pocket_model_equals_two_streams_by_hand() -> None:
     """In double precision: its logits are ten times as large as those of the tiny models."""
     vlm = VLM.load("pocket", device="cpu", dtype=torch.float64)
@@ -463,6 +471,7 @@ def test_laser_without_vat_runs_with_vcd(small: VLM) -> None:
     assert answer.tokens == small.ask(crop, ASKED[0], "vcd", max_new_tokens=6).tokens
 
 
+@pytest.mark.long
 def test_evaluation_in_groups_is_one_by_one(
     pocket: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,30 @@ def images() -> list[Image.Image]:
     return [world.draw(world.sample(2_100_000_001))]
 
 
+def by_hand(vlm: VLM, chat: Chat, steps: int) -> list[torch.Tensor]:
+    """(layers, H, N_v) per step: the whole sequence again for every token, full maps."""
+    inputs = dict(vlm.inputs([chat]))
+    visual = (inputs["input_ids"] == vlm.model.config.image_token_id)[0].nonzero()[:, 0]
+    ends, maps = vlm.model.generation_config.eos_token_id, []
+    before = vlm.model.config._attn_implementation
+    vlm.model.set_attn_implementation("eager")
+    for _ in range(steps):
+        with torch.no_grad():
+            out = vlm.model(**inputs, use_cache=False, output_attentions=True)
+        maps.append(torch.stack([a[0, :, -1, visual] for a in out.attentions]))
+        token = out.logits[:, -1:].argmax(-1)
+        if int(token) == ends:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                extra = torch.full_like(token, int(name == "attention_mask"))
+                inputs[name] = torch.cat([inputs[name], extra], 1)
+    vlm.model.set_attn_implementation(before)
+    return maps
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("heads", ["mean", "all"])
 @pytest.mark.parametrize("how", ["shared", "alone", "padded"])
 def test_rows_are_those_of_running_everything_again(

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance, prefill
-from foveate.backends.transformers.anatomy import anatomy
-from foveate.backends.transformers.compat import cache_of, passing
+from foveate.backends.transformers.compat import passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from foveate.methods.vcd import VCD
 from tests import models
 from tests.references import clvs, vcd
 from tests.references import pai as reference
-from tests.references.full import difference, disagreement
+from tests.references.full import difference, disagreement, disagreement_in_turns
 
 STRONG = {"alpha": 1.0, "gamma": 1.3}
 
@@ -186,36 +185,10 @@ def test_a_shared_prefix_of_image_tokens_leaves_the_second_stream_nothing(pieces
 @pytest.mark.parametrize("second", ["suffix", "image"])
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
 def test_a_second_turn_equals_the_reference(name: str, second: str) -> None:
-    model, method, want = models.build(name), PAI(**STRONG), []
-    # Qwen works positions out from all pictures of a sample in a row, not turn by turn;
+    method = PAI(**STRONG)
     # the sliding windows of Gemma3 count padding between turns, of which one stream has less
-    alone = name == "gemma3" or (second == "image" and name.startswith("qwen"))
-    batch = 1 if alone else 3
-    first, more = (models.inputs(name, kind, batch=batch) for kind in ("mixed", second))
-    tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
-    talk = [first, *tokens[:2], more, *tokens[2:]]
-    slowly, masks, places = slow(model, method), [], []
-    for piece in talk:
-        want.append(slowly.forward(dict(piece)).logits)
-        masks.append(slowly.seen["attention_mask"])
-        places.append(slowly.positions[..., -piece["input_ids"].shape[1] :])
-    cache = None
-    with torch.no_grad(), enhance(model, method):
-        for piece, mask, place, expected in zip(talk, masks, places, want, strict=True):
-            given = {"attention_mask": mask, "position_ids": place if len(place) == 3 else place[0]}
-            out = model(**piece | given, **passing(model, cache), use_cache=True)
-            cache = cache_of(out)
-            assert difference(out.logits[:, -1], expected) < 1e-5
-
-
-def test_a_second_request_is_not_changed_by_the_first() -> None:
-    model = models.build("llava_next")
-    first, second = models.inputs("llava_next", "images"), models.inputs("llava_next", row=1)
-    with torch.no_grad(), enhance(model, PAI()):
-        model.generate(**first, max_new_tokens=3)
-        again = model(**second).logits
-    with torch.no_grad(), enhance(model, PAI()):
-        assert torch.equal(model(**second).logits, again)
+    talk = models.conversation(name, second, alone=name == "gemma3")
+    assert disagreement_in_turns(method, slow(models.build(name), method), talk)[0] < 1e-5
 
 
 # -- with others -----------------------------------------------------------------------------------

@@ -36,10 +36,7 @@ class Watch(Method, register=False):
 def test_weights_of_a_half_precision_model_are_float32(family: str, dtype: torch.dtype) -> None:
     """Against weights in float64 from the same queries and cached keys."""
     model = models.build(family, dtype=dtype)
-    inputs = {
-        k: v.to(dtype) if v.is_floating_point() else v
-        for k, v in models.inputs(family, batch=3).items()
-    }
+    inputs = models.inputs(family, batch=3, dtype=dtype)
     Watch.kept.clear()
     with torch.no_grad(), enhance(model, Watch()):
         model.generate(**inputs, max_new_tokens=3)

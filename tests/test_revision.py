@@ -201,6 +201,7 @@ def has(file: str) -> None:
     assert {name: found[name] for name in ASKED} == ASKED
 
 
+@pytest.mark.long
 def test_every_command_that_asks_a_model_takes_a_revision(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

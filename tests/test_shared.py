@@ -36,6 +36,7 @@ STACKS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:var does nothing")
 @pytest.mark.parametrize("method", [*STACKS, "clvs+vcd", "tarac+pai(gamma=1)"])
 def test_answers_are_those_of_asking_one_by_one(vlm: VLM, method: str) -> None:

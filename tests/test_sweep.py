@@ -282,8 +282,14 @@ def drawn(found: Sweep, path: Path) -> str:
 def test_a_line_names_its_axes_and_n(swept: Swept, tmp_path: Path) -> None:
     found = swept(FIRST_WRONG, "smoothing=0.5,0.8")
     words = drawn(found, tmp_path / "line.svg")
-    for said in ("clvs over smoothing", "accuracy, all questions (%)", ">smoothing<", ">vanilla<",
-                 "95 % interval", "default, 0.8", "n = 24", "12 images"):  # fmt: skip
+    for said in (
+        ">smoothing<",
+        ">vanilla<",
+        "95 % interval",
+        "default, 0.8",
+        "n = 24",
+        "12 images",
+    ):
         assert said in words
 
 
@@ -298,7 +304,7 @@ def test_a_map_writes_its_values_in(swept: Swept, tmp_path: Path) -> None:
     found = swept(answers, "smoothing=0.5,0.8", "beta=0.5,0.8")
     words = drawn(found, tmp_path / "map.svg")
     numbers = (">100.00<", ">+50.00*<", ">37.50<", ">-12.50<", ">50.00<", ">+0.00<", "no value")
-    names = (">smoothing<", ">beta<", ">vanilla<", "Framed: the default", "n = 24")
+    names = (">smoothing<", ">memory<", ">vanilla<", "n = 24")
     for said in (*numbers, *names):
         assert said in words
 
@@ -307,7 +313,7 @@ def test_values_without_a_scale_are_not_joined(swept: Swept, tmp_path: Path) -> 
     found = swept({"vanilla": right, "clvs(pool='mean')": right, "clvs": wrong}, "pool=mean,max")
     assert found.axes[0].default == "max"
     words = drawn(found, tmp_path / "words.svg")
-    for said in ("Bars: 95 %", ">mean<", ">max<", "default, max"):
+    for said in (">mean<", ">max<", "default, max"):
         assert said in words
 
 

@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate import FoveateError, Method, commands, trace
-from foveate.backends.transformers.anatomy import anatomy
+from foveate import FoveateError, Method, trace
 from foveate.families.layout import Grid
 from foveate.insight.pages.trace import page
 from foveate.insight.target import Target, known, read
@@ -152,6 +151,7 @@ def test_largest_weights_are_drawn_as_shares(llava: VLM) -> None:
 
 
 def test_reading_changes_no_answer(traced: Trace, pocket: VLM) -> None:
+    assert len(traced.runs) > 1
     for run in traced.runs:
         plain = pocket.ask(traced.image, traced.question, run.method)
         assert run.answer.text == plain.text
@@ -479,20 +479,6 @@ def test_the_page_draws_itself_in_a_browser(traced: Trace, saved: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- command
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            commands.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        code = stop.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_command_writes_and_tells(run: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from foveate.scenes import lessons, questions
 from foveate.training import loop as train
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
+pytestmark = pytest.mark.long
 
 TINY = {"vision_layers": 1, "vision_width": 64, "text_layers": 1, "text_width": 64}
 SHORT = dict.fromkeys(training.STAGES, 3)

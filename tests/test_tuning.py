@@ -34,6 +34,7 @@ from foveate.training.writer import IGNORE, Writer
 from tests import models, tiny
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
+pytestmark = pytest.mark.long
 
 SHORT = Recipe(steps=4, batch_size=4, max_length=512)
 IMAGE = "cli(summary=image, start=0.0)"  # gates half open, so that mistakes show

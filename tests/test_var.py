@@ -22,7 +22,7 @@ from foveate.core import Stream
 from foveate.methods.var import VAR, find_sink_dims, known_sink_dims
 from tests import models
 from tests.references import var as reference
-from tests.references.full import disagreement
+from tests.references.full import disagreement, disagreement_in_beams, disagreement_in_turns
 
 STRONG = VAR(**VAR.example)
 VARIANTS = [
@@ -66,34 +66,13 @@ def test_every_parameter_equals_the_reference(name: str, method: VAR) -> None:
     assert disagreement(method, slow(model, method), inputs) < 1e-5
 
 
-def pieces(family: str, second: str) -> list[dict[str, Tensor]]:
-    """A conversation of padded batches: pictures, two tokens, another turn, two tokens."""
-    # Qwen works positions out from all pictures of a sample in a row, not turn by turn
-    batch = 1 if second == "image" and family.startswith("qwen") else 3
-    tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
-    first, more = (models.inputs(family, kind, batch=batch) for kind in ("mixed", second))
-    return [first, *tokens[:2], more, *tokens[2:]]
-
-
 @pytest.mark.parametrize("second", ["suffix", "image"])
 def test_a_second_turn_adds_its_sinks_and_leaves_generated_tokens_out(
     family: str, model: Any, second: str
 ) -> None:
-    talk, slowly, cache = pieces(family, second), slow(model, STRONG), None
-    turns = []
-    for piece in talk:
-        want = slowly.forward(dict(piece)).logits
-        places = slowly.positions[..., -piece["input_ids"].shape[1] :]
-        own = {
-            "attention_mask": slowly.seen["attention_mask"],
-            "position_ids": places if len(places) == 3 else places[0],
-        }
-        turns.append((piece | own, want))
-    with torch.no_grad(), enhance(model, STRONG):
-        for given, want in turns:
-            out = model(**given, **passing(model, cache), use_cache=True)
-            cache = cache_of(out)
-            assert (out.logits[:, -1] - want).abs().max() < 1e-5
+    talk, slowly = models.conversation(family, second), slow(model, STRONG)
+    worst, cache = disagreement_in_turns(STRONG, slowly, talk)
+    assert worst < 1e-5
     start, stop = (sum(p["input_ids"].shape[1] for p in talk[:n]) for n in (1, 3))
     for layer, sinks in VAR.sinks(cache).items():
         assert sinks[:, :start].any()
@@ -107,22 +86,9 @@ def test_a_second_turn_adds_its_sinks_and_leaves_generated_tokens_out(
 
 
 def test_sinks_follow_beams(family: str, model: Any) -> None:
-    inputs, steps = models.inputs(family, "image", batch=2), 8
-    with torch.no_grad(), enhance(model, STRONG):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            num_beams=4,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-    length = inputs["input_ids"].shape[1]
-    for row, tokens in enumerate(out.sequences[:, length:]):
-        alone = models.inputs(family, "image", row=row)
-        done = slow(model, STRONG).run(alone, steps, tokens=tokens[None, :-1])
-        chances = [s.logits.log_softmax(-1)[0, t] for s, t in zip(done, tokens, strict=True)]
-        assert (sum(chances) / steps - out.sequences_scores[row]).abs() < 1e-5
-    assert (out.beam_indices.diff(dim=1) != 0).any()
+    alone = [models.inputs(family, row=row) for row in range(2)]
+    together = models.inputs(family, batch=2)
+    assert disagreement_in_beams(STRONG, lambda: slow(model, STRONG), together, alone) < 1e-5
 
 
 def test_a_prefix_cut_short_and_filled_again_is_the_single_prompt() -> None:

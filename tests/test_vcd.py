@@ -221,16 +221,6 @@ def test_a_second_turn_is_contrasted_like_one_long_prompt(name: str, second: str
     assert difference(out.logits[:, -1], expected) < ROUNDING
 
 
-def test_a_second_request_is_not_changed_by_the_first() -> None:
-    model = models.build("llava_next")
-    first, second = models.inputs("llava_next", "images"), models.inputs("llava_next", row=1)
-    with torch.no_grad(), enhance(model, VCD()):
-        model.generate(**first, max_new_tokens=3)
-        again = model(**second).logits
-    with torch.no_grad(), enhance(model, VCD()):
-        assert torch.equal(model(**second).logits, again)
-
-
 def test_clvs_edits_the_true_stream_and_leaves_the_noised_one_plain() -> None:
     name = "llava"
     model, inputs = models.build(name), models.inputs(name, "images", batch=3)

@@ -187,6 +187,7 @@ def test_what_the_model_is_shown(pocket: VLM) -> None:
         assert crops.setdefault(tuple(chat.notes["crop"]), chat.images[1]) is chat.images[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["vicrop", "vicrop(final_input=crop)+clvs"])
 def test_questions_of_one_image_together_are_those_asked_one_by_one(
     pocket: VLM, method: str

@@ -1,6 +1,6 @@
 """Run tests on the newest releases, and say in one line which package broke what.
 
-python tools/newest.py "torch==2.13.0" tests/test_engine.py --families llava,qwen
+python tools/newest.py "torch==2.13.0" tests/test_engine.py --families 'llava*'
 
 The first argument is the torch that belongs to the lock, the others go to pytest. This runs in an
 environment that holds the newest releases. If tests fail, the packages that differ from

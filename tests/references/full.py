@@ -4,7 +4,7 @@
 (B, H, Q, K) in float32, edited sample by sample by a subclass, nothing cut, nothing cached but the
 keys and values themselves. A token's keys and values stay what they were when it was first read,
 as in any cached decoding; positions are computed from the prompt, not observed. It shares no code
-with the fast path; only `disagreement`, at the end, knows it.
+with the fast path; only the functions at the end know it.
 
 A method's reference overrides what it needs, with plain loops, one sample and one layer at a time:
 
@@ -45,7 +45,7 @@ second stream is another `FullMap`, fed by an overridden `forward` before or aft
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,3 +289,48 @@ def disagreement(
     slow = reference.run(inputs, steps, tokens=tokens)
     pairs = [(a, b.logits) for a, b in zip(out.logits, slow, strict=True)]
     return max(difference(a, b) for a, b in pairs)
+
+
+def disagreement_in_turns(
+    method: Method, reference: FullMap, talk: Sequence[dict[str, Tensor]]
+) -> tuple[float, Any]:
+    """`disagreement` over a conversation given piece by piece, and the fast path's cache."""
+    turns = []
+    for piece in talk:
+        want = reference.forward(dict(piece)).logits
+        places = reference.positions[..., -piece["input_ids"].shape[1] :]
+        place = places if len(places) == 3 else places[0]
+        mask = reference.seen["attention_mask"]
+        turns.append((piece | {"attention_mask": mask, "position_ids": place}, want))
+    worst, cache = 0.0, None
+    with torch.no_grad(), enhance(reference.model, method):
+        for given, want in turns:
+            out = reference.model(**given, **passing(reference.model, cache), use_cache=True)
+            cache = cache_of(out)
+            worst = max(worst, difference(out.logits[:, -1], want))
+    return worst, cache
+
+
+def disagreement_in_beams(
+    method: Method,
+    reference: Callable[[], FullMap],
+    inputs: dict[str, Tensor],
+    alone: Sequence[dict[str, Tensor]],
+    steps: int = 8,
+) -> float:
+    """Largest difference between a beam search's scores and the reference's of the same tokens.
+
+    `alone` are the prompts of `inputs` one by one; each gets a `reference` of its own.
+    """
+    out = generate(
+        reference().model, inputs, method, max_new_tokens=steps, num_beams=4, output_scores=True
+    )
+    assert (out.beam_indices.diff(dim=1) != 0).any(), "no beam took another's place"
+    worst, length = 0.0, inputs["input_ids"].shape[1]
+    for single, tokens, score in zip(
+        alone, out.sequences[:, length:], out.sequences_scores, strict=True
+    ):
+        done = reference().run(single, steps, tokens=tokens[None, :-1])
+        chances = [s.logits.log_softmax(-1)[0, t] for s, t in zip(done, tokens, strict=True)]
+        worst = max(worst, abs(float(sum(chances) / steps - score)))
+    return worst

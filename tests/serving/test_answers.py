@@ -18,6 +18,7 @@ from foveate.serving.sampling import sample
 from foveate.serving.wire import Settings
 from tests.serving.conftest import question, running, scene, wait_for
 
+pytestmark = pytest.mark.long
 DESCRIBE = "Please describe this image in detail."
 METHODS = ["vanilla", "clvs", "clvs(smoothing=0.7)+vcd", "pai", "vicrop"]
 

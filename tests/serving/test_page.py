@@ -202,6 +202,7 @@ def test_the_worker_traces_and_survives_failures(http, body, monkeypatch):
     assert http.post("/explore/trace", json=body).status_code == 200
 
 
+@pytest.mark.long
 def test_traces_wait_in_the_same_queue_as_answers(vlm, gate, body):
     asked = {"model": "pocket", "messages": question(ASKED, scene(1)), "max_tokens": 2}
     with (

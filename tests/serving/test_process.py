@@ -60,6 +60,7 @@ class Server:
             self.process.wait(PATIENCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

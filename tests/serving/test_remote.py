@@ -154,6 +154,7 @@ def test_a_picture_is_fetched(host):
     assert fetch(f"{host.url}/again#part", 100, 30) == b"query"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "word"),
     [

@@ -91,6 +91,7 @@ def offline(vlm: Any, method: str, counts: tuple[int, int]) -> str:
     return vlm.answer(vlm.rewrite([chat(counts)], stack), stack, 6)[0].text
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:var does nothing")
 @pytest.mark.parametrize("counts", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("method", ["clvs+vcd", *methods()])

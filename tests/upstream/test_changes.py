@@ -333,6 +333,7 @@ def test_attention_that_does_not_know_its_layer_is_refused_at_the_door(model: An
 # -- compiled graphs -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_layer_that_only_a_graph_skips_is_named() -> None:
     """The prompt runs as it should; the compiled steps after it do not."""
     model = models.build("llava", fresh=True)
@@ -356,6 +357,7 @@ def test_a_layer_that_only_a_graph_skips_is_named() -> None:
         generate(model, method=method, **options)
 
 
+@pytest.mark.long
 def test_graphs_are_checked_once_they_are_made() -> None:
     model = models.build("llava")
     config = CompileConfig(fullgraph=True, backend="eager", dynamic=False)
