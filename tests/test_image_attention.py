@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Method
+from foveate.backends.transformers.anatomy import anatomy
+from foveate.core import Rows
 from foveate.methods.devils import Devils
 from foveate.methods.scalingvis import ScalingVis, scaled
 from foveate.methods.tarac import TARAC

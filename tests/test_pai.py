@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance, prefill
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate import FoveateError, Method, trace
+from foveate.backends.transformers.anatomy import anatomy
 from foveate.families.layout import Grid
 from foveate.insight.pages.trace import page
 from foveate.insight.target import Target, known, read
