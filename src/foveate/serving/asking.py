@@ -12,10 +12,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..base.form import permit
-from ..core.context import Stack
 from ..core.method import Method, as_stack, methods
+from ..core.sequence import Stack
 from ..vlm.chat import Chat, Role, Turn
 from ..vlm.vlm import VLM
 from . import wire
@@ -121,7 +122,7 @@ class Catalogue:
     def __init__(self, vlm: VLM, offered: Sequence[str] = ()) -> None:
         self.offered = {method.name: method for method in as_stack(*offered)}
         for method in self.offered.values():
-            Stack(vlm.model, (method,))
+            Stack(anatomy(vlm.model), (method,))
         path = Path(vlm.name)
         self.vlm, self.name = vlm, path.name if path.is_dir() else vlm.name
         with warnings.catch_warnings(action="ignore"):  # no request has named these yet
@@ -153,7 +154,7 @@ class Catalogue:
             if method is not self.offered.get(method.name):
                 permit(method)
                 self._check_texts(method)
-        Stack(self.vlm.model, stack)  # refuses what does not work on this model
+        Stack(anatomy(self.vlm.model), stack)  # refuses what does not work on this model
         return stack
 
     def _check_texts(self, method: Method) -> None:
