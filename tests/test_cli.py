@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foveate import VLM, FoveateError, enhance, prefill
 from foveate.backends.transformers.anatomy import anatomy
-from foveate.backends.transformers.compat import passing, start_checkpointing
+from foveate.backends.transformers.compat import passing
+from foveate.backends.transformers.compat_parts import start_checkpointing
 from foveate.backends.transformers.enhance import attach
 from foveate.benchmarks.pocket import PocketBench
 from foveate.evaluation.ask import Plan, evaluate

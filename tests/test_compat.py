@@ -1,4 +1,4 @@
-"""One file knows what transformers keeps private or has renamed: `compat.py` of the backend."""
+"""Two files know what transformers keeps private or has renamed: compat.py and compat_parts.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import foveate
 
 SOURCE = Path(foveate.__file__).parent
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "compat.py")
+FILES = sorted(path for path in SOURCE.rglob("*.py") if not path.name.startswith("compat"))
 RENAMED = (  # names that some release from 5.0 on has changed, deprecated or may not have
     "past_key_values",
     "cache_params",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import Method, enhance
-from foveate.backends.transformers.compat import start_checkpointing
+from foveate.backends.transformers.compat_parts import start_checkpointing
 from foveate.core.method import methods
 from foveate.methods.clvs import CLVS
 from foveate.methods.vaf import VAF

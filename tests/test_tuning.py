@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate import VLM, FoveateError
 from foveate.backends.transformers.anatomy import anatomy
-from foveate.backends.transformers.compat import image_encoder
+from foveate.backends.transformers.compat_parts import image_encoder
 from foveate.backends.transformers.enhance import attach
 from foveate.methods.cli.method import CLI
 from foveate.methods.cli.module import CrossLayerInjection

@@ -123,11 +123,11 @@ def _devices() -> Iterator[Line]:
 
 def _family(name: str) -> Line:
     """Whether the installed transformers has the model, and its processor can be built."""
-    from ..backends.transformers import compat
+    from ..backends.transformers import compat_parts
 
-    if not compat.has_family(name):
+    if not compat_parts.has_family(name):
         return Line(f"family {name}", "needs a newer transformers")
-    if compat.needs_torchvision(name) and not _version("torchvision"):
+    if compat_parts.needs_torchvision(name) and not _version("torchvision"):
         return Line(f"family {name}", "model yes, processor needs torchvision")
     return Line(f"family {name}", "usable", True)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat, compat_parts
 from ..base.errors import FoveateError
 
 
@@ -177,7 +177,7 @@ def _layers(name: str, decoder: Any) -> Sequence[Any]:
 
 
 def _output_projection(name: str, layer: Any) -> nn.Module:
-    projection = compat.head_projection(layer)
+    projection = compat_parts.head_projection(layer)
     if projection is None:
         raise FoveateError(
             f"{name} has a decoder layer without `self_attn.o_proj`, where the heads meet: its "

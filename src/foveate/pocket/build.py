@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..backends.transformers.compat import clip_image_processor, pocket_weights
+from ..backends.transformers.compat_parts import clip_image_processor, pocket_weights
 from ..scenes import phrases
 from ..scenes.lessons import PATCH, SIZE, VISUAL_TOKENS
 from ..vlm.loading import WEIGHTS

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat, compat_parts
 from ..scenes import lessons
 
 PACKED = "pocket_packed"  # "foveate_..." are stacks of methods
@@ -82,7 +82,7 @@ class LanguageLesson(nn.Module):
     def __init__(self, model: nn.Module, image_token: int):
         super().__init__()
         core: Any = model
-        self.projector, self.decoder = compat.projector(core), core.get_decoder()
+        self.projector, self.decoder = compat_parts.projector(core), core.get_decoder()
         self.image_token = image_token
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
 from ..scenes import lessons, questions, world
 from ..training.loop import drawn, drop_checkpoints, fit, start
@@ -173,7 +173,7 @@ class TowerLesson(nn.Module):
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__()
         core: Any = model
-        self.tower, self.projector = compat.image_tower(core), compat.projector(core)
+        self.tower, self.projector = compat_parts.image_tower(core), compat_parts.projector(core)
         self.embed = core.get_decoder().get_input_embeddings()
         self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
         for p in self.helper.parameters():
@@ -263,7 +263,9 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
         with torch.no_grad(), autocast(precision, device):
             for i in range(0, len(pool), 64):
                 pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
-                hidden = compat.image_tower(model)(normalised(pixels)).last_hidden_state[:, 1:]
+                hidden = compat_parts.image_tower(model)(normalised(pixels)).last_hidden_state[
+                    :, 1:
+                ]
                 array[i : i + 64] = hidden.half().cpu().numpy()
         array.flush()
         part.replace(path)
@@ -276,7 +278,7 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
 def _language_stage(
     stage: Stage, model: Any, processor: Any, pool: lessons.Pool, held: lessons.Pool
 ) -> Prepared:
-    compat.image_tower(model).requires_grad_(False)
+    compat_parts.image_tower(model).requires_grad_(False)
     features, held_features = (tower_features(model, p, stage.precision) for p in (pool, held))
     packer = lessons.Packer(processor)
     lesson = LanguageLesson(model, packer.image)

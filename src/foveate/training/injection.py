@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat_parts
 from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
 from ..base.errors import FoveateError
@@ -151,7 +151,7 @@ def tune(
     shell = copy.deepcopy(injection).cpu() if injection is not None else None
     adapted = prepare(vlm.model, recipe)
     lesson = Lesson(vlm.model, injection).train()
-    compat.image_encoder(vlm.model).eval()
+    compat_parts.image_encoder(vlm.model).eval()
     state: dict[str, Tensor] = {}
 
     def finish(trained: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
 from .recipe import Recipe
 from .writer import IGNORE
@@ -22,7 +22,7 @@ class Lesson(nn.Module):
     def __init__(self, model: Any, injection: nn.Module | None) -> None:
         super().__init__()
         self.model, self.injection = model, injection
-        compat.shard_by_layer(self, model.get_decoder())
+        compat_parts.shard_by_layer(self, model.get_decoder())
         spoken = {id(p) for p in model.get_decoder().parameters()}
         spoken |= {id(p) for p in model.get_output_embeddings().parameters()}
         self.with_pictures = [
@@ -39,7 +39,7 @@ class Lesson(nn.Module):
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         labels = labels[:, kept]
         out = self.model(
-            **inputs, **compat.summed_loss(labels), logits_to_keep=kept, use_cache=False
+            **inputs, **compat_parts.summed_loss(labels), logits_to_keep=kept, use_cache=False
         )
         # A batch without pictures does not use these, but all processes must agree on gradients.
         unused = sum(self.get_parameter(name).float().sum() for name in self.with_pictures)
@@ -66,9 +66,9 @@ def _frozen_may_miss(module: nn.Module, keys: Any) -> None:
 def prepare(model: Any, recipe: Recipe) -> Any:
     """Freeze what is not trained and put LoRA in; returns PEFT's model, or None without LoRA."""
     model.requires_grad_(recipe.base == "full")
-    compat.image_encoder(model).requires_grad_(False)
+    compat_parts.image_encoder(model).requires_grad_(False)
     if recipe.checkpointing:
-        compat.start_checkpointing(model)
+        compat_parts.start_checkpointing(model)
     if recipe.base != "lora":
         return None
     try:

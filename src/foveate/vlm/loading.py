@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..backends.transformers import compat
+from ..backends.transformers import compat, compat_parts
 from ..base.errors import FoveateError
 
 WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
@@ -60,7 +60,7 @@ def load(
             device_map=device_map,
             attn_implementation=attn,
             output_loading_info=True,
-            **(compat.pocket_weights() if name == "pocket" else {}),
+            **(compat_parts.pocket_weights() if name == "pocket" else {}),
             **common,
         )
         if device_map is None:
@@ -98,7 +98,7 @@ def _options(offline: bool, revision: str | None) -> dict[str, Any]:
 
 def _config(name: str, source: str, options: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.from_pretrained(source, **options)
-    if not compat.is_vision_language(config):
+    if not compat_parts.is_vision_language(config):
         raise FoveateError(f"{name} ({config.model_type}) is not a vision-language model: {HINT}.")
     return config
 

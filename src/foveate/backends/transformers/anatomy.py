@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Tower
 from ...families.layout import layout_of
-from . import compat
+from . import compat, compat_parts
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -90,16 +90,16 @@ def anatomy(model: Any) -> ModelAnatomy:
 def _tower(model: Any) -> Tower | None:
     """The vision tower of a model of LLaVA's shape."""
     vision: Any = getattr(model.config, "vision_config", None)
-    used = compat.feature_layers(model.config)
+    used = compat_parts.feature_layers(model.config)
     depth = getattr(vision, "num_hidden_layers", None)
-    if depth is None or not used or compat.projector(model) is None:
+    if depth is None or not used or compat_parts.projector(model) is None:
         return None
     return Tower(
         kind=vision.model_type,
         width=vision.hidden_size,
         depth=depth,
         used=tuple(k if k >= 0 else depth + 1 + k for k in used),
-        device=_device(compat.projector(model)),
+        device=_device(compat_parts.projector(model)),
     )
 
 

@@ -18,7 +18,7 @@ from ...core.prompt import Vision
 from ...core.rows import Phase, Stream
 from ...core.sequence import Stack
 from ...core.visual import visual_mask
-from . import compat
+from . import compat, compat_parts
 from .cache import adopt
 from .compat import length
 from .context import Context
@@ -66,7 +66,7 @@ class Hooks:
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True)
             yield self.decoder.layers[-1].register_forward_hook(self.leave, with_kwargs=True)
         if self.stack.vision:
-            blocks = compat.vision_blocks(self.model)
+            blocks = compat_parts.vision_blocks(self.model)
             for k in self.stack.vision:
                 yield blocks[k - 1].register_forward_hook(functools.partial(self.look, k))
 
@@ -256,7 +256,9 @@ class Hooks:
             mask=mask,
             labels=given["labels"],
             video="pixel_values_videos" in given,
-            pack=lambda k, project: compat.image_features(self.model, states[k], k, project, given),
+            pack=lambda k, project: compat_parts.image_features(
+                self.model, states[k], k, project, given
+            ),
         )
         for i in seers:
             self.stack.methods[i].see(vision, ctx.seen_by(i))
