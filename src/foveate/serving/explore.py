@@ -6,9 +6,7 @@ An answer's maps come from the same worker as the answer, and under the same lim
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
-import io
 import json
 import random
 import re
@@ -21,11 +19,10 @@ import anyio
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
-from PIL import Image
 from pydantic import Field, ValidationError
 
 from ..core.method import get
-from ..insight.pages.document import FOLDER
+from ..insight.pages.document import FOLDER, data_uri
 from ..insight.pages.trace import drawn
 from ..insight.target import Target, of_kind, read
 from ..insight.trace import Trace, trace
@@ -131,7 +128,7 @@ def _small_scenes() -> list[dict[str, Any]]:
     for number in range(SCENES):
         scene = _drawn_scene(number)
         kinds = ", ".join(world.counts(scene))
-        image = _uri(world.window(scene, (0, 0, 1, 1), SMALL), "JPEG")
+        image = data_uri(world.window(scene, (0, 0, 1, 1), SMALL), "JPEG")
         scenes.append({"number": number, "image": image, "about": f"Scene {number}: {kinds}"})
     return scenes
 
@@ -148,7 +145,7 @@ def _scene(number: int) -> dict[str, Any]:
     things = list(world.counts(scene))
     return {
         "number": number,
-        "image": _uri(world.draw(scene, SIDE), "PNG"),
+        "image": data_uri(world.draw(scene, SIDE), "PNG"),
         "things": things,
         "questions": [
             {"text": q.text, "answer": q.answer, "thing": _named(q.text, things)} for q in chosen
@@ -160,13 +157,6 @@ def _named(text: str, things: list[str]) -> str | None:
     """The first of these things that a text names, be it as a plural."""
     match = re.search(rf"\b({'|'.join(things)})", text)
     return match and match[1]
-
-
-def _uri(image: Image.Image, kind: str) -> str:
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{data}"
 
 
 def _json(content: Any) -> Response:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from pathlib import Path
 from string import Template
+from typing import Any
+
+from PIL import Image
 
 FOLDER = Path(__file__).parent
 
@@ -27,3 +32,11 @@ def document(title: str, body: str, *styles: str) -> str:
         styles=source("style.css", *styles),
         body=body,
     )
+
+
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as a data URI. `kind`: "JPEG" or "PNG". `options` go to `Image.save`."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{data}"

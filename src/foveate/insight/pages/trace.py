@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from html import escape
 from typing import Any
@@ -14,7 +13,7 @@ from PIL import Image
 from ...families.layout import WHOLE
 from ..plots.style import small
 from ..seen import HeatMap, MethodTrace, Seen, short
-from .document import document, fill, source
+from .document import data_uri, document, fill, source
 
 SIDE = 480  # pixels of a picture's longer side
 OUTLINE = (127, 224, 255, 255)
@@ -52,7 +51,7 @@ def drawn(trace: Seen) -> dict[str, Any]:
     first = trace.runs[0]
     watched = getattr(first, trace.measure)
     watched = first.on_image if watched is None else watched
-    images = [_uri(small(trace.image, SIDE))]
+    images = [data_uri(small(trace.image, SIDE), "JPEG", quality=85)]
     runs = [_run(trace, run, images) for run in trace.runs]
     return {
         "object": None if trace.target is None else trace.target.name,
@@ -77,7 +76,7 @@ def _run(trace: Seen, run: MethodTrace, images: list[str]) -> dict[str, Any]:
 def _picture(trace: Seen, picture: HeatMap, images: list[str]) -> dict[str, Any]:
     """One picture, its maps in one byte per cell: the root of the share of the map's maximum."""
     image = small(picture.image, SIDE)
-    uri = _uri(image)
+    uri = data_uri(image, "JPEG", quality=85)
     if uri not in images:
         images.append(uri)
     heat = picture.heat.astype(np.float32)
@@ -109,15 +108,6 @@ def _picture(trace: Seen, picture: HeatMap, images: list[str]) -> dict[str, Any]
     }
 
 
-def _uri(image: Image.Image) -> str:
-    """As a data URI: JPEG, or PNG where the image is transparent somewhere."""
-    kind = "PNG" if image.mode == "RGBA" else "JPEG"
-    stream = io.BytesIO()
-    image.save(stream, kind, quality=85)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{data}"
-
-
 def _outline(trace: Seen, picture: HeatMap, size: tuple[int, int]) -> str | None:
     """The edge of the object on a picture, two pixels wide, else transparent; None without it."""
     if trace.target is None or picture.part is None:
@@ -133,4 +123,4 @@ def _outline(trace: Seen, picture: HeatMap, size: tuple[int, int]) -> str | None
         return None
     drawn = np.zeros((*seen.shape, 4), np.uint8)
     drawn[edge] = OUTLINE
-    return _uri(Image.fromarray(drawn))
+    return data_uri(Image.fromarray(drawn), "PNG")
