@@ -42,7 +42,8 @@ demo: installed
 	$(BIN)/foveate demo --out demo
 
 quick: testing
-	$(BIN)/python -m pytest --families llava -m "not slow and not long" -n $(JOBS)
+	$(BIN)/python -m pytest --families llava -m "not slow and not long" --ignore tests/serving \
+		-n $(JOBS) --dist loadfile
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS)
