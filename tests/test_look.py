@@ -7,6 +7,7 @@ import pickle
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 
 from foveate import VLM, FoveateError, Method
-from foveate.backends.transformers.anatomy import anatomy
 from foveate.commands import main
 from foveate.core.method import as_stack, registry
 from foveate.evaluation.ask import Asker
@@ -228,9 +228,9 @@ def test_the_chain_is_drawn(
 
 
 def test_a_model_whose_layout_is_not_known_is_refused() -> None:
-    unknown = type("Unknown", (), {"config": type("C", (), {"model_type": "aya_vision"})()})()
+    unknown: Any = SimpleNamespace(kind="aya_vision", layer_kinds=(), placed=False)
     with pytest.raises(FoveateError, match="looking has to know where aya_vision's image tokens"):
-        Looking().resolve(anatomy(unknown))
+        Looking().resolve(unknown)
 
 
 def test_two_methods_that_look_are_refused() -> None:

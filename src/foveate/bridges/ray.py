@@ -75,7 +75,7 @@ def evaluate(
         FoveateError: also where Ray is missing, the workers do not fit, or Ray gives up; what has
             been answered is kept.
     """
-    with _ray() as ray:
+    with running_ray() as ray:
         workers, needs = _divide(ray.cluster_resources(), workers, cpus, gpus)
         asker = (load, plan.methods, plan.batch_size, plan.share, plan.seed)
         with _one_sentence(ray):
@@ -200,7 +200,7 @@ def set_environment() -> None:
 
 
 @contextmanager
-def _ray() -> Iterator[Any]:
+def running_ray() -> Iterator[Any]:
     """A running Ray; stopped afterwards unless it ran before."""
     set_environment()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -10,8 +10,7 @@ from typing import Any
 from ..base.errors import FoveateError
 from ..serving.wire import Settings
 from ..vlm.vlm import VLM
-from .ray import _ray as running_ray
-from .ray import last_line
+from .ray import last_line, running_ray
 
 NAME = "foveate"
 SPARE = 16  # further requests that a replica takes, such as /healthz and /metrics

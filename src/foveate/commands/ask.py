@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..base.errors import FoveateError
-from ..core.method import as_stack, methods, text
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -64,6 +63,8 @@ def ask(
 
     Seconds are measured after one token has been produced to warm up.
     """
+    from ..core.method import as_stack, methods, text
+
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:

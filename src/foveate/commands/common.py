@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..base.progress import Progress
 
@@ -77,6 +76,8 @@ def load(name: str, **options: Any) -> VLM:
 
 def serves(model: Any, stack: tuple[Any, ...]) -> bool:
     """Whether the methods work on this model; prints why not."""
+    from ..backends.transformers.anatomy import anatomy
+
     try:
         for method in stack:
             method.resolve(anatomy(model))

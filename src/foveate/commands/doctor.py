@@ -12,10 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..backends.transformers.anatomy import anatomy
 from ..base import __version__
 from ..base.errors import FoveateError
-from ..core.method import methods
 from . import app
 from .common import RevisionOption, quiet
 
@@ -210,6 +208,9 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def _methods(model: Any) -> dict[str, dict[str, Any]]:
     """Where every method acts with its published parameters, or why it does not."""
+    from ..backends.transformers.anatomy import anatomy
+    from ..core.method import methods
+
     report = {}
     for name, cls in methods().items():
         layers = refusal = None

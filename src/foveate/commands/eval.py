@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..base.errors import FoveateError
-from ..core.method import as_stack, methods
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -96,6 +95,7 @@ def evaluate(
 
     You may stop it at any time, also by force: the same command goes on.
     """
+    from ..core.method import as_stack, methods
     from ..evaluation.benchmark import parse
     from ..evaluation.run import Plan
 

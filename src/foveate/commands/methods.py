@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
-from ..core.method import methods
 from . import app
 from .common import RevisionOption, brief, load, new_table, note, print_table
 
@@ -21,6 +19,8 @@ def list_methods(
     revision: RevisionOption = None,
 ) -> None:
     """List the methods with their parameters; with --model, as resolved for that model."""
+    from ..core.method import methods
+
     table = new_table("method", "parameters", "paper", "what it does")
     if revision and not model:
         raise FoveateError("A revision is of a model: add --model.")
@@ -44,6 +44,7 @@ def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[s
 
     Most need only the model's outline. The weights are loaded where a value is still None.
     """
+    from ..backends.transformers.anatomy import anatomy
     from ..vlm.loading import outline
 
     def on(model: Any) -> dict[str, Any]:

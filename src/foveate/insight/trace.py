@@ -255,7 +255,7 @@ def _trace_one(
             for step in uncertainty
         ),
         threshold=acting.stop_threshold if acting else None,
-        tested=tuple(sorted(resolved.setup(anatomy(vlm.model)).tested)) if resolved else (),
+        tested=tuple(sorted(resolved.setup(anatomy(vlm.model))[1])) if resolved else (),
     )
 
 
