@@ -169,11 +169,11 @@ def test_every_pass_prepares_its_pictures_once(
     ("methods", "expected"),
     [(["vicrop"], False), (["carve(keep=1)"], True), (["laser", "vanilla"], True)],
 )
-def test_prompts_that_every_method_replaces_are_not_prepared(
+def test_a_picture_that_no_method_asks_about_is_not_processed(
     vlm: VLM, methods: list[str], expected: bool
 ) -> None:
-    asker = Asker(vlm, methods)
-    assert (asker.load(questions_of(Scenes())[0]).prompts is not None) == expected
+    loaded = Asker(vlm, methods).load(questions_of(Scenes())[0])
+    assert any(chat == id(loaded.chats[0]) for chat, *_ in vlm._processed) == expected
 
 
 def test_a_chain_is_drawn_when_somebody_looks() -> None:
