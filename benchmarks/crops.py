@@ -59,8 +59,8 @@ from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.benchmark import EvalRecord, Sample
 from foveate.evaluation.run import RECORDS, key
 from foveate.methods.vicrop import ViCrop, window_search
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import GENERAL, SHORT, read
-from foveate.vlm.vlm import Chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "vanilla"

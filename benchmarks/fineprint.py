@@ -19,7 +19,7 @@ from foveate.core.method import parse
 from foveate.evaluation.benchmark import Sample
 from foveate.evaluation.data import Data
 from foveate.methods.vicrop import square
-from foveate.vlm.vlm import Chat
+from foveate.vlm.chat import Chat
 
 Stack = tuple[Method, ...]
 # fingerprint of a picture -> prompt -> the asked thing's box; filled as pictures are opened

@@ -15,8 +15,8 @@ from report import Kind, Table, ratio, spread, timed  # beside this file
 from foveate import VLM
 from foveate.core.method import Method, parse
 from foveate.scenes import world
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import GENERAL, SHORT
-from foveate.vlm.vlm import Chat
 
 ABOUT = """\
 Seconds for one question about a new picture, 16 answer tokens, by methods that look before they

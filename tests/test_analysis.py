@@ -26,8 +26,8 @@ from foveate.insight.analyses.layers import Layers, association
 from foveate.insight.analysis import analyses, chance, parse, run
 from foveate.insight.plots.analysis import Sheet
 from foveate.insight.truth import AnnotatedImage, Asked, coco_pictures, pocket_pictures, union
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import GENERAL, SHORT
-from foveate.vlm.vlm import Chat
 from tests import tiny
 from tests.references import clvs as slow_clvs
 

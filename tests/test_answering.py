@@ -22,8 +22,8 @@ from foveate.insight.truth import pocket_pictures
 from foveate.scenes import world
 from foveate.vlm import answering
 from foveate.vlm.answering import Decoding, Unwanted, answer_all, complete, process_ahead
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import read
-from foveate.vlm.vlm import Chat
 
 TEXTS = ("Is there a car?", "Is there a tree in the image?", "What color is the cup?", "Why?")
 

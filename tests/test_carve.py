@@ -21,8 +21,8 @@ from foveate.evaluation.ask import Asker
 from foveate.methods.carve import CARVE, LARGEST, extract, on_pixels
 from foveate.scenes import questions, world
 from foveate.vlm import look
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import read
-from foveate.vlm.vlm import Chat
 from tests import tiny
 from tests.references import carve as reference
 from tests.references.carve import GENERAL, SUFFIX

@@ -42,7 +42,7 @@ from foveate.evaluation.run import (
 )
 from foveate.scenes import world
 from foveate.vlm import answering, look
-from foveate.vlm.vlm import Chat
+from foveate.vlm.chat import Chat
 
 ROOT = Path(__file__).parent.parent
 THINGS = ("car", "tree", "house", "cat")

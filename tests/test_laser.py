@@ -26,7 +26,7 @@ from foveate.families.layout import together
 from foveate.methods.laser import LASER, _Heat
 from foveate.scenes import questions, world
 from foveate.vlm import look
-from foveate.vlm.vlm import Answer, Chat
+from foveate.vlm.chat import Answer, Chat
 from tests import tiny
 from tests.references import laser as reference
 from tests.references.full import difference

@@ -20,8 +20,8 @@ from foveate.commands import main
 from foveate.core.method import as_stack, registry
 from foveate.evaluation.ask import Asker
 from foveate.scenes import world
+from foveate.vlm.chat import Chat
 from foveate.vlm.look import GENERAL, SHORT, Chain, Panel, kept, read, read_with_general, the_image
-from foveate.vlm.vlm import Chat
 from tests.references.carve import attention
 from tests.test_evaluation import Scenes
 from tests.test_evaluation import questions as questions_of

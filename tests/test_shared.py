@@ -10,8 +10,8 @@ import pytest
 from foveate import VLM
 from foveate.core.method import as_stack, methods
 from foveate.scenes import questions, world
+from foveate.vlm.chat import Chat
 from foveate.vlm.prefix import ask_together, prepare
-from foveate.vlm.vlm import Chat
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from foveate.insight.trace import END, Trace
 from foveate.methods.clvs import CLVS
 from foveate.scenes import questions, world
 from foveate.scenes.export import export
-from foveate.vlm.vlm import VLM, Chat
+from foveate.vlm.chat import Chat
+from foveate.vlm.vlm import VLM
 from tests import tiny
 from tests.references import clvs as reference
 

@@ -22,7 +22,7 @@ from foveate.families.layout import together
 from foveate.methods.vicrop import ViCrop, window_search
 from foveate.scenes import questions, world
 from foveate.vlm import look
-from foveate.vlm.vlm import Chat
+from foveate.vlm.chat import Chat
 from tests import tiny
 from tests.references import vicrop as reference
 

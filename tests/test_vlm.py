@@ -18,8 +18,9 @@ from foveate.backends.transformers.record import Recorder
 from foveate.base.errors import FoveateError
 from foveate.core.method import Method, as_stack
 from foveate.vlm import loading
+from foveate.vlm.chat import Answer, Chat, Turn
 from foveate.vlm.prefix import ask_together, prepare
-from foveate.vlm.vlm import VLM, Answer, Chat, Turn
+from foveate.vlm.vlm import VLM
 from tests import models as families
 from tests import tiny
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.vlm.vlm import VLM, Chat
+from foveate.vlm.chat import Chat
+from foveate.vlm.vlm import VLM
 
 
 def attention(vlm: VLM, images: list[Image.Image], text: str, system: str | None) -> list[Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from foveate.vlm.vlm import VLM, Chat
+from foveate.vlm.chat import Chat
+from foveate.vlm.vlm import VLM
 from tests.references.full import FullMap
 
 

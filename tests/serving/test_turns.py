@@ -9,7 +9,7 @@ import torch
 
 from foveate import FoveateError
 from foveate.core.method import as_stack, methods
-from foveate.vlm.vlm import Chat, Turn
+from foveate.vlm.chat import Chat, Turn
 from tests.serving.conftest import question, scene
 
 DESCRIBE = "Please describe this image in detail."

@@ -24,7 +24,8 @@ from ..backends.transformers.anatomy import anatomy
 from ..base.errors import FoveateError
 from ..base.images import decode_all
 from ..core.method import as_stack
-from ..vlm.vlm import VLM, Chat
+from ..vlm.chat import Chat
+from ..vlm.vlm import VLM
 
 DEFAULT_NEW_TOKENS = 1024
 """The limit where a task sets none, as in lmms-eval's own LLaVA model."""

@@ -26,7 +26,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..vlm.vlm import Answer
+    from ..vlm.chat import Answer
 
 
 @app.command()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..backends.transformers.record import Record
-    from ..vlm.vlm import VLM, Answer
+    from ..vlm.chat import Answer
+    from ..vlm.vlm import VLM
 
 
 ModelOption = Annotated[

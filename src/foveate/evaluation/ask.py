@@ -24,7 +24,8 @@ from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
 from ..core.method import Method
 from ..vlm.answering import answer_all, process_ahead
-from ..vlm.vlm import VLM, Answer, Chat
+from ..vlm.chat import Answer, Chat
+from ..vlm.vlm import VLM
 from .benchmark import EvalRecord
 from .run import Plan, Question, Run, Stack, Watch, environment, read_stacks, unwatched
 

@@ -30,7 +30,8 @@ from .reading import Watch, read_all
 from .truth import AnnotatedImage
 
 if TYPE_CHECKING:
-    from ..vlm.vlm import VLM, Chat
+    from ..vlm.chat import Chat
+    from ..vlm.vlm import VLM
     from .plots.analysis import Sheet
 
 Measurement = dict[str, Any]

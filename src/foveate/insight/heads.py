@@ -31,7 +31,8 @@ from ..base.images import decode
 from ..base.journal import Journal
 from ..evaluation.vocabulary import Mention, Vocabulary, of_scenes
 from ..scenes import world
-from ..vlm.vlm import VLM, Chat
+from ..vlm.chat import Chat
+from ..vlm.vlm import VLM
 from .ablation import Ablation
 from .reading import read_all
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..families.layout import Box
-from ..vlm.vlm import Answer
+from ..vlm.chat import Answer
 from .target import Target
 
 Heads = Literal["mean", "max"] | tuple[int, ...]

@@ -27,7 +27,8 @@ from ..core import Anatomy, Method, Rows, Sequences, Stream
 from ..core.method import as_stack, text
 from ..families.layout import WHOLE, Box, Grid, grids, together
 from ..methods.clvs import CLVS
-from ..vlm.vlm import VLM, Chat, Methods
+from ..vlm.chat import Chat
+from ..vlm.vlm import VLM, Methods
 from . import target
 from .pages.trace import page
 from .plots.trace import show_curves, show_strip

@@ -27,7 +27,7 @@ from ..insight.pages.trace import drawn
 from ..insight.target import Target, of_kind, read
 from ..insight.trace import Trace, trace
 from ..scenes import questions, world
-from ..vlm.vlm import Chat
+from ..vlm.chat import Chat
 from . import asking, wire
 from .service import Service, authorised, read_body
 from .wire import Gone, Refusal

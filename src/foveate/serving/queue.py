@@ -20,7 +20,8 @@ from ..base.errors import FoveateError
 from ..base.memory import Size, out_of_memory
 from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
-from ..vlm.vlm import VLM, Chat
+from ..vlm.chat import Chat
+from ..vlm.vlm import VLM
 from .sampling import Choose, Event, PartialAnswer, Sampling, Take
 from .wire import Busy, Failed, Settings, Stopping
 

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from ..base.memory import Size, out_of_memory, release
 from ..core.method import Method
+from .chat import Answer, Chat
 from .prefix import Prompts, ask_together, prepare, same_images
-from .vlm import VLM, Answer, Chat
+from .vlm import VLM
 
 T = TypeVar("T")
 Results = dict[int, Answer | Exception]  # by the question's place among those asked

@@ -27,7 +27,8 @@ from ..core.method import Method
 from ..core.visual import WHOLE, Box, Pixels
 from ..families.layout import Grid, together
 from .answering import answer_all, complete
-from .vlm import VLM, Answer, Chat
+from .chat import Answer, Chat
+from .vlm import VLM
 
 T = TypeVar("T")
 

@@ -26,7 +26,9 @@ from ..backends.transformers.enhance import prefill
 from ..backends.transformers.record import Recorder
 from ..core.method import Method
 from ..core.visual import visual_token_ids
-from .vlm import VLM, Answer, Chat, Probabilities
+from .chat import Answer, Chat
+from .vlm import VLM
+from .watch import Probabilities
 
 # settings of a checkpoint that only `generate` applies, and their idle values
 _PROCESSORS: tuple[tuple[str, tuple[Any, ...]], ...] = (
