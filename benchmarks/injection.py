@@ -45,6 +45,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+OPEN = ROOT / "benchmarks" / "weights" / "open.safetensors"
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
@@ -69,6 +70,7 @@ from foveate.evaluation.benchmark import EvalRecord  # noqa: E402
 from foveate.evaluation.run import RECORDS, RESULTS, key  # noqa: E402
 from foveate.pocket import build  # noqa: E402
 from foveate.scenes import lessons, questions  # noqa: E402
+from foveate.scenes.export import conversations  # noqa: E402
 
 SHAPE = "rank=16, alpha=32, heads=2, width=64, summary=image"  # the defaults, scaled to its width
 START = "start"
@@ -165,10 +167,17 @@ def make_data(folder: Path, settings: Settings) -> None:
             image = f"images/{item:05d}.png"
             Image.fromarray(np.array(pool.pixels[item])).save(folder / image)
             view, rng = questions.look(scene, box), random.Random(f"injection-{item}")
-            for row in itertools.islice(questions.conversations(view, rng, image), settings.each):
+            for row in itertools.islice(conversations(view, rng, image), settings.each):
                 file.write(json.dumps(row) + "\n")
     part.replace(folder / "conversations.jsonl")
     shutil.rmtree(folder / "pool")
+
+
+def open_model() -> tuple[Any, Any]:
+    """The pocket model before its yes/no training: the shipped tower, and what OPEN holds."""
+    model, processor = build.load_pocket()
+    assert not model.load_state_dict(load_file(OPEN), strict=False).unexpected_keys
+    return model, processor
 
 
 def benches(settings: Settings) -> list[PocketBench]:
@@ -238,7 +247,7 @@ def complete(run: Path, runs: list[Training], settings: Settings, workers: int, 
     write_json(begun, asdict(settings))
     make_data(run / "data", settings)
     if not (run / "open").exists():  # the pocket model before its yes/no training
-        build.save_pocket(*build.load_open(), run / "open.part")
+        build.save_pocket(*open_model(), run / "open.part")
         (run / "open.part").replace(run / "open")
     jobs = [(run / START, [ask(run / "open", "vanilla", run / START, settings)])]
     for training in runs:

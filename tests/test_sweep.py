@@ -24,6 +24,7 @@ from foveate.evaluation.run import Plan
 from foveate.evaluation.sweep import Axis, Point, Sweep, SweepGrid, sweep
 from foveate.evaluation.yesno import Counts
 from foveate.insight.plots.sweep import show_sweep
+from tests import models
 
 
 def values(*over: str, method: str = "clvs") -> list[tuple[Any, ...]]:
@@ -48,13 +49,11 @@ def test_values_that_are_no_numbers_stay_in_order() -> None:
     assert values("pool=mean,max,mean") == [("mean", "max")]
     assert values("unified_positions=visual,true,False") == [("visual", True, False)]
     assert values("layers=(2, 3),(0,),None,[1,2]") == [((2, 3), (0,), None, (1, 2))]
-    assert values("memory=None,0.5") == [(None, 0.5)]
+    assert values("beta=None,0.5") == [(None, 0.5)]
 
 
 def test_settings_are_methods() -> None:
-    grid = SweepGrid.read(
-        "clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "memory=0.5..1/0.5"]
-    )
+    grid = SweepGrid.read("clvs(top_k=5, smoothing=0.1)", ["smoothing=0.8,0.5", "beta=0.5..1/0.5"])
     assert {key: text(stack) for key, stack in grid.settings.items()} == {
         (0.5, 0.5): "clvs(smoothing=0.5, beta=0.5, top_k=5)",
         (0.5, 1.0): "clvs(smoothing=0.5, beta=1.0, top_k=5)",
@@ -80,7 +79,7 @@ def test_a_method_of_a_stack() -> None:
 @pytest.mark.parametrize(
     ("method", "over", "said"),
     [
-        ("clvs", ["smothing=1"], "clvs has no parameter 'smothing'; there are smoothing, memory,"),
+        ("clvs", ["smothing=1"], "clvs has no parameter 'smothing'; there are smoothing, beta,"),
         ("clvs", ["pai.smoothing=1"], "clvs has no parameter 'pai.smoothing'"),
         ("clsv", ["smoothing=1"], "There is no method 'clsv' (did you mean 'clvs'?)"),
         ("vanilla", ["smoothing=1"], "vanilla has no parameters"),
@@ -169,10 +168,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swept:
             (out / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
         monkeypatch.setattr(sweep_module, "evaluate", fake)
-        decoder = SimpleNamespace(
-            config=SimpleNamespace(num_hidden_layers=4, model_type="llava", layer_types=None)
-        )
-        model = SimpleNamespace(config=decoder.config, get_decoder=lambda: decoder)
+        model = models.build("llava")
         vlm: Any = SimpleNamespace(name="pocket", revision=None, commit=None, model=model)
         grid = SweepGrid.read("clvs", over)
         return sweep(grid, Plan([Doors()], grid.methods, tmp_path), vlm, **options)
@@ -304,7 +300,7 @@ def test_a_map_writes_its_values_in(swept: Swept, tmp_path: Path) -> None:
     found = swept(answers, "smoothing=0.5,0.8", "beta=0.5,0.8")
     words = drawn(found, tmp_path / "map.svg")
     numbers = (">100.00<", ">+50.00*<", ">37.50<", ">-12.50<", ">50.00<", ">+0.00<", "no value")
-    names = (">smoothing<", ">memory<", ">vanilla<", "n = 24")
+    names = (">smoothing<", ">beta<", ">vanilla<", "n = 24")
     for said in (*numbers, *names):
         assert said in words
 
