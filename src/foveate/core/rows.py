@@ -126,7 +126,7 @@ class Rows:
         mask: Tensor | None,
         scale: float,
         seq: Sequences,
-        rotary: Callable[[], Rotary] | None = None,
+        rotary: Callable[[], Rotary | None] = lambda: None,
     ) -> None:
         self.x, self.layer, self.query, self.key, self.value = x, layer, query, key, value
         self.mask, self.scale, self.seq, self._rotary = mask, scale, seq, rotary
@@ -194,12 +194,12 @@ class Rows:
         Raises:
             FoveateError: for a decoder without one rotary embedding for all layers.
         """
-        if self._rotary is None:
+        rotary, columns = self._rotary(), columns.to(self.key.device)
+        if rotary is None:
             raise FoveateError(
                 "This decoder has no rotary position embedding to re-rotate cached keys with: "
                 "switch unified positions off."
             )
-        rotary, columns = self._rotary(), columns.to(self.key.device)
         index = columns[:, None, :, None].expand(-1, self.key.shape[1], -1, self.key.shape[3])
         self.memory["moved columns"] = columns
         self.memory["moved keys"] = rotary.rotate(self.key.gather(2, index), rotary.rotation(by))
@@ -209,8 +209,9 @@ class Rows:
         """Scores (B, H, R, K) float32 with tokens where `move` put them."""
         x, query, memory = self.x, self.query, self.memory
         if memory["query turn"] is not None:
-            assert self._rotary is not None
-            query = self._rotary().rotate(query, memory["query turn"])
+            rotary = self._rotary()
+            assert rotary is not None
+            query = rotary.rotate(query, memory["query turn"])
             x = torch.where(self.after[:, None, None], x, products(query, self.key, self.scale))
         index = memory["moved columns"][:, None, None].expand(-1, x.shape[1], x.shape[2], -1)
         return x.scatter(3, index, products(query, memory["moved keys"], self.scale))

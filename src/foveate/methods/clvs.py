@@ -86,6 +86,9 @@ class CLVS(Method):
         self.require(0 <= self.stop_from <= 1, "stop_from must lie between 0 and 1")
         self.require(self.stop_every >= 1, "stop_every must be 1 or more")
 
+    def wants(self, stage: str) -> bool:
+        return super().wants(stage) and (stage != "before" or self.stop_threshold > 0)
+
     def setup(self, anatomy: Anatomy) -> tuple[Anatomy, frozenset[int]]:
         """The anatomy, and the layers after which u is computed."""
         layers = self.layers or ()

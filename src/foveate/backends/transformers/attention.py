@@ -67,6 +67,10 @@ class _Rotary:
         return compat.rotate(self.module, x, *rotation).to(x.dtype)
 
 
+def _rotary(decoder: Any, module: nn.Module, like: Tensor) -> _Rotary | None:
+    return None if compat.rotary(decoder) is None else _Rotary(decoder, module, like)
+
+
 @functools.cache  # one per kernel, so that a graph finds the same function under a renewed name
 def _attention(implementation: str) -> Attention:
     """The attention function around the kernel of `implementation`."""
@@ -97,29 +101,31 @@ def _attention(implementation: str) -> Attention:
             heartbeat.attention(layer)
         else:
             note_beside_graphs(compat.attention_name(module), layer)
+        given = query, key, value, attention_mask, kwargs
+        if not ctx.replays:
+            return edited(ctx, layer, module, *given, plain)
         with ctx.visit("attention", layer):
-            acting = [(i, ctx.rows(i, query.shape[2])) for i in ctx.stack.edits[layer]]
-            acting = [(i, rows) for i, rows in acting if rows and ctx.acts(i)]
-            if not acting:
-                return plain()
-            _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return edited(ctx, module, acting, query, key, value, attention_mask, scale, plain)
+            return edited(ctx, layer, module, *given, plain)
 
     def edited(
         ctx: Context,
+        layer: int,
         module: nn.Module,
-        acting: list[tuple[int, int]],
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scale: float,
+        kwargs: dict[str, Any],
         plain: Callable[[], tuple[Tensor, None]],
     ) -> tuple[Tensor, None]:
         """The kernel's output, with the rows that methods edit put in."""
         new, length = query.shape[2], key.shape[2]
-        count = max(rows for _, rows in acting)
+        acting = [(i, ctx.rows(i, new)) for i in ctx.stack.edits[layer] if ctx.acts(i)]
+        count = max((rows for _, rows in acting), default=0)
+        if count == 0:
+            return plain()
+        _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
+        scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
         out, touched = None, _touched(ctx, acting, count)
         if count < new or touched is not None or ctx.paired:
             out, _ = plain()
@@ -139,10 +145,8 @@ def _attention(implementation: str) -> Attention:
             asked = query if hi - lo == new else query[:, :, lo:hi]
             scores = products(asked, key, scale)
             here = [one for i, rows in acting if (one := _acting(ctx, i, rows, new, lo, hi))]
-            rotary = None
-            if compat.rotary(ctx.decoder) is not None:
-                rotary = functools.partial(_Rotary, ctx.decoder, module, scores)
-            layer, first = cast(int, module.layer_idx), ctx.seen_by(acting[0][0])
+            rotary = functools.partial(_rotary, ctx.decoder, module, scores)
+            first = here[0].seq
             given = Rows(scores, layer, asked, key, value, part, scale, first, rotary)
             pieces.append(edit_rows(given, here).transpose(1, 2))
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -7,6 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -286,7 +287,7 @@ class Hooks:
         if heartbeat := ctx.watched:
             heartbeat.input(layer)
         whole, hidden = hidden, hidden[: len(ctx.visual)]
-        with ctx.visit("before", layer):
+        with ctx.visit("before", layer) if ctx.replays else nullcontext():
             for i in self.befores:
                 if ctx.acts(i):
                     stream = Stream(hidden, layer)
