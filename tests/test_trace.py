@@ -393,7 +393,7 @@ def test_names_are_known_on_drawn_scenes(tmp_path: Path) -> None:
 def test_bad_requests_are_refused(llava: VLM) -> None:
     for options, expected in (
         ({"methods": []}, "There is no method to trace"),
-        ({"methods": ["clvs", CLVS()]}, "clvs is to be traced twice"),
+        ({"methods": ["clvs", CLVS()]}, "clvs is named twice"),
         ({"heads": "median"}, "Cannot read the heads 'median'"),
         ({"heads": (0, 4)}, "numbers from 0 to 3"),
         ({"heads": ()}, "Cannot read the heads"),

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..backends.transformers import compat
 from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.journal import Journal, alike, difference, finite, write_json
@@ -385,8 +386,6 @@ def environment(device: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run on this `torch.device`."""
     import numpy
     import torch
-
-    from ..backends.transformers import compat
 
     return {
         "foveate": __version__,

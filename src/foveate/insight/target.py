@@ -20,6 +20,7 @@ from torch import Tensor
 from ..base.errors import FoveateError
 from ..base.images import decode
 from ..families.layout import WHOLE, Box, Grid
+from ..scenes import questions, world
 
 Names = dict[str, Callable[[int], np.ndarray]]
 """Name -> what draws its mask, (side, side) bool, for a square picture of so many pixels."""
@@ -187,8 +188,6 @@ def known(image: str | Path) -> Names:
 
     Several things of one kind are one target. Nothing is known about any other picture.
     """
-    from ..scenes import questions, world
-
     path, scene = Path(image), None
     truth = path.parent.parent / "scenes.jsonl"
     if str(image) == "demo" and not path.is_file():
@@ -203,7 +202,5 @@ def known(image: str | Path) -> Names:
 
 def of_kind(scene: Any, kind: str, size: int) -> np.ndarray:
     """All things of one kind, (size, size) bool."""
-    from ..scenes import world
-
     of_this_kind = [thing.kind == kind for thing in scene.things]
     return world.masks(scene, size)[of_this_kind].max(0)

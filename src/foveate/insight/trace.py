@@ -154,7 +154,7 @@ def trace(
         stack = as_stack(*([given] if isinstance(given, (str, Method)) else given or ()))
         name = text(stack)
         if name in stacks:
-            raise FoveateError(f"{name} is to be traced twice: give each method once.")
+            raise FoveateError(f"{name} is named twice: give each method once.")
         stacks[name] = stack
     if not stacks:
         raise FoveateError("There is no method to trace: give at least one, such as vanilla.")

@@ -1,4 +1,4 @@
-"""The KV cache that carries a sequence's context, and the second stream's own cache."""
+"""The KV cache that carries the context of its sequences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .compat import batch_of, length
 from .context import Context
 
 
-class Carrier:
-    """Mixed into the class of a cache that carries a context: the cache's own calls reach it."""
+class ContextCache:
+    """Mixed into the class of a cache that carries a context: calls on the cache reach it."""
 
     foveate: Context | None
 
@@ -40,7 +40,7 @@ class Carrier:
             )
         if self.foveate is not None and self.foveate.other is not None:
             raise FoveateError(
-                f"The second stream of {self.foveate.stack} has a length of its own and cannot be "
+                f"The second stream of {self.foveate.stack} has another length and cannot be "
                 "cropped with this cache: fill a shorter prefix instead."
             )
         super().crop(*args, **kwargs)  # type: ignore[misc]
@@ -68,10 +68,10 @@ class Carrier:
         if length(self) > 0 and batch_of(self) == len(self.foveate.visual):
             rows = torch.arange(len(self.foveate.visual)).repeat(2)
             super().batch_select_indices(rows)  # type: ignore[misc]
-        self.__class__ = _carrying(PairCarrier, type(self).__mro__[2])
+        self.__class__ = _with(PairedCache, type(self).__mro__[2])
 
 
-class PairCarrier(Carrier):
+class PairedCache(ContextCache):
     """A cache with two rows per sample, which only `enhance` knows how to fill."""
 
     def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,14 +84,14 @@ class PairCarrier(Carrier):
 
 
 @functools.cache
-def _carrying(carrier: type, kind: type) -> type:
-    return type(kind.__name__, (carrier, kind), {})
+def _with(mixin: type, kind: type) -> type:
+    return type(kind.__name__, (mixin, kind), {})
 
 
 def adopt(cache: Any, ctx: Context) -> None:
     """Hang `ctx` on `cache`."""
-    if not isinstance(cache, Carrier):
-        cache.__class__ = _carrying(Carrier, cast(Any, type(cache)))
+    if not isinstance(cache, ContextCache):
+        cache.__class__ = _with(ContextCache, cast(Any, type(cache)))
     cache.foveate = ctx
-    if ctx.paired and not isinstance(cache, PairCarrier):
+    if ctx.paired and not isinstance(cache, PairedCache):
         cache.pair()

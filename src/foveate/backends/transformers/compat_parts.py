@@ -78,11 +78,11 @@ def image_features(
     """
     core = model.model
     seen = _Seen(k, states)
-    own = core.multi_modal_projector
+    usual = core.multi_modal_projector
     wanted = {n: v for n, v in inputs.items() if n in _FOR_FEATURES and v is not None}
     standing = {
         "vision_tower": _Standing(lambda *args, **kwargs: seen),
-        "multi_modal_projector": _Standing(lambda chosen: project(own, chosen)),
+        "multi_modal_projector": _Standing(lambda chosen: project(usual, chosen)),
     }
     kept = {name: core._modules[name] for name in standing}
     core._modules.update(standing)

@@ -18,8 +18,8 @@ from .heartbeat import Heartbeat
 class Context(State):
     """A `State` that travels with the KV cache.
 
-    The cache carries one, and so does every forward, as a keyword argument. A prompt's own one
-    keeps its phase when the forward is over: the cache then carries a copy (`follow`). So a
+    The cache carries one, and so does every forward, as a keyword argument. A prompt's
+    context keeps its phase when the forward is over: the cache then carries a copy (`follow`). So a
     backward pass that runs layers again finds what the forward found.
 
     Attributes:

@@ -131,7 +131,7 @@ class Hooks:
         self.refuse_right_padding(kwargs, cache)
         visual = self.visual(kwargs)
         times = len(visual) // max(len(self.notes), 1)  # beams
-        notes = [own for own in self.notes for _ in range(times)]
+        notes = [note for note in self.notes for _ in range(times)]
         views = self.views and {k: self.repeated(v, times) for k, v in self.views.items()}
         ctx = Context(self.model, self.stack, visual, phase, notes, views)
         if self.generating and self.had_image and ctx.empty:
@@ -332,7 +332,7 @@ class Hooks:
         return out
 
     def hand_on(self, cache: Any, ctx: Context) -> None:
-        """What follows on this cache has a context of its own."""
+        """Give the cache a new context for what follows."""
         if cache is not None and ctx.phase != "decode":
             cache.foveate = ctx.follow()
 

@@ -56,10 +56,10 @@ class Streams:
     def __init__(self, model: Any, stack: Stack, visual: Callable[[dict[str, Any]], Tensor]):
         self.model, self.stack, self.visual = model, stack, visual
         self.waiting: tuple[Prompt, int] | None = None  # what the second stream reads after this
-        self.undo: Callable[[], None] | None = None  # what a failed forward leaves to be undone
+        self.undo: Callable[[], None] | None = None  # restores what a forward changes
 
     def recover(self) -> None:
-        """Put back what a forward that failed has left changed."""
+        """Restore what a failed forward left changed."""
         if self.undo is not None:
             self.undo()
             self.undo = None
