@@ -21,6 +21,7 @@ from foveate.backends.transformers import compat
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.backends.transformers.context import Context
+from foveate.backends.transformers.heartbeat import note_graph
 from foveate.core import Prompt, Stream
 from foveate.core import method as registry
 from foveate.core.sequence import Stack
@@ -604,6 +605,16 @@ def test_a_graph_compiled_outside_is_not_reused_inside() -> None:
     assert torch.allclose(got, want, atol=1e-5)
     assert torch.equal(again, plain)
     assert not torch.allclose(got, plain)
+
+
+def test_a_graph_that_could_not_be_made_does_not_spoil_later_blocks() -> None:
+    model, inputs = models.build("llava"), models.inputs("llava")
+    method = CLVS(smoothing=0.123, stop_threshold=0.0)
+    with pytest.raises(RuntimeError, match="no graph"), enhance(model, method):  # noqa: PT012
+        name = compat.attention_name(model.get_decoder())
+        note_graph(name, 0)  # layer 0 was traced, then tracing stopped
+        raise RuntimeError("no graph of this")
+    forward(model, inputs, method)
 
 
 # -- recorder --------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _attention(implementation: str) -> Attention:
         """The kernel's output, with the rows that methods edit put in."""
         new, length = query.shape[2], key.shape[2]
         acting = [(i, ctx.rows(i, new)) for i in ctx.stack.edits[layer] if ctx.acts(i)]
-        count = max((rows for _, rows in acting), default=0)
+        count = max([0] + [rows for _, rows in acting])
         if count == 0:
             return plain()
         _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)

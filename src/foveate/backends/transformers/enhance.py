@@ -25,7 +25,7 @@ from . import compat
 from .anatomy import anatomy
 from .attention import register, release
 from .handshake import check_layers, handshake
-from .heartbeat import check_graphs, lost
+from .heartbeat import check_graphs, forget_unfinished, lost
 from .hooks import Hooks
 
 _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -114,7 +114,11 @@ def attach(
         if stack.vision or any(method.needs_pixels for method in stack.methods):
             expanding = functools.partial(_expanding, visual=hooks.visual)
             leaving.enter_context(compat.pixels_to_the_forward(model, expanding))
-        yield
+        try:
+            yield
+        except BaseException:
+            forget_unfinished(name, stack)
+            raise
         check_graphs(name, model, stack)
 
 

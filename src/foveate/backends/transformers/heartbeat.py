@@ -117,3 +117,9 @@ def check_graphs(name: str, model: Any, stack: Stack) -> None:
     for layer in stack.edited:
         if traced and layer not in traced:
             raise lost(model, f"its compiled graph never reaches the attention of layer {layer}")
+
+
+def forget_unfinished(name: str, stack: Stack) -> None:
+    """Forget the notes of a graph whose making failed halfway, so that later blocks start anew."""
+    if not _traced.get(name, set()).issuperset(stack.edited):
+        _traced.pop(name, None)
