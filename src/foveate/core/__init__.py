@@ -4,6 +4,7 @@ from ..base.errors import FoveateError
 from ..base.form import costly, file
 from .anatomy import Anatomy
 from .method import Method
+from .plausible import plausible
 from .prompt import Prompt, Vision
 from .rows import Rows, Sequences, Stream
 
@@ -18,4 +19,5 @@ __all__ = [
     "Vision",
     "costly",
     "file",
+    "plausible",
 ]

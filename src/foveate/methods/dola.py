@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Anatomy, Method, Sequences, Stream, costly
+from ..core import Anatomy, Method, Sequences, Stream, costly, plausible
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ class DoLa(Method):
         log_p = out = logits.float().log_softmax(-1)
         if self.strength != 0:
             out = log_p - self.strength * self.early(log_p, seq)
-        if self.plausibility == 0:
-            return out
-        least = log_p.amax(-1, keepdim=True) + math.log(self.plausibility)
-        return out.masked_fill(log_p < least, -math.inf)
+        return plausible(out, log_p, self.plausibility)
 
     def early(self, log_p: Tensor, seq: Sequences) -> Tensor:
         """log q (B, V) float32 of each sample's candidate furthest from p."""

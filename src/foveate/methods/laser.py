@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import Method, Prompt, Sequences, costly
+from ..core import Method, Prompt, Sequences, costly, plausible
 from ..core.visual import Box, Pixels
 
 
@@ -297,9 +297,7 @@ class LASER(Method):
         z = logits.float()
         vat = z - other.float()  # (8)
         s = z + self.alpha * vat  # (9)
-        if self.plausibility > 0:
-            least = z.amax(-1, keepdim=True) + math.log(self.plausibility)
-            s = s.masked_fill(z < least, -math.inf)
+        s = plausible(s, z, self.plausibility)
         return torch.where(seq.memory["vat"][:, None].to(z.device), s, z)
 
 

@@ -6,14 +6,13 @@ predicted, and what the language model would write without the image is subtract
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Prompt, Rows, Sequences
+from ..core import Method, Prompt, Rows, Sequences, plausible
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,4 @@ class PAI(Method):
         if other is None:
             return logits
         p, u = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-        guided = u + self.gamma * (p - u)
-        if self.plausibility == 0:
-            return guided
-        least = p.amax(-1, keepdim=True) + math.log(self.plausibility)
-        return guided.masked_fill(p < least, -math.inf)
+        return plausible(u + self.gamma * (p - u), p, self.plausibility)

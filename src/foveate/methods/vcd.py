@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import FoveateError, Method, Prompt, Sequences
+from ..core import FoveateError, Method, Prompt, Sequences, plausible
 
 _STEPS = 1000  # of the noise schedule
 
@@ -94,7 +94,4 @@ class VCD(Method):
         contrasted = logits
         if other is not None:
             contrasted = (1 + self.alpha) * logits - self.alpha * other.float()
-        if self.beta == 0:
-            return contrasted
-        least = logits.amax(-1, keepdim=True) + math.log(self.beta)
-        return contrasted.masked_fill(logits < least, -math.inf)
+        return plausible(contrasted, logits, self.beta)
