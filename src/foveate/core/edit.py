@@ -29,6 +29,14 @@ class Acting:
 def edit_rows(rows: Any, acting: Sequence[Acting]) -> Tensor:
     """Attention output (B, H, R, D) of query rows with methods applied, in the values' dtype.
 
+    Args: see `edited_weights`.
+    """
+    return weighted(edited_weights(rows, acting), rows.value).to(rows.value.dtype)
+
+
+def edited_weights(rows: Any, acting: Sequence[Acting]) -> Tensor:
+    """Attention weights (B, H, R, K) float32 of query rows with methods applied.
+
     Methods act in order: all of them on the scores, then, after mask and softmax, on the weights.
 
     Args:
@@ -47,7 +55,7 @@ def edit_rows(rows: Any, acting: Sequence[Acting]) -> Tensor:
             x = edited if whole else torch.cat([x[:, :, : -one.count], edited], 2)
         if stage == "scores":
             x = masked(x, rows.mask).softmax(-1)
-    return weighted(x, rows.value).to(rows.value.dtype)
+    return x
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -70,6 +70,11 @@ class Method(Form):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model_type prefix -> values of None fields
     neutral: ClassVar[dict[str, Any]] = {}  # parameters that make it the plain model
     example: ClassVar[dict[str, Any]] = {}  # parameters for the test-suite
+    # key columns that its rows need one by one: the image's, or all up to the image's end; an
+    # engine may show the others as one column, after the image
+    columns: ClassVar[Literal["visual", "through"]] = "visual"
+    remembers: ClassVar[bool] = False  # its memory goes on from token to token
+    reads_prompt: ClassVar[bool] = False  # `before` needs every row of the prompt
     row_sum_one: ClassVar[bool] = True  # edited attention rows still sum to 1
     shares_prefix: ClassVar[bool] = True  # the question does not change image rows
     needs_image: ClassVar[bool] = True  # without visual tokens the method does nothing

@@ -137,7 +137,7 @@ class Rows:
         if count < x.shape[2]:
             x, query = x[:, :, -count:], query[:, :, -count:]
         given = self.layer, query, self.key, self.value, self.mask, self.scale, seq
-        return Rows(x, *given, self._rotary)
+        return type(self)(x, *given, self._rotary)
 
     @property
     def plan(self) -> Any:
@@ -204,6 +204,11 @@ class Rows:
         self.memory["moved columns"] = columns
         self.memory["moved keys"] = rotary.rotate(self.key.gather(2, index), rotary.rotation(by))
         self.memory["query turn"] = None if later is None else rotary.rotation(later)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the memory holds moved keys; an engine may forget those of the prompt."""
+        return "moved keys" in self.memory
 
     def moved(self) -> Tensor:
         """Scores (B, H, R, K) float32 with tokens where `move` put them."""

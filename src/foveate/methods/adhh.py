@@ -50,6 +50,7 @@ class ADHH(Method):
         "threshold": 0.3,
         "heads": ((2, 0), (2, 1), (2, 3)),
     }
+    columns: ClassVar = "through"
     row_sum_one: ClassVar[bool] = False
 
     def check(self) -> None:

@@ -89,6 +89,10 @@ class CLVS(Method):
     def wants(self, stage: str) -> bool:
         return super().wants(stage) and (stage != "before" or self.stop_threshold > 0)
 
+    @property
+    def columns(self) -> Literal["visual", "through"]:  # type: ignore[override]
+        return "visual" if self.unified_positions is False else "through"
+
     def setup(self, anatomy: Anatomy) -> tuple[Anatomy, frozenset[int]]:
         """The anatomy, and the layers after which u is computed."""
         layers = self.layers or ()
@@ -108,7 +112,7 @@ class CLVS(Method):
     def scores(self, rows: Rows) -> Tensor:
         if self.unified_positions is False or not self.is_first(rows.layer):
             return rows.x
-        if rows.phase != "decode":
+        if rows.phase != "decode" or not rows.has_moved:
             rows.move(*self.unified(rows.seq))
         return rows.moved()
 

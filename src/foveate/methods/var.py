@@ -79,6 +79,7 @@ class VAR(Method):
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "2503.03321"
     rows: ClassVar = "text"
+    reads_prompt: ClassVar[bool] = True
     paper_layers: ClassVar = (2, ..., -2)
     neutral: ClassVar[dict[str, Any]] = {"keep": 1.0}
     example: ClassVar[dict[str, Any]] = {

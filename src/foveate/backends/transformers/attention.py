@@ -18,6 +18,7 @@ from ...core.rows import Rows
 from . import compat
 from .context import Context
 from .heartbeat import astray, lost, note_beside_graphs, note_graph
+from .rotary import rotary
 
 Attention = Callable[..., tuple[Tensor, None]]
 
@@ -50,25 +51,6 @@ def release(name: str) -> None:
         if not _users[name]:
             del _users[name]
             compat.forget_attention(name)
-
-
-class _Rotary:
-    """Rotary embeddings of the layer that `module` is the attention of."""
-
-    def __init__(self, decoder: Any, module: nn.Module, like: Tensor) -> None:
-        self.decoder, self.module, self.like = decoder, module, like
-
-    def rotation(self, by: Tensor) -> tuple[Tensor, Tensor]:
-        place = self.like.device
-        cos, sin = compat.rotation(self.decoder, self.module, self.like, by.to(place))
-        return cos.to(place), sin.to(place)
-
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return compat.rotate(self.module, x, *rotation).to(x.dtype)
-
-
-def _rotary(decoder: Any, module: nn.Module, like: Tensor) -> _Rotary | None:
-    return None if compat.rotary(decoder) is None else _Rotary(decoder, module, like)
 
 
 @functools.cache  # one per kernel, so that a graph finds the same function under a renewed name
@@ -145,9 +127,9 @@ def _attention(implementation: str) -> Attention:
             asked = query if hi - lo == new else query[:, :, lo:hi]
             scores = products(asked, key, scale)
             here = [one for i, rows in acting if (one := _acting(ctx, i, rows, new, lo, hi))]
-            rotary = functools.partial(_rotary, ctx.decoder, module, scores)
+            turn = functools.partial(rotary, ctx.decoder, module, scores)
             first = here[0].seq
-            given = Rows(scores, layer, asked, key, value, part, scale, first, rotary)
+            given = Rows(scores, layer, asked, key, value, part, scale, first, turn)
             pieces.append(edit_rows(given, here).transpose(1, 2))
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         if out is None:

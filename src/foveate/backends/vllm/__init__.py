@@ -1,0 +1,28 @@
+"""The methods inside vLLM: a plug-in that vLLM loads by itself.
+
+A request asks for a method with ``SamplingParams(extra_args={"foveate": "clvs(smoothing=0.7)"})``,
+over HTTP with ``"vllm_xargs": {"foveate": "..."}``. Requests without one are the plain model.
+
+`admission` refuses what cannot run, in the front end. `requests` knows which row of a step belongs
+to which request. `plan` decides once per step which rows are edited. `rows` shows a method the
+columns that it needs and one more for the rest of the row. `backend` puts the result into what the
+attention kernel gave, `hidden` lets a method read what enters a layer, `blocks` keeps edited blocks
+of the KV cache apart from plain ones. `compat` names every place of vLLM that is not a plug-in.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`).
+
+    ``FOVEATE_VLLM=off`` in the environment leaves vLLM as it is.
+    """
+    if os.environ.get("FOVEATE_VLLM", "").lower() in ("off", "0"):
+        return
+    from . import compat
+
+    compat.check_version()
+    compat.install()

@@ -1,0 +1,135 @@
+"""Requests are refused in the front end, before anything runs: an HTTP 400 with one sentence."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+
+from ...base.errors import FoveateError
+from ...core.method import Method
+from ...core.sequence import Stack
+from ..transformers.anatomy import ModelAnatomy, anatomy
+from .asked import IMAGES, KEY, acting, asked
+
+# stage -> what it needs that vLLM does not give
+_MISSING = {
+    "contrast": "a second stream beside the answer",
+    "rewrite": "to read the model's attention before it answers",
+    "see": "the states of the vision tower",
+    "mlp": "the feed-forward layers",
+    "logits": "to change the logits",
+}
+
+
+class Shape:
+    """A model without weights: what methods ask of one before it runs."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            self.model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+        self.decoder = self.model.get_decoder()
+        # with true frequencies, for methods that move tokens to other positions
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(self.decoder.config)
+        self.anatomy: ModelAnatomy = anatomy(self.model)
+
+
+_shapes: dict[int, tuple[Any, Shape]] = {}
+
+
+def shape(config: Any) -> Shape:
+    """The model of a configuration; made once."""
+    if id(config) not in _shapes:
+        _shapes[id(config)] = config, Shape(config)  # the configuration is kept, so is its id
+    return _shapes[id(config)][1]
+
+
+@functools.lru_cache(1024)
+def _checked(text: str, model: Shape) -> Stack:
+    """The methods of a text, resolved for the model.
+
+    Raises:
+        FoveateError: one of them cannot run here.
+    """
+    stack = Stack(model.anatomy, tuple(map(fitting, acting(text))))
+    for method in stack.methods:
+        if method.wants("before") and not method.edits_attention:
+            raise FoveateError(f"{method.name} {_ELSEWHERE}.")
+    return stack
+
+
+_ELSEWHERE = "does not run inside vLLM: use foveate serve, or foveate with transformers"
+
+
+def fitting(method: Method) -> Method:
+    """The method itself, where vLLM can run it.
+
+    Raises:
+        FoveateError: it cannot.
+    """
+    for stage, what in _MISSING.items():
+        if method.wants(stage):
+            raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
+    if method.reads_prompt:
+        raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
+    return method
+
+
+def check_text(params: Any) -> None:
+    """Whether a request's text names methods that vLLM can run, whatever the model.
+
+    Raises:
+        FoveateError: it does not.
+    """
+    for method in acting(asked(params)):
+        fitting(method)
+
+
+def admit(config: Any, request: Any) -> None:
+    """Whether a request can be answered as it asks; notes where its images lie.
+
+    Args:
+        config: the model's transformers configuration. request: an `EngineCoreRequest`.
+
+    Raises:
+        FoveateError: it cannot.
+    """
+    params = request.sampling_params
+    if params is None or not asked(params):
+        return
+    text = asked(params)
+    stack = _checked(text, shape(config))
+    if request.prompt_token_ids is None:
+        raise FoveateError(
+            f"{text} acts on image tokens, which a prompt of embeddings does not show: send text."
+        )
+    images = []
+    for feature in request.mm_features or ():
+        if feature.modality not in ("image", "video"):
+            continue
+        images += _runs(feature.mm_position)
+    if not images and stack.needs_image:
+        raise FoveateError(
+            f"The prompt has no image, so {'+'.join(stack.needs_image)} would do nothing: send an "
+            f"image, or leave out {KEY}."
+        )
+    params.extra_args = params.extra_args | {KEY: text, IMAGES: images}
+    if any(method.remembers for method in stack.methods):
+        # what it remembers of earlier tokens is made by computing them
+        params.skip_reading_prefix_cache = True
+
+
+def _runs(place: Any) -> list[tuple[int, int]]:
+    """(first column, length) of the runs of embeddings in a placeholder's range."""
+    if place.is_embed is None:
+        return [(place.offset, place.length)]
+    flags = torch.nn.functional.pad(torch.as_tensor(place.is_embed).int().cpu(), (1, 1))
+    edges = flags.diff().nonzero()[:, 0].tolist()
+    return [
+        (place.offset + start, end - start)
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+    ]

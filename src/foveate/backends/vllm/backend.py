@@ -1,0 +1,107 @@
+"""vLLM's attention backend of CPUs, with the rows that methods edit put into its output."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from ..transformers.rotary import rotary
+from . import compat, rows
+from .hidden import served
+from .plan import plan
+from .requests import ROWS
+from .watch import expect
+
+
+class Builder(CPUAttentionMetadataBuilder):
+    """Adds the step's groups to the metadata that every layer gets."""
+
+    def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(spec, layer_names, vllm_config, device)
+        self.edits = compat.check(vllm_config, spec, layer_names)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        given = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        given.foveate = None
+        if not self.edits:
+            return given
+        expect([])
+        if ROWS:
+            model, common = served(), common_attn_metadata
+            groups = plan(
+                ROWS,
+                model.stack,
+                common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
+                common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist(),
+                given.block_table,
+                self.block_size,
+            )
+            if groups:
+                given.foveate = groups
+                expect(groups)
+        return given
+
+
+class Impl(CPUAttentionBackendImpl):
+    """The kernel, then the rows that methods edit."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        given = (layer, query, key, value, kv_cache, attn_metadata, output)
+        out = super().forward(*given, *args, **kwargs)
+        groups = getattr(attn_metadata, "foveate", None)
+        if groups is None:
+            return out
+        blocks, heads, size, _ = kv_cache.shape
+        width = self.head_size
+        # as the kernel packs them: keys (D, block size), then values (block size, D)
+        flat = kv_cache.view(blocks, heads, -1)
+        keys = flat[..., : size * width].view(blocks, heads, width, size)
+        values = flat[..., size * width :].view(blocks, heads, size, width)
+
+        def gather(block: Tensor) -> tuple[Tensor, Tensor]:
+            k = keys[block].permute(0, 2, 1, 4, 3).flatten(2, 3)
+            return k, values[block].transpose(1, 2).flatten(2, 3)
+
+        number = extract_layer_index(layer.layer_name)
+        shape = served().shape
+        module = shape.decoder.layers[number].self_attn
+        turn = functools.partial(rotary, shape.decoder, module)
+        view = output.view(-1, self.num_heads, width)
+        asked = query.view(-1, self.num_heads, width)
+        for group in groups:
+            if number in group.layers:
+                rows.edit(group, number, asked, gather, view, self.scale, turn)
+        return out
+
+
+class Backend(CPUAttentionBackend):
+    """See the module."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Impl]:
+        return Impl
+
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder

@@ -1,0 +1,141 @@
+"""The stage `before`: what enters a decoder layer, shown for the edited rows.
+
+vLLM has no hook for hidden states. After a model is loaded, every decoder layer gets a forward
+pre-hook, and what the hook does is one opaque operation: a compiled graph would otherwise keep the
+Python of the warm-up, when there was nothing to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tp_group
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from ...base.errors import FoveateError
+from ...core.rows import Stream
+from ...core.sequence import Stack
+from ..transformers.anatomy import ModelAnatomy
+from .admission import Shape, shape
+from .asked import acting
+
+
+@dataclass(frozen=True, eq=False)
+class ServedAnatomy(ModelAnatomy):
+    """The anatomy of a model that vLLM runs; sizes are those of its configuration."""
+
+    model: Any = field(repr=False, default=None)
+    last: Any = field(repr=False, default=None)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        logits = self.model.compute_logits(hidden)
+        group = get_tp_group()
+        if group.world_size > 1 and not self.model_gathers:
+            logits = group.broadcast(
+                hidden.new_empty((*hidden.shape[:-1], self.vocabulary))
+                if logits is None
+                else logits.contiguous()
+            )
+        return logits.float()
+
+    @property
+    def model_gathers(self) -> bool:
+        """Whether every rank gets the logits."""
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.use_all_gather())
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        out = self.last(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Served:
+    """The model that this process serves.
+
+    Attributes:
+        shape: the same model of transformers, without weights.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        self.shape: Shape = shape(config)
+        language: Any = getattr(model, "get_language_model", lambda: model)()
+        decoder = language.model
+        plain = self.shape.anatomy
+        given = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+        self.anatomy = ServedAnatomy(**given, model=model, last=decoder.norm)
+        self.stacks: dict[str, Stack] = {}
+        for number, layer in enumerate(decoder.layers):
+            hook = functools.partial(_enter, number)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def stack(self, text: str) -> Stack:
+        """The methods of a text, set up for the model."""
+        if text not in self.stacks:
+            if len(self.stacks) >= 1024:
+                self.stacks.pop(next(iter(self.stacks)))
+            self.stacks[text] = Stack(self.anatomy, acting(text))
+        return self.stacks[text]
+
+
+_served: list[Served] = []
+
+
+def serve(model: nn.Module, config: Any) -> None:
+    """vLLM has loaded a model."""
+    _served[:] = [Served(model, config)]
+
+
+def served() -> Served:
+    """The model that this process serves.
+
+    Raises:
+        FoveateError: vLLM loaded it in a way that foveate did not see.
+    """
+    if not _served:
+        raise FoveateError(
+            "foveate did not see how vLLM loaded the model, so no method can run: use a version "
+            "of vLLM that foveate's documentation names."
+        )
+    return _served[0]
+
+
+def _enter(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+    residual = kwargs["residual"] if "residual" in kwargs else args[2]
+    torch.ops.vllm.foveate_before(hidden, residual, number)
+
+
+def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
+    """Before decoder layer `number`: methods look at the rows that they edit."""
+    if not is_forward_context_available():
+        return
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict):
+        return
+    step = (getattr(one, "foveate", None) for one in metadata.values())
+    groups: Any = next((one for one in step if one is not None), ())
+    for group in groups:
+        state, rows = group.state, None
+        for i in group.stack.at("before"):
+            if i not in group.acting or not state.acts(i):
+                continue
+            if rows is None:
+                index = group.rows.to(hidden.device)
+                rows = hidden[index] if residual is None else hidden[index] + residual[index]
+                rows = rows[:, None]
+            group.stack.methods[i].before(Stream(rows, number), state.seen_by(i))
+
+
+def _fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:
+    """What a compiler traces."""
+
+
+# said to change `hidden`, so that its place in the graph is kept
+direct_register_custom_op("foveate_before", _before, mutates_args=["hidden"], fake_impl=_fake)

@@ -1,0 +1,85 @@
+"""Which request is in which row of a step: a logits processor of vLLM that changes no logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
+
+from ...base.errors import FoveateError
+from .admission import check_text
+from .asked import POSITIONS, asked, visual
+from .watch import verify
+
+
+@dataclass(eq=False)
+class Live:
+    """A request in the worker's batch that asks for a method.
+
+    Attributes:
+        text: its methods. prompt: length of its prompt.
+        visual: (P,) bool, its visual tokens. first, last: the first and last of them.
+        positions: (3, P) int64 under M-RoPE, else None.
+        state: what its methods remember from token to token.
+    """
+
+    text: str
+    prompt: int
+    visual: Tensor
+    positions: Tensor | None
+    state: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        where = self.visual.nonzero()[:, 0].tolist()
+        self.first, self.last = (where[0], where[-1]) if where else (self.prompt, -1)
+
+
+ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process
+
+
+class Requests(LogitsProcessor):
+    """See the module."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """In the front end: a text that cannot be read or run is refused.
+
+        Raises:
+            ValueError: with the sentence to tell.
+        """
+        try:
+            check_text(sampling_params)
+        except FoveateError as error:
+            raise ValueError(str(error)) from error
+
+    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+        ROWS.clear()
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # otherwise `apply` is left out of greedy steps
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """After the forward of a step: every row that was to be edited was."""
+        verify()
+        return logits
+
+    def update_state(self, batch_update: Any) -> None:
+        """Before the forward of a step."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            ROWS.pop(row, None)
+        for row, params, prompt, _ in batch_update.added:
+            ROWS.pop(row, None)
+            text = asked(params)
+            if text and prompt is not None:
+                places = params.extra_args.get(POSITIONS)
+                ROWS[row] = Live(text, len(prompt), visual(params, len(prompt)), places)
+        for one, two, kind in batch_update.moved:
+            first, second = ROWS.pop(one, None), ROWS.pop(two, None)
+            if first is not None:
+                ROWS[two] = first
+            if kind == MoveDirectionality.SWAP and second is not None:
+                ROWS[one] = second

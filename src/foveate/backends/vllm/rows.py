@@ -1,0 +1,92 @@
+"""The arithmetic: rows of a paged cache as methods see them.
+
+A row is the columns that a method asks for and one column more for the rest of them. With Z the
+sum of a row's exponentials, e^lse, the rest's score is log(Z - sum of the shown e^s), and its value
+is what the kernel's output owes to the rest: (o - sum of the shown a v) / (1 - sum of the shown a).
+A softmax over these columns is the softmax over the whole row, so a method's own code runs on it
+unchanged. The rest counts as text after the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...core.edit import Acting, edited_weights, products, weighted
+from ...core.rows import Rows
+from .plan import Group
+
+Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(B, N) cache blocks -> keys and values (B, Hkv, N * block size, D)."""
+
+
+class ServedRows(Rows):
+    """Rows whose heads may lie on several ranks."""
+
+    __slots__ = ()
+
+    def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
+        here = super().over_heads(x, pool)
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return here
+        ranks = group.all_gather(here.contiguous(), dim=1)
+        return super().over_heads(ranks, pool)  # every rank holds as many heads
+
+
+def edit(
+    group: Group,
+    layer: int,
+    query: Tensor,
+    gather: Gather,
+    out: Tensor,
+    scale: float,
+    rotary: Callable[[Tensor], Any],
+) -> None:
+    """Put the edited rows of one layer and one group into the kernel's output.
+
+    Args:
+        query: (tokens, H, D). out: (tokens, H, D), changed in place. scale: of products.
+        rotary: rotary embeddings of the layer, for states like its argument.
+    """
+    group.done.add(layer)
+    state = group.state
+    acting = [i for i in group.stack.edits[layer] if i in group.acting and state.acts(i)]
+    if not acting:
+        return
+    rows = group.rows.to(query.device)
+    asked = query[rows].unsqueeze(2)  # (B, H, 1, D)
+    key, value = gather(group.blocks)
+    mask = group.mask.to(query.device)
+    scores = products(asked, key, scale).masked_fill(~mask, _LOW)
+    # the kernel of CPUs does not return the log of Z, so the keys are read once more
+    everything = products(asked, gather(group.all_blocks)[0], scale)
+    lse = everything.masked_fill(~group.all_mask.to(query.device), _LOW).logsumexp(-1, keepdim=True)
+    weights = (scores - lse).exp()
+    rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=_LEAST)  # (B, H, 1, 1)
+    value_of_rest = (out[rows].unsqueeze(2).float() - weighted(weights, value)) / rest
+    given = ServedRows(
+        torch.cat([scores, rest.log() + lse], -1),
+        layer,
+        asked,
+        pad(key, (0, 0, 0, 1)),
+        value,
+        pad(mask, (0, 1), value=True),
+        scale,
+        state.seen_by(acting[0]),
+        lambda: rotary(scores),
+    )
+    share = [Acting(group.stack.methods[i], state.seen_by(i), 1) for i in acting]
+    weights = edited_weights(given, share)
+    new = weighted(weights[..., :-1], value) + weights[..., -1:] * value_of_rest
+    out[rows] = new.squeeze(2).to(out.dtype)
+
+
+_LOW = -1e30  # a column that is not there
+_LEAST = 1e-9
