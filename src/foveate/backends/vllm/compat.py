@@ -67,7 +67,7 @@ def _replace(owner: Any, name: str, parameters: tuple[str, ...], wrap: Callable[
             f"vLLM {version()} has changed {name}, which foveate builds on: install vLLM "
             f"{', '.join(VERSIONS)}, or {_OFF}."
         )
-    new = functools.wraps(plain)(wrap(plain))
+    new: Any = functools.wraps(plain)(wrap(plain))
     new.foveate = True
     setattr(owner, name, new)
 

@@ -151,12 +151,10 @@ def _group(
 
 def _positions(columns: Tensor, asked: list[_Row]) -> Tensor:
     """(1, B, P), or (3, B, P) under M-RoPE: the positions of prompt columns."""
-    if asked[0].live.positions is None:
-        return columns[None]
-    return torch.stack(
-        [
-            row.live.positions[:, c.clamp(max=row.live.positions.shape[1] - 1)]  # type: ignore[index]
-            for row, c in zip(asked, columns, strict=True)
-        ],
-        1,
-    )
+    places = []
+    for row, column in zip(asked, columns, strict=True):
+        given = row.live.positions
+        if given is None:
+            return columns[None]
+        places.append(given[:, column.clamp(max=given.shape[1] - 1)])
+    return torch.stack(places, 1)

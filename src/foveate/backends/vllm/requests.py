@@ -30,10 +30,12 @@ class Live:
     visual: Tensor
     positions: Tensor | None
     state: Any = field(default=None, repr=False)
+    first: int = field(init=False)
+    last: int = field(init=False)
 
     def __post_init__(self) -> None:
-        where = self.visual.nonzero()[:, 0].tolist()
-        self.first, self.last = (where[0], where[-1]) if where else (self.prompt, -1)
+        where = self.visual.nonzero()[:, 0].tolist() or [self.prompt, -1]
+        self.first, self.last = where[0], where[-1]
 
 
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process

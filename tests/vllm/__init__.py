@@ -1,0 +1,1 @@
+"""Methods inside vLLM against the same methods in transformers; run by ``make test-vllm``."""
