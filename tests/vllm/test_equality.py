@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from tests.vllm import answers  # noqa: E402
+from tests.vllm import answers, families  # noqa: E402
 
 METHODS = [
     "",
@@ -70,7 +70,9 @@ def test_every_method_gives_the_answers_of_transformers(
     setting: str, job: dict[str, Any], reference: list[dict[str, Any]]
 ) -> None:
     asked = job | SETTINGS[setting] | {"out": job["out"] + "-vllm"}
-    environment = {} if setting == "two ranks" else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if setting == "two ranks":
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     for turn in answers.run("vllm", asked, **environment):
         for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
             assert ours["tokens"] == theirs["tokens"], method
@@ -85,3 +87,73 @@ def test_without_the_plug_in_every_answer_differs(
     (turn,) = answers.run("vllm", asked, VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
     for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
         assert (apart(ours, theirs) > 0.1) == bool(method), method
+
+
+def test_several_pictures_grouped_heads_and_positions_of_three_rows(tmp_path: Path) -> None:
+    methods = [
+        "",
+        "clvs(stop_threshold=0, unified_positions=False)",
+        "clvs(stop_threshold=0)",
+        "clvs",
+        "pai(gamma=1.0)",
+        "scalingvis(weight=1.8)",
+        "clvs(stop_threshold=0, unified_positions='visual')",
+        "vaf(enhance=1.8, suppress=0.4, layers=(2, 3))",
+        "tarac(beta=1.5, layers=(1, 3))",
+    ]
+    model = families.qwen2_5_vl(tmp_path / "qwen")
+    asked = families.requests(tmp_path, methods)
+    job = {"model": str(model), "requests": asked, "out": str(tmp_path / "reference")}
+    (reference,) = answers.run("transformers", job)
+    options = {"block_size": 32, "limit_mm_per_prompt": {"image": 2, "video": 0}}
+    job |= {"out": str(tmp_path / "vllm"), "options": options}
+    (turn,) = answers.run("vllm", job, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    for method, ours, theirs in zip(methods, turn, reference, strict=True):
+        assert ours["tokens"] == theirs["tokens"], method
+        assert apart(ours, theirs) < 5e-4, method
+
+
+def test_the_prefix_cache_never_mixes_edited_and_plain_blocks(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    """A prompt whose last row, which CLVS edits, closes a block; then a turn on top of it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    picture, method = job["requests"][0]["images"], "clvs(stop_threshold=0)"
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    image = ids("<image>")
+    begin = ids("USER: <image>") + ids(" Is there a sun")
+    end = ids(" in the image? ASSISTANT:")
+    width, size = 144 - len(image), 32  # the image is 144 tokens in the cache
+    filler = (ids(" in the image") * 40)[: -(len(begin) + len(end) + width) % size]
+    first = begin + filler + end
+
+    def ask(ids: list[int], method: str, **more: Any) -> dict[str, Any]:
+        return {"method": method, "images": picture, "ids": ids, "prompt": ""} | more
+
+    def answer(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        asked = {"requests": requests, "options": {"block_size": size}, "in order": True}
+        asked |= {"out": str(tmp_path / "out")}
+        return answers.run("vllm", job | asked, VLLM_ENABLE_V1_MULTIPROCESSING="0")[0]
+
+    (edited,) = answer([ask(first, method, steps=40)])
+    second = first + edited["tokens"] + ids(" Is there a car? ASSISTANT:")
+    _, plain, again, fresh_plain, fresh_edited = answer(
+        [
+            ask(first, method, steps=40),
+            ask(second, ""),
+            ask(second, method),
+            ask(second, "", fresh=True),
+            ask(second, method, fresh=True),
+        ]
+    )
+    assert plain["cached"] == (len(edited["ids"]) - size), "up to the edited block it is shared"
+    assert again["cached"] > plain["cached"]
+    assert apart(plain, fresh_plain) < NEAR
+    assert fresh_plain["tokens"] == plain["tokens"]
+    # the first turn's rows were edited when they were made, so CLVS goes on with its own blocks
+    assert apart(again, fresh_edited) > 0.01

@@ -179,6 +179,13 @@ class Rows:
         """(B, H, R, K) pooled over all query heads of the layer, (B, 1, R, K)."""
         return x.amax(1, keepdim=True) if pool == "max" else x.mean(1, keepdim=True)
 
+    def these_heads(self, x: Tensor) -> Tensor:
+        """Of (B, all query heads of the layer, ...) those that `x` of the rows has, H of them.
+
+        An engine may have split the heads over several ranks.
+        """
+        return x
+
     def move(self, columns: Tensor, by: Tensor, later: Tensor | None = None) -> None:
         """From here on `moved` scores some tokens as if they stood at other positions.
 

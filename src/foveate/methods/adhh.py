@@ -103,7 +103,8 @@ class ADHH(Method):
     def weights(self, rows: Rows) -> Tensor:
         text = rows.after[:, None, None]
         looks = (rows.x * text).sum(-1, keepdim=True)
-        cut = rows.plan[rows.layer].to(rows.x.device) & (looks >= self.threshold)
+        here = rows.these_heads(rows.plan[rows.layer].to(rows.x.device)[None])
+        cut = here & (looks >= self.threshold)
         return rows.x.masked_fill(cut & text, 0.0)
 
     def _pairs(self, shape: dict[str, Any]) -> headlist.Pairs:

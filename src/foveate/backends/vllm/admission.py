@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...base.errors import FoveateError
+from ...base.form import permit
 from ...core.method import Method
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
@@ -16,8 +17,8 @@ from .asked import IMAGES, KEY, acting, asked
 
 # stage -> what it needs that vLLM does not give
 _MISSING = {
-    "contrast": "a second stream beside the answer",
     "rewrite": "to read the model's attention before it answers",
+    "contrast": "a second stream beside the answer",
     "see": "the states of the vision tower",
     "mlp": "the feed-forward layers",
     "logits": "to change the logits",
@@ -71,6 +72,7 @@ def fitting(method: Method) -> Method:
     Raises:
         FoveateError: it cannot.
     """
+    permit(method)
     for stage, what in _MISSING.items():
         if method.wants(stage):
             raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")

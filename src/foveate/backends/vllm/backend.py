@@ -91,7 +91,7 @@ class Impl(CPUAttentionBackendImpl):
         asked = query.view(-1, self.num_heads, width)
         for group in groups:
             if number in group.layers:
-                rows.edit(group, number, asked, gather, view, self.scale, turn)
+                rows.edit(group, number, asked, gather, view, self.scale, turn, compat.ranks())
         return out
 
 

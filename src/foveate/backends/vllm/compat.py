@@ -148,6 +148,14 @@ def _mrope_positions() -> None:
     _replace(GPUModelRunner, "_init_mrope_positions", ("self", "req_state"), wrap)
 
 
+def ranks() -> Any:
+    """The group of processes that share the heads; None where there is one."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group if group.world_size > 1 else None
+
+
 def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
     """Whether methods edit the layers of a KV cache group.
 

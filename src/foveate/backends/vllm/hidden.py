@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -22,6 +21,7 @@ from ...base.errors import FoveateError
 from ...core.rows import Stream
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy
+from . import compat
 from .admission import Shape, shape
 from .asked import acting
 
@@ -35,8 +35,8 @@ class ServedAnatomy(ModelAnatomy):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         logits = self.model.compute_logits(hidden)
-        group = get_tp_group()
-        if group.world_size > 1 and not self.model_gathers:
+        group = compat.ranks()
+        if group is not None and not self.model_gathers:
             logits = group.broadcast(
                 hidden.new_empty((*hidden.shape[:-1], self.vocabulary))
                 if logits is None

@@ -13,7 +13,30 @@ from torch.nn.functional import pad
 from ...core.method import Method
 from ...core.rows import Phase
 from ...core.sequence import Stack, State
-from .requests import Live
+
+
+@dataclass(eq=False)
+class Live:
+    """A request in the worker's batch that asks for a method.
+
+    Attributes:
+        text: its methods. prompt: length of its prompt.
+        visual: (P,) bool, its visual tokens. first, last: the first and last of them.
+        positions: (3, P) int64 under M-RoPE, else None.
+        state: what its methods remember from token to token.
+    """
+
+    text: str
+    prompt: int
+    visual: Tensor
+    positions: Tensor | None
+    state: Any = field(default=None, repr=False)
+    first: int = field(init=False)
+    last: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        where = self.visual.nonzero()[:, 0].tolist() or [self.prompt, -1]
+        self.first, self.last = where[0], where[-1]
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -11,31 +10,8 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 from ...base.errors import FoveateError
 from .admission import check_text
 from .asked import POSITIONS, asked, visual
+from .plan import Live
 from .watch import verify
-
-
-@dataclass(eq=False)
-class Live:
-    """A request in the worker's batch that asks for a method.
-
-    Attributes:
-        text: its methods. prompt: length of its prompt.
-        visual: (P,) bool, its visual tokens. first, last: the first and last of them.
-        positions: (3, P) int64 under M-RoPE, else None.
-        state: what its methods remember from token to token.
-    """
-
-    text: str
-    prompt: int
-    visual: Tensor
-    positions: Tensor | None
-    state: Any = field(default=None, repr=False)
-    first: int = field(init=False)
-    last: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        where = self.visual.nonzero()[:, 0].tolist() or [self.prompt, -1]
-        self.first, self.last = where[0], where[-1]
 
 
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process

@@ -25,19 +25,32 @@ Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ServedRows(Rows):
-    """Rows whose heads may lie on several ranks."""
+    """Rows whose heads may lie on several ranks.
 
-    __slots__ = ()
+    Attributes:
+        ranks: vLLM's group of them; None where this process has all heads.
+    """
+
+    __slots__ = ("ranks",)
+    ranks: Any
+
+    def seen_by(self, seq: Any, x: Tensor, count: int) -> ServedRows:
+        view: Any = super().seen_by(seq, x, count)
+        view.ranks = self.ranks
+        return view
 
     def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
         here = super().over_heads(x, pool)
-        from vllm.distributed import get_tp_group
-
-        group = get_tp_group()
-        if group.world_size == 1:
+        if self.ranks is None:
             return here
-        ranks = group.all_gather(here.contiguous(), dim=1)
-        return super().over_heads(ranks, pool)  # every rank holds as many heads
+        everywhere = self.ranks.all_gather(here.contiguous(), dim=1)
+        return super().over_heads(everywhere, pool)  # every rank holds as many heads
+
+    def these_heads(self, x: Tensor) -> Tensor:
+        if self.ranks is None:
+            return x
+        count = self.x.shape[1]
+        return x.narrow(1, self.ranks.rank_in_group * count, count)
 
 
 def edit(
@@ -48,12 +61,14 @@ def edit(
     out: Tensor,
     scale: float,
     rotary: Callable[[Tensor], Any],
+    ranks: Any = None,
 ) -> None:
     """Put the edited rows of one layer and one group into the kernel's output.
 
     Args:
         query: (tokens, H, D). out: (tokens, H, D), changed in place. scale: of products.
         rotary: rotary embeddings of the layer, for states like its argument.
+        ranks: see `ServedRows`.
     """
     group.done.add(layer)
     state = group.state
@@ -82,6 +97,7 @@ def edit(
         state.seen_by(acting[0]),
         lambda: rotary(scores),
     )
+    given.ranks = ranks
     share = [Acting(group.stack.methods[i], state.seen_by(i), 1) for i in acting]
     weights = edited_weights(given, share)
     new = weighted(weights[..., :-1], value) + weights[..., -1:] * value_of_rest

@@ -1,0 +1,142 @@
+"""The OpenAI server of vLLM with a method per request, and the prefix cache between requests."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from tests.vllm import answers  # noqa: E402
+
+METHODS = ["", "clvs", "pai(gamma=1.0)", "scalingvis(weight=2.0)", "vaf(enhance=1.8)", "tarac"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("served")
+    requests = answers.requests(folder, METHODS * 4)
+    model = answers.pocket(folder / "pocket")
+    return {"model": str(model), "requests": requests, "out": str(folder / "reference")}
+
+
+@pytest.fixture(scope="module")
+def url(asked: dict[str, Any]) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", asked["model"], "--served-model-name", "pocket", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(2**28)]
+    log = Path(asked["out"]).with_suffix(".log")
+    with log.open("w") as out:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()[-4000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def post(url: str, request: dict[str, Any], **changed: Any) -> tuple[int, dict[str, Any]]:
+    """Status and body of a chat completion."""
+    picture = base64.b64encode(Path(request["images"][0]).read_bytes()).decode()
+    question = request["prompt"].split("\n", 1)[1].removesuffix(" ASSISTANT:")
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "text", "text": question},
+    ]
+    body = {
+        "model": "pocket",
+        "temperature": 0,
+        "max_tokens": answers.STEPS,
+        "logprobs": True,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "add_special_tokens": True,
+        "messages": [{"role": "user", "content": content}],
+    }
+    if request["method"]:
+        body["vllm_xargs"] = {"foveate": request["method"]}
+    data = json.dumps(body | changed).encode()
+    asked = urllib.request.Request(
+        f"{url}/v1/chat/completions", data, {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_clients_with_different_methods_get_the_answers_of_transformers(
+    url: str, asked: dict[str, Any]
+) -> None:
+    (reference,) = answers.run("transformers", asked)
+    with ThreadPoolExecutor(24) as clients:
+        got = list(clients.map(lambda one: post(url, one), asked["requests"]))
+    for request, (status, body), expected in zip(asked["requests"], got, reference, strict=True):
+        assert status == 200, body
+        choice = body["choices"][0]
+        assert choice["token_ids"] == expected["tokens"], request["method"]
+        for step, token in enumerate(choice["logprobs"]["content"]):
+            best = float(expected["rows"][step].max())
+            assert abs(token["logprob"] - best) < 2e-4, request["method"]
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("clvs(smoothing=7)", "smoothing must lie between 0 and 1"),
+        ("nosuch", "There is no method"),
+        ("vcd", "does not run inside vLLM"),
+        ("devils(layers=(99,))", "layer 99 does not exist"),
+        ("adhh(heads='/etc/passwd')", "name no files"),
+    ],
+)
+def test_a_method_that_cannot_run_is_a_bad_request(
+    url: str, asked: dict[str, Any], method: str, sentence: str
+) -> None:
+    status, body = post(url, asked["requests"][0] | {"method": method})
+    assert status == 400
+    assert sentence in body["error"]["message"]
+
+
+def test_a_method_without_an_image_is_a_bad_request(url: str, asked: dict[str, Any]) -> None:
+    text = [{"role": "user", "content": "Is there a sun?"}]
+    one = asked["requests"][0] | {"method": "clvs"}
+    status, body = post(url, one, messages=text)
+    assert status == 400
+    assert "no image" in body["error"]["message"]
+
+
+def test_streams_several_answers_and_stop_strings(url: str, asked: dict[str, Any]) -> None:
+    one = asked["requests"][1]
+    _, body = post(url, one, n=3, temperature=0.7, seed=1)
+    assert len({tuple(c["token_ids"]) for c in body["choices"]}) > 1
+    _, plain = post(url, one)
+    text = plain["choices"][0]["message"]["content"]
+    _, stopped = post(url, one, stop=[text[2:4]])
+    assert stopped["choices"][0]["message"]["content"] == text[:2]
