@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from tests.vllm import answers, families  # noqa: E402
+from tests.vllm import answers, families
 
 METHODS = [
     "",
@@ -155,5 +155,5 @@ def test_the_prefix_cache_never_mixes_edited_and_plain_blocks(
     assert again["cached"] > plain["cached"]
     assert apart(plain, fresh_plain) < NEAR
     assert fresh_plain["tokens"] == plain["tokens"]
-    # the first turn's rows were edited when they were made, so CLVS goes on with its own blocks
-    assert apart(again, fresh_edited) > 0.01
+    assert apart(again, fresh_edited) < NEAR
+    assert apart(again, plain) > 0.1

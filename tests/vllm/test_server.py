@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from tests.vllm import answers  # noqa: E402
+from tests.vllm import answers
 
 METHODS = ["", "clvs", "pai(gamma=1.0)", "scalingvis(weight=2.0)", "vaf(enhance=1.8)", "tarac"]
 

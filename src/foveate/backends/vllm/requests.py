@@ -13,7 +13,6 @@ from .asked import POSITIONS, asked, visual
 from .plan import Live
 from .watch import verify
 
-
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process
 
 
