@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate import FoveateError
 from foveate.backends.vllm import rows as paged
+from foveate.backends.vllm import watch
 from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
 from foveate.backends.vllm.blocks import with_method
@@ -163,7 +164,7 @@ def slow(cache: Cache, text: str) -> list[Tensor]:
         "adhh(threshold=0.1, heads=((0, 1), (1, 0), (1, 3)))",
         "tarac(beta=1.5, alpha=0.8, layers=(0, 2))",
         "clvs(stop_threshold=0, unified_positions=False, smoothing=0.4)",
-        "clvs(stop_threshold=0, unified_positions=False, smoothing=0.4)+pai(gamma=1.0, layers=(1,))",
+        "clvs(stop_threshold=0, unified_positions=False)+pai(gamma=1.0, layers=(1,))",
         "vaf(enhance=1.8, layers=(1,))+devils(alpha=1.0, layers=(1, 2))",
     ],
 )
@@ -205,7 +206,8 @@ def test_blocks_from_the_first_edited_row_on_are_keyed_by_the_method(text: str, 
     assert with_method(None, request, first) is None
     keys = with_method((1,), request, first + 1)
     assert keys is not None
-    assert keys[0] == 1 and text.split("+")[0] in str(keys[1])
+    assert keys[0] == 1
+    assert text.split("+")[0] in str(keys[1])
 
 
 def test_a_plain_request_keeps_its_keys() -> None:
@@ -242,3 +244,17 @@ def test_one_text_stands_for_all_spellings() -> None:
 def test_what_cannot_run_is_refused_in_one_sentence(text: Any, sentence: str) -> None:
     with pytest.raises(FoveateError, match=sentence):
         check_text(params(text))
+
+
+def test_a_step_that_was_not_edited_stops_the_engine() -> None:
+    cache = Cache()
+    (group,) = plan({1: lives("devils")[1]}, stacks, cache.starts, cache.lengths, cache.table, SIZE)
+    watch.expect([group])
+    with pytest.raises(RuntimeError, match=r"devils.* was not applied in layers \[0, 1\]"):
+        watch.verify(True)
+    with pytest.raises(RuntimeError, match="was not planned"):
+        watch.verify(True)
+    watch.verify(False)
+    group.done |= group.layers
+    watch.expect([group])
+    watch.verify(True)

@@ -1,6 +1,7 @@
 """The same requests through transformers and through vLLM, each in a process of its own.
 
-    python -m tests.vllm.answers transformers JOB.json     python -m tests.vllm.answers vllm JOB.json
+    python -m tests.vllm.answers transformers JOB.json
+    python -m tests.vllm.answers vllm JOB.json
 
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole

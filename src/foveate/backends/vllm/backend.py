@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from ..transformers.rotary import rotary
 from . import compat, rows
-from .hidden import served
+from .hidden import ranks, served
 from .plan import plan
 from .requests import ROWS
 from .watch import expect
@@ -91,7 +91,7 @@ class Impl(CPUAttentionBackendImpl):
         asked = query.view(-1, self.num_heads, width)
         for group in groups:
             if number in group.layers:
-                rows.edit(group, number, asked, gather, view, self.scale, turn, compat.ranks())
+                rows.edit(group, number, asked, gather, view, self.scale, turn, ranks())
         return out
 
 

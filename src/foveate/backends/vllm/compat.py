@@ -78,11 +78,14 @@ def _admission() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from .admission import admit
+    from .asked import asked
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = plain(self, *args, **kwargs)
             try:
+                if asked(request.sampling_params):
+                    _refuse_other_devices()
                 admit(self.vllm_config.model_config.hf_config, request)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
@@ -91,6 +94,16 @@ def _admission() -> None:
         return process_inputs
 
     _replace(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), wrap)
+
+
+def _refuse_other_devices() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise FoveateError(
+            f"foveate's methods run in vLLM on CPUs only so far, and this is "
+            f"{current_platform.device_name}: ask without a method, or use foveate serve."
+        )
 
 
 def _block_keys() -> None:
@@ -146,14 +159,6 @@ def _mrope_positions() -> None:
         return init
 
     _replace(GPUModelRunner, "_init_mrope_positions", ("self", "req_state"), wrap)
-
-
-def ranks() -> Any:
-    """The group of processes that share the heads; None where there is one."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    return group if group.world_size > 1 else None
 
 
 def check(config: Any, spec: Any, layer_names: list[str]) -> bool:

@@ -21,9 +21,16 @@ from ...base.errors import FoveateError
 from ...core.rows import Stream
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy
-from . import compat
 from .admission import Shape, shape
 from .asked import acting
+
+
+def ranks() -> Any:
+    """The group of processes that share the heads; None where there is one."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group if group.world_size > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,7 @@ class ServedAnatomy(ModelAnatomy):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         logits = self.model.compute_logits(hidden)
-        group = compat.ranks()
+        group = ranks()
         if group is not None and not self.model_gathers:
             logits = group.broadcast(
                 hidden.new_empty((*hidden.shape[:-1], self.vocabulary))

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-_step: list[Any] = []  # groups of the step at work, in this process
+_step: list[Any] | None = None  # groups of the step at work, in this process; None before its plan
 
 
 def expect(groups: list[Any]) -> None:
-    """A step begins."""
-    _step[:] = groups
+    """A step was planned."""
+    global _step
+    _step = groups
 
 
-def verify() -> None:
+def verify(asked: bool) -> None:
     """A step's forward is over.
 
+    Args:
+        asked: whether a request of the step asks for a method.
+
     Raises:
-        RuntimeError: a layer that was to be edited was not. The engine stops: an answer of the
-            plain model under a method's name would be worse.
+        RuntimeError: the step was not planned, or a layer that was to be edited was not. The engine
+            stops: an answer of the plain model under a method's name would be worse.
     """
-    for group in _step:
+    global _step
+    step, _step = _step, None
+    if step is None and asked:
+        raise RuntimeError(f"foveate: this step was not planned, {_WHY}")
+    for group in step or ():
         missing = sorted(group.layers - group.done)
         if missing:
             raise RuntimeError(
-                f"foveate: {group.stack} was not applied in layers {missing} of this step, so the "
-                "answer would be the plain model's. This vLLM runs attention in a way that foveate "
-                "does not know: use a version that foveate's documentation names."
+                f"foveate: {group.stack} was not applied in layers {missing} of this step, {_WHY}"
             )
-    _step.clear()
+
+
+_WHY = (
+    "so the answer would be the plain model's. This vLLM runs attention in a way that foveate does "
+    "not know: use a version that foveate's documentation names."
+)
