@@ -28,6 +28,8 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("laser", "first_layer"): 11,  # the last one
     ("laser", "floor"): 10**9,  # a crop is at most the image
     ("laser", "heads"): 10**9,  # at most those of the model
+    ("ritual", "seed"): 10**9,
+    ("ritual", "transform"): "blur",  # the second stream is there anyway
     ("vcd", "noise_step"): 999,  # the last one
     ("vcd", "seed"): 10**9,
     ("vicrop", "window"): 10**9,  # a crop is at most the image

@@ -75,7 +75,8 @@ class Registry:
         group: the entry-point group of plug-ins.
         example: a text form to show where one cannot be read.
         reserved: names that mean something else.
-        package: the package whose modules define them, where it is not called as the group is.
+        package: the package whose modules define them, or the one module that does, where it is
+            not called as the group is.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Registry:
                 self.walked = True  # before: a plug-in may look for others while it is imported
                 try:
                     package = importlib.import_module(self.package)
-                    for module in pkgutil.iter_modules(package.__path__):
+                    for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                         importlib.import_module(f"{self.package}.{module.name}")
                 except BaseException:
                     self.walked = False
@@ -311,6 +312,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, args))
     if origin is tuple:
         return f"a tuple of {_describe(args[0])}"
+    if origin is Callable:
+        return "a function"
     return {
         float: "a number",
         int: "a whole number",

@@ -12,7 +12,15 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from ..base.errors import FoveateError
-from ..evaluation.benchmark import Benchmark, EvalRecord, Sample, Table, answered, percent
+from ..evaluation.benchmark import (
+    Benchmark,
+    EvalRecord,
+    Mentions,
+    Sample,
+    Table,
+    answered,
+    percent,
+)
 from ..evaluation.data import Data
 from ..evaluation.words import lemmas
 
@@ -49,7 +57,7 @@ class CHAIR(Benchmark):
     objects; Recall: share of the objects there that are named; all in percent. Length: mean
     number of words and marks. An object is there if it is annotated or one of the five reference
     captions names it. Objects come from the words of the caption, or from ``meta["named"]`` of
-    the records where they are stored.
+    the records where they are stored. `foveate report` compares captions at equal length, too.
 
     The images are those listed in ``chair/image_ids.json`` (or OPERA's list of 500) under the
     data root; without a list they are drawn from val2014.
@@ -167,6 +175,12 @@ class CHAIR(Benchmark):
     def grade(self, record: EvalRecord) -> float:
         """1 for a caption that invents nothing."""
         return float(not self.judge(record)["invented"])
+
+    def mentions(self, record: EvalRecord) -> Mentions | None:
+        if "named" in record["meta"]:
+            return None
+        one = self.judge(record)
+        return Mentions(len(one["invented"]), len(one["named"]), one["covered"], one["there"])
 
     def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         judged = [self.judge(record) for record in answered(records)]

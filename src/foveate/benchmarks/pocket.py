@@ -16,6 +16,7 @@ from ..evaluation import yesno
 from ..evaluation.benchmark import (
     Benchmark,
     EvalRecord,
+    Mentions,
     Sample,
     Table,
     answered,
@@ -157,6 +158,13 @@ class PocketBench(Benchmark):
         if record["meta"]["category"] == "captions":
             return float(set(named(record["answer"])) <= set(label))
         return float(self.parse(record["answer"]) in (label, NUMERALS.get(label)))
+
+    def mentions(self, record: EvalRecord) -> Mentions | None:
+        if record["meta"]["category"] != "captions":
+            return None
+        kinds, there = named(record["answer"]), set(record["label"])
+        invented = sum(kind not in there for kind in kinds)
+        return Mentions(invented, len(kinds), len(there & set(kinds)), len(there))
 
     def score(self, records: Iterable[EvalRecord]) -> dict[str, float]:
         scores: dict[str, float] = {}

@@ -63,6 +63,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Methods as in ask; repeat it, or give all. Default: vanilla and clvs."),
     ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="Also sample vanilla's answers at this temperature; repeat it."),
+    ] = None,
     data_root: DataRootOption = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
@@ -98,10 +102,12 @@ def evaluate(
     from ..core.method import as_stack, methods
     from ..evaluation.benchmark import parse
     from ..evaluation.run import Plan
+    from ..evaluation.sampled import Sampled
 
     benchmarks = [b for given in bench for b in parse(given)]
     chosen = method or list(SIDE_BY_SIDE)
     stacks = [as_stack(m) for m in chosen if m != "all"]
+    stacks += [(Sampled(temperature=value, seed=seed),) for value in temperature or ()]
     plan = Plan(
         benchmarks, stacks, out,
         root=data_root, limit=limit, batch_size=read_batch_size(batch_size),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base.errors import FoveateError
 from . import app
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Section
 
 
 @app.command()
@@ -36,6 +40,7 @@ def report(
         raise FoveateError("These are several runs: say where to write their report with --out.")
     out = out or runs[0]
     sections = write(runs, out, root=data_root, images=images, seed=seed)
+    figures = _draw_lengths(sections, out)
     try:
         (out / "report.html").write_text(html(sections), "utf-8")
     except OSError as error:
@@ -45,4 +50,27 @@ def report(
             for result in verdict.results:
                 if result.test:
                     print(f"{section.model}, {verdict.title}: {sentence(result, result.test)}")
+    for told in figures:
+        print(told)
     print(f"report: {out / 'report.html'}")
+
+
+def _draw_lengths(sections: list[Section], out: Path) -> list[str]:
+    """Draw recall against CHAIR where there are captions of methods; what to print about it."""
+    from ..insight.plots.lengths import show_lengths
+
+    told: list[str] = []
+    for section in sections:
+        for verdict in section.verdicts:
+            if verdict.lengths is None or len(verdict.lengths.curves) < 2:
+                continue
+            number = f"-{len(told) + 1}" if told else ""
+            path = out / f"recall-chair{number}.png"
+            try:
+                show_lengths(verdict.lengths, f"{verdict.title}, {section.model}", path)
+            except FoveateError as error:
+                return [*told, f"Recall against CHAIR is not drawn: {error}"]
+            picture = base64.b64encode(path.read_bytes()).decode()
+            verdict.lengths.figure = f"data:image/png;base64,{picture}"
+            told.append(f"figure: {path}")
+    return told

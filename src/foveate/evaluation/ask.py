@@ -28,6 +28,7 @@ from ..vlm.chat import Answer, Chat
 from ..vlm.vlm import VLM
 from .benchmark import EvalRecord
 from .run import Plan, Question, Run, Stack, Watch, environment, read_stacks, unwatched
+from .sampled import Drawing, Sampled
 
 __all__ = ["Asker", "Plan", "evaluate"]
 
@@ -133,9 +134,18 @@ class Asker:
         """One record per question: an answer, or an error."""
         asked = [chat for chat in loaded.chats if isinstance(chat, Chat)]
         start, limit = time.perf_counter(), loaded.questions[0].limit  # one for the whole job
+        stack, drawing = self.stacks[method], None
+        sampled = next((m for m in stack if isinstance(m, Sampled)), None)
+        if sampled is not None:
+            named = [
+                f"{q.benchmark}, {q.sample.split}, {q.sample.line}"
+                for q, chat in zip(loaded.questions, loaded.chats, strict=True)
+                if isinstance(chat, Chat)
+            ]
+            stack, drawing = (), Drawing(sampled, named)
         given = answer_all(
-            self.vlm, asked, self.stacks[method], limit,
-            size=self.size, share=self.share,
+            self.vlm, asked, stack, limit,
+            size=self.size, share=self.share, decoding=drawing,
         )  # fmt: skip
         ms, answers = 1e3 * (time.perf_counter() - start) / max(1, len(asked)), iter(given)
         records = []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Any, ClassVar, NamedTuple, NotRequired, TypedDict
 
 from PIL import Image
 
@@ -96,6 +96,16 @@ class EvalRecord(TypedDict):
     tokens: NotRequired[int | None]
     ms: NotRequired[float]
     notes: NotRequired[dict[str, Any]]
+
+
+class Mentions(NamedTuple):
+    """What one caption names: mentions invented and in all, things there that are named, and in
+    all."""
+
+    invented: int
+    named: int
+    covered: int
+    there: int
 
 
 @dataclass(frozen=True)
@@ -203,6 +213,10 @@ class Benchmark(Form, ABC):
     def grade(self, record: EvalRecord) -> float:
         """The score of one given answer, in 0..1."""
         return float(self.parse(record["answer"]) == record["label"])
+
+    def mentions(self, record: EvalRecord) -> Mentions | None:
+        """What a caption names, found in its words; None for other answers."""
+        return None
 
     def correct(self, record: EvalRecord) -> float | None:
         """`grade` for paired tests; None without an answer."""

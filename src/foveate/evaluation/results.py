@@ -17,11 +17,13 @@ from typing import Any
 
 from ..base.errors import FoveateError
 from ..base.journal import finite, write_json
+from .lengths import Lengths, length_sentences
 from .merge import RunFolder, by_settings, gaps, merge, read_runs
 from .published import PROTOCOLS, Comparison
 from .verdict import Example, Result, Test, Verdict, judge
 
 MARKS = {"better": "▲", "worse": "▼"}
+RECALL_CHAIR = "Recall against CHAIR, captions cut to so many words"
 FOLDED = 30  # rows: longer tables of details open on demand
 HOW = (
     "Every method is compared with the plain model (vanilla) on the questions that both answered. "
@@ -90,7 +92,7 @@ def report(
 
 
 def _without_pictures(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in entries if name != "thumbnail"}
+    return {name: value for name, value in entries if name not in ("thumbnail", "figure")}
 
 
 # -- one model -------------------------------------------------------------------------------------
@@ -172,7 +174,15 @@ class Changed:
     lost: list[Example] = field(default_factory=list)
 
 
-Part = Heading | Lines | ReportTable | Changed
+@dataclass
+class Picture:
+    """A figure as a data URI, and what it shows."""
+
+    title: str
+    source: str
+
+
+Part = Heading | Lines | ReportTable | Changed | Picture
 
 
 def parts(sections: list[Section]) -> Iterator[Part]:
@@ -222,6 +232,11 @@ def _benchmark(verdict: Verdict) -> Iterator[Part]:
     yield _answers(results)
     if any(r.captions for r in results):
         yield _captions(results)
+    if verdict.lengths:
+        yield Lines([("", told) for told in length_sentences(verdict.lengths)])
+        if verdict.lengths.figure:
+            yield Picture(RECALL_CHAIR, verdict.lengths.figure)
+        yield _cuts(verdict.lengths, digits)
     if verdict.published:
         yield _published(verdict)
         sources = dict.fromkeys(c.source for c in verdict.published)
@@ -336,6 +351,22 @@ def _captions(results: list[Result]) -> ReportTable:
     return ReportTable("Length and repetition of captions, means", heads, rows)
 
 
+def _cuts(lengths: Lengths, digits: int) -> ReportTable:
+    rows: list[list[str | Interval]] = [
+        [
+            curve.method,
+            "whole" if cut.words is None else str(cut.words),
+            f"{cut.length:.1f}",
+            *(_cell(value, digits) for value in (cut.recall, cut.chair_i, cut.chair_s)),
+        ]
+        for curve in lengths.curves
+        for cut in curve.cuts
+    ]
+    heads = ["Method", "Cut to words", "Length", "Recall", "CHAIRi", "CHAIRs"]
+    title = f"{RECALL_CHAIR}, n = {lengths.captions}"
+    return ReportTable(title, heads, rows, grouped=True, folded=len(rows) > FOLDED)
+
+
 def _published(verdict: Verdict) -> ReportTable:
     def signed(value: float | None) -> str:
         return "" if value is None else f"{value:+.{verdict.digits}f}"
@@ -378,6 +409,8 @@ def _as_markdown(part: Part) -> str:
         return f"{'#' * part.level} {_escaped(part.text)}\n"
     if isinstance(part, Lines):
         return "".join(f"- {marked(v)}{_escaped(t)}\n" for v, t in part.items)
+    if isinstance(part, Picture):
+        return ""  # its table stands beside it
     if isinstance(part, ReportTable):
         return f"**{part.title}**\n\n" + _pipes(part.heads, [[*map(flat, r)] for r in part.rows])
     lines = [f"**Answers that {part.method} changed**\n"]

@@ -14,6 +14,7 @@ from ..base import stats
 from ..base.errors import FoveateError
 from . import published
 from .benchmark import Benchmark, EvalRecord, Sample, image_of, parse, percent, scored
+from .lengths import Lengths, measure_lengths
 from .merge import Key
 from .published import VANILLA, Comparison
 from .words import Captions, measure_captions
@@ -101,6 +102,7 @@ class Verdict:
 
     Attributes:
         heads, rows: the benchmark's own tables in one, with the method behind each row's head.
+        lengths: of captions, methods at equal length; None elsewhere.
     """
 
     benchmark: str
@@ -113,6 +115,7 @@ class Verdict:
     rows: list[list[str | float]]
     published: list[Comparison]
     notes: list[str]
+    lengths: Lengths | None = None
 
 
 def judge(
@@ -163,6 +166,7 @@ def judge(
         rows=rows,
         published=published.compare(model, b, {r.method: r.scores for r in results}, len(asked)),
         notes=problems,
+        lengths=measure_lengths(b, methods, seed) if plain and results[0].scores else None,
     )
 
 

@@ -6,16 +6,14 @@ model would write without seeing loses, what the picture supports wins.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..base.perturb import STEPS, noise_levels
 from ..core import FoveateError, Method, Prompt, Sequences, plausible
-
-_STEPS = 1000  # of the noise schedule
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ class VCD(Method):
     def check(self) -> None:
         self.require(self.alpha >= 0, "alpha must be 0 or more")
         self.require(0 <= self.beta <= 1, "beta must lie between 0 and 1")
-        self.require(
-            0 <= self.noise_step < _STEPS, f"noise_step must lie between 0 and {_STEPS - 1}"
-        )
+        self.require(0 <= self.noise_step < STEPS, f"noise_step must lie between 0 and {STEPS - 1}")
         self.require(self.seed >= 0, "seed must be 0 or more")
 
     def wants(self, stage: str) -> bool:
@@ -79,13 +75,12 @@ class VCD(Method):
 
     def add_noise(self, tiles: list[Tensor]) -> None:
         """`noise_step` steps of forward diffusion on a picture; all-zero tiles stay."""
-        betas = torch.linspace(-6, 6, _STEPS, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
-        kept = math.prod((1 - betas[: self.noise_step + 1]).tolist())
+        kept, strength = noise_levels(self.noise_step)
         generator = torch.Generator().manual_seed(self.seed)
         for tile in tiles:
             noise = torch.randn(tile.shape[1:], generator=generator).to(tile.device)
             if bool(tile.any()):
-                tile.copy_(math.sqrt(kept) * tile.float() + math.sqrt(1 - kept) * noise)
+                tile.copy_(kept * tile.float() + strength * noise)
 
     # -- the contrast ------------------------------------------------------------------------------
 

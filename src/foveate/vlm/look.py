@@ -170,6 +170,17 @@ def the_image(method: Method, chats: Sequence[Chat]) -> Image.Image | None:
     return images[0]
 
 
+def fixed_square(vlm: VLM) -> bool:
+    """Whether pictures of any size and shape become equally many tokens, as in LLaVA-1.5.
+
+    Such a model may be shown a square in place of a picture. For others, and where it is not sure,
+    a picture's stand-in needs the picture's own size.
+    """
+    config = vlm.model.config
+    vision = getattr(config, "vision_config", None)
+    return config.model_type == "llava" and getattr(vision, "model_type", "") == "clip_vision_model"
+
+
 def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What `make` returns for this image, kept for the next questions about it.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,9 +68,12 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
 
     None where each needs a prompt of its own: a lone chat, chats without images or about several,
     methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`),
-    prompts that differ before the image, a processor whose tokens cannot be told apart.
+    prompts that differ before the image, second streams that see different pictures, a processor
+    whose tokens cannot be told apart.
     """
-    if len(chats) < 2 or not same_images(chats) or any(chat.contrast for chat in chats):
+    if len(chats) < 2 or not same_images(chats):
+        return None
+    if len({tuple(map(id, chat.contrast or ())) for chat in chats}) > 1:
         return None
     config = vlm.model.generation_config
     if not all(method.shares_prefix for method in methods) or not all(
@@ -125,7 +128,8 @@ def ask_together(
     start = time.perf_counter()
     answers: dict[int, Answer] = {}
     recorded = any(isinstance(method, Recorder) for method in methods)
-    with torch.no_grad(), vlm.using(methods):
+    shared = replace(prompts.chats[0], notes={})
+    with torch.no_grad(), vlm.using(methods, [shared] if shared.contrast else ()):
         cache = prefill(vlm.model, prompts.prefix)
         first = next_position(vlm.model, cache)
         batches = list(_batches(vlm, prompts, batch_size))

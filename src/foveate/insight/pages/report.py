@@ -12,6 +12,7 @@ from ...evaluation.results import (
     Interval,
     Lines,
     Part,
+    Picture,
     ReportTable,
     Section,
     flat,
@@ -53,6 +54,8 @@ def _as_html(part: Part) -> str:
         return f"<ul>{items}</ul>" if items else ""
     if isinstance(part, ReportTable):
         return _table(part)
+    if isinstance(part, Picture):
+        return f'<img class="figure" src="{part.source}" alt="{_text(part.title)}">'
     lists = "".join(
         f"<h4>{what.capitalize()}</h4>"
         f'<ul class="examples">{"".join(_example(e, part.method) for e in examples)}</ul>'
