@@ -116,7 +116,7 @@ def test_an_injection_is_trained_saved_and_asked_with(
     assert tuned.injection is not None
     assert tuned.model is None
     assert {p.name for p in tmp_path.iterdir()} == {
-        "injection", "log.jsonl", "loss.png", "run.json", "units.json"
+        ".lock", "injection", "log.jsonl", "loss.png", "run.json", "units.json"
     }  # fmt: skip
     fresh = CLI(seed=0, summary="image", start=0.0)
     vlm = VLM.load(small)

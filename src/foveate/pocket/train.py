@@ -29,7 +29,7 @@ from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
 from ..base.files import make_folder, owned, replacing, writing
 from ..scenes import lessons, questions, world
-from ..training.checkpoints import drop_checkpoints, what_is_safe
+from ..training.checkpoints import drop_checkpoints, own_memory, what_is_safe
 from ..training.loop import drawn, fit, start
 from . import build
 from .packed import LanguageLesson
@@ -144,13 +144,7 @@ def _train(
         with writing(out, what_is_safe(out, stage)):
             build.save_pocket(model, processor, out / stage)
             with replacing(weights) as part:
-                save_file(
-                    {
-                        k: v.clone(memory_format=torch.contiguous_format)
-                        for k, v in model.state_dict().items()
-                    },
-                    part,
-                )
+                save_file(own_memory(model.state_dict()), part)
         drop_checkpoints(out, stage)
     return out / until
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,13 @@ def _tensors(accelerator: Any, lesson: nn.Module, optimizers: list[Any]) -> dict
     tensors["random.cpu"] = torch.get_rng_state()
     if accelerator.device.type != "cpu":
         tensors["random.device"] = torch.get_device_module(accelerator.device).get_rng_state()
-    return {
-        name: _local(value).detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+    return own_memory({name: _local(value) for name, value in tensors.items()})
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, as safetensors wants them."""
+    whole = torch.contiguous_format
+    return {k: v.detach().cpu().clone(memory_format=whole) for k, v in tensors.items()}
 
 
 def _about(accelerator: Any, clock: Clock) -> dict[str, Any]:
