@@ -21,7 +21,8 @@ from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _waits: set[CodeType] = set()  # in these functions and what they call, Ctrl-C waits
@@ -45,9 +46,20 @@ def whole(make: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[
     return made
 
 
+@contextmanager
+def taken(lock: Any) -> Iterator[None]:
+    """Hold a lock (not a recursive one); Ctrl-C ends the waiting for it."""
+    while not lock.acquire(blocking=False):
+        _wait_for(lock)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @interruptible
-def wait_for(lock: Any) -> None:
-    """Wait until nobody holds a lock, without taking it."""
+def _wait_for(lock: Any) -> None:
+    """Wait until nobody holds a lock, without keeping it."""
     with lock:
         pass
 
@@ -66,7 +78,7 @@ class _Handler:
 
     @interruptible
     def deliver(self, frame: FrameType | None) -> None:
-        """Do what has waited, unless the caller at `frame` is inside another entering or leaving."""
+        """Do what has waited, unless `frame` is itself inside an entering or leaving."""
         if self.came and not _must_wait(frame):
             self.came = False
             self.usual(signal.SIGINT, frame)
@@ -84,7 +96,7 @@ def _install() -> _Handler | None:
     """The handler, in place; None outside of the main thread or where nothing would be raised."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    usual = signal.getsignal(signal.SIGINT)
+    usual: Any = signal.getsignal(signal.SIGINT)
     if isinstance(usual, _Handler):
         handler = usual
     elif callable(usual):
@@ -101,28 +113,32 @@ def _remove(handler: _Handler | None, frame: FrameType | None) -> None:
     if handler is None:
         return
     handler.blocks -= 1
-    if not handler.blocks and signal.getsignal(signal.SIGINT) is handler:
+    now: Any = signal.getsignal(signal.SIGINT)
+    if not handler.blocks and now is handler:
         signal.signal(signal.SIGINT, handler.usual)
     handler.deliver(frame)
 
 
 class _Whole(AbstractContextManager[T], Generic[T]):
     def __init__(self, inner: AbstractContextManager[T]) -> None:
-        self.inner, self.handler = inner, None
+        self.inner = inner
+        self.handler: _Handler | None = None
 
     def __enter__(self) -> T:
-        self.handler: _Handler | None = _install()
-        outside = sys._getframe().f_back
+        outside, entered = sys._getframe().f_back, False
+        self.handler = _install()
         try:
             given = self.inner.__enter__()
-        except BaseException:
-            _remove(self.handler, outside)
-            raise
-        if self.handler and self.handler.came and not _must_wait(outside):
+            entered = True
+            if self.handler:
+                self.handler.deliver(outside)
+        except BaseException as error:
             try:
-                self.inner.__exit__(None, None, None)
+                if entered:
+                    self.inner.__exit__(type(error), error, error.__traceback__)
             finally:
                 _remove(self.handler, outside)
+            raise
         return given
 
     def __exit__(
