@@ -310,7 +310,7 @@ def test_a_folder_of_something_else_is_refused(vlm: VLM, tmp_path: Path) -> None
     with pytest.raises(FoveateError, match="records of an unknown run"):
         evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path), vlm)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FoveateError, match="cannot be used"):
+    with pytest.raises(FoveateError, match="cannot be made a folder"):
         evaluate(Plan([Scenes(images=1)], ["vanilla"], tmp_path / "file" / "run"), vlm)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / RUN).write_text("[")

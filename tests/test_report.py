@@ -536,7 +536,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="names no model"):
         report([empty], tmp_path / "out")
     folder = run(tmp_path / "run", rows())
-    with pytest.raises(FoveateError, match="cannot be written to"):
+    with pytest.raises(FoveateError, match="cannot be made a folder"):
         report([folder], folder / "run.json")
     unknown = run(tmp_path / "unknown", [record(0, "vanilla", "Yes", benchmark="popes")])
     with pytest.raises(FoveateError, match="no benchmark 'popes'"):

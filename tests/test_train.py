@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foveate.base.errors import FoveateError
@@ -76,11 +77,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    for step, complete in ((3, True), (5, False)):
-        folder = tmp_path / f"line.step-{step:08d}"
-        folder.mkdir()
-        if complete:
-            (folder / "complete").touch()
+    for name in ("line.step-00000003", ".line.step-00000005.part"):
+        (tmp_path / name).mkdir()
     found = train.latest(tmp_path, "line")
     assert found is not None
     assert found.name == "line.step-00000003"
@@ -114,15 +112,15 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> No
     cut = tmp_path / "cut"
     child = subprocess.Popen([sys.executable, "-c", code, str(cut)])
     deadline = time.monotonic() + 600
-    while train.latest(cut, "tower") is None and not (cut / "tower.pt").exists():
+    while train.latest(cut, "tower") is None and not (cut / "tower.safetensors").exists():
         assert child.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert not (cut / "caption.pt").exists()
+    assert not (cut / "caption.safetensors").exists()
     training.train_pocket(cut, "caption", **RUN)
-    first, second = (torch.load(f / "caption.pt") for f in (whole.parent, cut))
+    first, second = (load_file(f / "caption.safetensors") for f in (whole.parent, cut))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not list(cut.glob("*.step-*"))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate import VLM, FoveateError
@@ -73,8 +74,6 @@ def losses(out: Path) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors")
 
 
@@ -117,7 +116,7 @@ def test_an_injection_is_trained_saved_and_asked_with(
     assert tuned.injection is not None
     assert tuned.model is None
     assert {p.name for p in tmp_path.iterdir()} == {
-        "injection", "log.jsonl", "loss.png", "run.json", "units.json"
+        ".lock", "injection", "log.jsonl", "loss.png", "run.json", "units.json"
     }  # fmt: skip
     fresh = CLI(seed=0, summary="image", start=0.0)
     vlm = VLM.load(small)
@@ -291,7 +290,7 @@ def test_a_killed_run_walks_on_along_the_same_curve(data: Path, small: str, tmp_
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     assert not (cut / "injection").exists()
-    state = torch.load(train.latest(cut, NAME) / "pytorch_model.bin", weights_only=True)
+    state = load_file(train.latest(cut, NAME) / "rank-0.safetensors")
     assert not any("vision_tower" in name for name in state), "what is frozen is not saved"
     tune(small, data, cut, recipe)
     assert losses(cut) == losses(tmp_path / "whole")

@@ -8,12 +8,12 @@ as `Anatomy.shape` gives them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import FoveateError
+from .files import UNCHANGED, write_text
 
 Pairs = tuple[tuple[int, int], ...]
 """(layer, head), counted from 0."""
@@ -69,16 +69,15 @@ def find(paths: Iterable[Path], shape: Mapping[str, Any]) -> Pairs | None:
     return None
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any], safe: str = UNCHANGED) -> None:
     """Replace a file by a list, whole or not at all: an entry per line, a row of a table per line.
 
     Args:
         content: "heads", "model" and whatever else describes the list.
+        safe: as in `files.writing`.
     """
     lines = [f"{json.dumps(key)}: {_laid_out(value)}" for key, value in content.items()]
-    part = path.with_suffix(".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(part, path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n", safe)
 
 
 def _load(path: Path) -> Any:

@@ -1,18 +1,19 @@
 """A file of JSON lines that survives being killed: every line is written once and at once.
 
 A run that starts again reads what is there, drops a line that was left half-written, and appends.
+A power failure costs the rows of at most a second (`files.Lines`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 from .errors import FoveateError
+from .files import UNCHANGED, Lines, lock, refusal, sync_folder, write_text
 
 Row = Any  # a JSON object
 
@@ -36,26 +37,41 @@ class Journal:
         self.path, self.key, self.settings = path, key, settings
         self.rows: dict[Hashable, Row] = {}
         try:
-            self.file = path.open("a+b")
-            self._lock()
-            whole = self._read()
-            self.file.truncate(whole)
+            self.lines = Lines(path)
         except OSError as error:
-            raise FoveateError(f"{path} cannot be used: {error.strerror or error}.") from error
-        if settings is not None and not whole:
-            self._write({"settings": settings})
+            raise refusal(path, error, "nothing was written", "used") from error
+        try:
+            lock(self.lines.file, path)
+            whole = self._read()
+            self.lines.file.truncate(whole)
+            if settings is not None and not whole:
+                self._write({"settings": settings})
+        except BaseException as error:
+            self.lines.file.close()
+            if isinstance(error, OSError):
+                raise refusal(path, error, what="used") from error
+            raise
+        sync_folder(path.parent)
 
     def append(self, row: Row) -> None:
-        """Write a row; it is in the file when this returns."""
+        """Write a row; it is in the file when this returns, and on the disk after `settle`.
+
+        Raises:
+            FoveateError: the disk refuses it; the rows of before are safe.
+        """
         self._write(row)
         self.rows[self.key(row)] = row
 
+    def settle(self) -> None:
+        """The group of rows is complete: bring it to the disk, at most once a second."""
+        self.lines.settle()
+
     def close(self) -> None:
-        self.file.close()
+        self.lines.close()
 
     def _write(self, row: Row) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
+        safe = f"the {len(self.rows)} rows in it are safe" if self.rows else "nothing is lost"
+        self.lines.append(json.dumps(row, ensure_ascii=False).encode() + b"\n", safe)
 
     def _read(self) -> int:
         """Take in the whole lines; how many bytes they are."""
@@ -77,25 +93,10 @@ class Journal:
                 raise FoveateError(f"{self.path} {difference(begun, self.settings)}.")
         return whole
 
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise FoveateError(
-                f"Another process is writing to {self.path}: wait for it, or give another --out."
-            ) from None
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a JSON document, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(part, path)
+def write_json(path: Path, value: Any, safe: str = UNCHANGED) -> None:
+    """Replace a file by a JSON document, whole or not at all; `safe` as in `files.writing`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", safe)
 
 
 def finite(value: Any) -> Any:

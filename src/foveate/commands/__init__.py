@@ -16,6 +16,7 @@ import typer
 
 from ..base import __version__
 from ..base.errors import FoveateError
+from ..base.files import disk_error, refusal
 from .common import note
 
 # of the help; commands that are not named here follow by name
@@ -43,8 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             app(arguments)
         except FoveateError as error:
-            print(f"foveate: {error}", file=sys.stderr)
-            sys.exit(2)
+            refused = error
+        except Exception as error:
+            if disk_error(error) is None:
+                raise
+            where = getattr(error, "filename", None) or "A file"
+            safe = "what was finished before is safe"
+            refused = refusal(where, error, safe, "used")
+        else:
+            return
+    print(f"foveate: {refused}", file=sys.stderr)
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

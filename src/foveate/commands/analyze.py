@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..base.errors import FoveateError
+from ..base.files import make_folder
 from . import app
 from .common import (
     DeviceOption,
@@ -18,7 +19,6 @@ from .common import (
     Progress,
     RevisionOption,
     load,
-    make_folder,
 )
 
 

@@ -98,16 +98,6 @@ def read_picture(name: str) -> Any:
     return decode(name)
 
 
-def make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FoveateError(f"The folder {path} cannot be made: {error.strerror}.") from error
-    if not os.access(path, os.W_OK):
-        raise FoveateError(f"The folder {path} cannot be written to: give another.")
-    return path
-
-
 def read_shard(text: str | None) -> tuple[int, int]:
     """(i, n) from ``i/n``; without a text from RANK and WORLD_SIZE, as torchrun sets them."""
     if text is None:

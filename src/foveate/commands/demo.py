@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..base.files import make_folder, replacing
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -14,7 +15,6 @@ from .common import (
     RevisionOption,
     draw_attention,
     load,
-    make_folder,
     new_table,
     print_table,
     said,
@@ -43,7 +43,8 @@ def demo(
     scene, asked = _six_questions(seed)
     folder = make_folder(out)
     picture = world.draw(scene)
-    picture.save(folder / "scene.png")
+    with replacing(folder / "scene.png") as part:
+        picture.save(part)
     vlm = load(model, revision=revision)
     vlm.ask(picture, asked[0].text, max_new_tokens=1)
     table = new_table("question", "truth", *SIDE_BY_SIDE)

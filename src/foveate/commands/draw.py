@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..base.files import make_folder
 from . import app
-from .common import make_folder
 
 
 class Habit(StrEnum):

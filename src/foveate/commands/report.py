@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base.errors import FoveateError
+from ..base.files import write_text
 from . import app
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def report(
     seed: Annotated[int, typer.Option(min=0, help="Seed the bootstrap with this number.")] = 0,
 ) -> None:
     """Merge runs and tell what every method gains and loses, and whether that is significant."""
+    from ..evaluation.results import SAFE, sentence
     from ..evaluation.results import report as write
-    from ..evaluation.results import sentence
     from ..insight.pages.report import html
 
     if out is None and len(runs) > 1:
@@ -41,10 +42,7 @@ def report(
     out = out or runs[0]
     sections = write(runs, out, root=data_root, images=images, seed=seed)
     figures = _draw_lengths(sections, out)
-    try:
-        (out / "report.html").write_text(html(sections), "utf-8")
-    except OSError as error:
-        raise FoveateError(f"The report cannot be written to {out}: {error.strerror}.") from error
+    write_text(out / "report.html", html(sections), SAFE)
     for section in sections:
         for verdict in section.verdicts:
             for result in verdict.results:

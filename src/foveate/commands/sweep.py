@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..base.errors import FoveateError
+from ..base.files import make_folder
 from . import app
 from .common import (
     BatchSizeOption,
@@ -22,7 +23,6 @@ from .common import (
     ShardOption,
     brief,
     load,
-    make_folder,
     new_table,
     own_card,
     print_table,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base.errors import FoveateError
+from ..base.files import make_folder
 from . import app
 from .common import (
     SIDE_BY_SIDE,
@@ -17,7 +18,6 @@ from .common import (
     ModelOption,
     RevisionOption,
     load,
-    make_folder,
     new_table,
     print_table,
     read_picture,

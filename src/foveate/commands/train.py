@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from ..base.errors import FoveateError
+from ..base.files import make_folder
 from . import app
-from .common import ModelOption, RevisionOption, make_folder, quiet
+from .common import ModelOption, RevisionOption, quiet
 
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")

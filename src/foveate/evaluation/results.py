@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import FoveateError
+from ..base.files import make_folder, write_text
 from ..base.journal import finite, write_json
 from .lengths import Lengths, length_sentences
 from .merge import RunFolder, by_settings, gaps, merge, read_runs
 from .published import PROTOCOLS, Comparison
 from .verdict import Example, Result, Test, Verdict, judge
 
+SAFE = "the runs are untouched"
 MARKS = {"better": "▲", "worse": "▼"}
 RECALL_CHAIR = "Recall against CHAIR, captions cut to so many words"
 FOLDED = 30  # rows: longer tables of details open on demand
@@ -80,14 +81,10 @@ def report(
         FoveateError: no run, no records, a damaged file, or runs that contradict each other.
     """
     sections = [_section(runs, root, images, seed) for runs in by_settings(read_runs(folders))]
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        told = [dataclasses.asdict(s, dict_factory=_without_pictures) for s in sections]
-        write_json(out / "report.json", finite({"seed": seed, "sections": told}))
-        (out / "report.md").write_text(markdown(sections), "utf-8")
-    except OSError as error:
-        raise FoveateError(f"The report cannot be written to {out}: {error.strerror}.") from error
+    out = make_folder(Path(out))
+    told = [dataclasses.asdict(s, dict_factory=_without_pictures) for s in sections]
+    write_json(out / "report.json", finite({"seed": seed, "sections": told}), SAFE)
+    write_text(out / "report.md", markdown(sections), SAFE)
     return sections
 
 

@@ -10,6 +10,7 @@ A run of n shards has one such folder per shard, ``shard-i-of-n``, inside its ow
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import platform
@@ -27,6 +28,7 @@ from typing import Any
 from ..backends.transformers import compat
 from ..base import __version__
 from ..base.errors import FoveateError
+from ..base.files import make_folder, writing
 from ..base.journal import Journal, alike, difference, finite, write_json
 from ..core.method import Method, as_stack, text
 from .benchmark import Benchmark, EvalRecord, Problems, Sample, scored
@@ -222,6 +224,7 @@ class Run:
                 self.watch(len(self.journal.rows), self.total, what)
             if time.monotonic() - self.beat > HEARTBEAT:
                 self._note_time()
+        self.journal.settle()
 
     def finish(self, environment: dict[str, Any]) -> dict[str, Any]:
         """Write ``results.json`` and return its content."""
@@ -238,19 +241,24 @@ class Run:
             "wall_seconds": round(sum(row["seconds"] for row in sessions), 3),
         }
         results = finite(results)
-        write_json(self.folder / RESULTS, results)
+        write_json(self.folder / RESULTS, results, f"all {len(records)} records are safe")
         return results
 
     def close(self) -> None:
-        self.journal.close()
-        self.sessions.close()
+        try:
+            self.journal.close()
+        finally:
+            self.sessions.close()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._note_time()
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        quiet = contextlib.suppress(FoveateError) if kind else contextlib.nullcontext()
+        with quiet:  # a full disk is told once
+            self._note_time()
+        with quiet:
+            self.close()
 
     def _note_time(self) -> None:
         self.beat = time.monotonic()
@@ -261,33 +269,29 @@ class Run:
     def _begin(self) -> None:
         """Make the folder, or check that what is there belongs to this run."""
         shard = self.configuration["shard"]
-        for other in run_folders(self.plan.out):
+        with writing(self.plan.out, "nothing was written"):
+            others = run_folders(self.plan.out)
+        for other in others:
             begun = read_run(other)
             shards = isinstance(begun, dict) and begun.get("shard") and shard
             if shards and other != self.folder:  # another shard, whose number differs
                 begun = begun | {"shard": [shard[0], begun["shard"][1]]}
             if not alike(begun, self.configuration):
                 raise FoveateError(f"{other} {difference(begun, self.configuration)}.")
-        records = self.folder / RECORDS
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            size = records.stat().st_size if records.exists() else 0
-            if (self.folder / RUN).exists():
-                if size and not self.plan.resume:
-                    raise FoveateError(
-                        f"{self.folder} already holds records: go on with --resume, or give "
-                        "another --out."
-                    )
-                return
-            if size:
+        records = make_folder(self.folder) / RECORDS
+        size = records.stat().st_size if records.exists() else 0
+        if (self.folder / RUN).exists():
+            if size and not self.plan.resume:
                 raise FoveateError(
-                    f"{self.folder} holds records of an unknown run: give another --out."
+                    f"{self.folder} already holds records: go on with --resume, or give "
+                    "another --out."
                 )
-            write_json(self.folder / RUN, self.configuration)
-        except OSError as error:
+            return
+        if size:
             raise FoveateError(
-                f"The folder {self.folder} cannot be used: {error.strerror or error}."
-            ) from error
+                f"{self.folder} holds records of an unknown run: give another --out."
+            )
+        write_json(self.folder / RUN, self.configuration, "nothing is lost")
 
     def _compare(self) -> None:
         """Check that the records answer the questions that the data hold now."""

@@ -334,7 +334,7 @@ def sweep(
         revision=vlm.revision,
         commit=vlm.commit,
     )
-    write_json(plan.out / "sweep.json", dataclasses.asdict(result))
+    write_json(plan.out / "sweep.json", dataclasses.asdict(result), "all records are safe")
     return result
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..backends.transformers.anatomy import anatomy
 from ..base import __version__
 from ..base.errors import FoveateError
+from ..base.files import write_text
 from ..base.form import Form, Registry
 from ..base.journal import Journal, write_json
 from ..core.method import Method, as_stack, text
@@ -168,13 +169,14 @@ def run(
         "caption": caption,
         "numbers": _finite(numbers),
     }
-    write_json(out / f"{analysis.name}.json", content)
+    safe = f"the rows of all {len(rows)} pictures are safe in {journal.path.name}"
+    write_json(out / f"{analysis.name}.json", content, safe)
     sheet = Sheet(f"{analysis.title}, {vlm.name}", caption)
     analysis.draw(numbers, sheet)
     sheet.save(out / f"{analysis.name}.png")
     told = f"![{analysis.name}]({analysis.name}.png)\n\n{caption}\n"
     told += f"\n```\n{command}\n```\n" * bool(command)
-    (out / f"{analysis.name}.md").write_text(told, "utf-8")
+    write_text(out / f"{analysis.name}.md", told, safe)
     return content
 
 

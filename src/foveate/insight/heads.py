@@ -215,7 +215,7 @@ def find_heads(
         "command": command,
         "scores": _rounded(scores, 6),
     }
-    headlist.write(out, content)
+    headlist.write(out, content, f"all {len(records)} records are safe in {journal.path.name}")
     return content
 
 

@@ -44,6 +44,7 @@ def read_all(
                     failures[name], row = str(error), None
                 else:
                     journal.append(row)
+                    journal.settle()
             rows += [row] if row else []
             if watch:
                 watch(done, len(images), row)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.record import Recorder
 from ..base.errors import FoveateError
+from ..base.files import make_folder, replacing, write_text
 from ..base.images import ImageLike, decode
 from ..core import Anatomy, Method, Rows, Sequences, Stream
 from ..core.method import as_stack, text
@@ -52,19 +53,13 @@ class Trace(Seen):
         Raises:
             FoveateError: where matplotlib is missing or the folder cannot be written.
         """
-        folder = Path(folder)
+        folder = make_folder(Path(folder))
         paths = [folder / f for f in ("trace.json", "trace.npz", "index.html")]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            figures = [
-                show_strip(self, folder / "strip.png"),
-                show_curves(self, folder / "curves.png"),
-            ]
-            paths[0].write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            np.savez_compressed(paths[1], allow_pickle=False, **self.arrays())
-            paths[2].write_text(page(self), encoding="utf-8")
-        except OSError as error:
-            raise FoveateError(f"The trace cannot be written to {folder}: {error}.") from error
+        figures = [show_strip(self, folder / "strip.png"), show_curves(self, folder / "curves.png")]
+        write_text(paths[0], json.dumps(self.to_json(), indent=1) + "\n")
+        with replacing(paths[1]) as part:
+            np.savez_compressed(part, allow_pickle=False, **self.arrays())
+        write_text(paths[2], page(self))
         return [*figures, *paths]
 
 

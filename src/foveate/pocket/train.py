@@ -21,13 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
+from ..base.files import make_folder, owned, replacing, writing
 from ..scenes import lessons, questions, world
-from ..training.loop import drawn, drop_checkpoints, fit, start
+from ..training.checkpoints import drop_checkpoints, own_memory, what_is_safe
+from ..training.loop import drawn, fit, start
 from . import build
 from .packed import LanguageLesson
 
@@ -84,21 +87,42 @@ def train_pocket(
     """
     if until not in STAGES:
         raise FoveateError(f'Unknown stage "{until}": choose one of {", ".join(STAGES)}.')
-    out = Path(out)
-    if not resume and out.exists() and any(out.glob("*.pt")):
+    out = make_folder(Path(out))
+    with owned(out):
+        return _train(
+            out, until, seed, resume, steps, scenes, windows, batch or {}, shape or {}, precision,
+            checkpoint_every,
+        )  # fmt: skip
+
+
+def _train(
+    out: Path,
+    until: str,
+    seed: int,
+    resume: bool,
+    steps: dict[str, int] | None,
+    scenes: int,
+    windows: int,
+    batch: dict[str, int],
+    shape: dict[str, int],
+    precision: str,
+    checkpoint_every: float,
+) -> Path:
+    """`train_pocket` in a folder that is this run's alone."""
+    if not resume and any((out / ended(stage)).exists() for stage in STAGES):
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    model, processor = build.build_pocket(seed, **(shape or {}))
+    model, processor = build.build_pocket(seed, **shape)
     pool = lessons.Pool(out / "pool", scenes, windows, seed).build()
     held = lessons.Pool(
         out / "held", min(64, scenes), min(48, windows), seed, questions.FIRST_HELD_OUT
     ).build()
     for stage in STAGES[: STAGES.index(until) + 1]:
-        ended = out / f"{stage}.pt"
-        if ended.exists():
-            model.load_state_dict(torch.load(ended, weights_only=True))
+        weights = out / ended(stage)
+        if weights.exists():
+            _load(model, weights)
             continue
         model.requires_grad_(True)
-        settings = Stage(stage, (BATCH | (batch or {}))[stage], precision, seed)
+        settings = Stage(stage, (BATCH | batch)[stage], precision, seed)
         make = _tower_stage if stage == "tower" else _language_stage
         lesson, batches, evaluate = make(settings, model, processor, pool, held)
         model.train()
@@ -117,12 +141,28 @@ def train_pocket(
             evaluate=evaluate,
         )
         model.eval()
-        part = ended.with_suffix(".part")
-        torch.save(model.state_dict(), part)
-        part.replace(ended)
-        build.save_pocket(model, processor, out / stage)
+        with writing(out, what_is_safe(out, stage)):
+            build.save_pocket(model, processor, out / stage)
+            with replacing(weights) as part:
+                save_file(own_memory(model.state_dict()), part)
         drop_checkpoints(out, stage)
     return out / until
+
+
+def ended(stage: str) -> str:
+    """The file with the weights (float32) after a stage."""
+    return f"{stage}.safetensors"
+
+
+def _load(model: nn.Module, weights: Path) -> None:
+    try:
+        model.load_state_dict(load_file(weights))
+    except Exception as error:  # damaged files raise nearly anything
+        reason = " ".join(str(error).split())[:120].rstrip(".")
+        raise FoveateError(
+            f"{weights} cannot be read ({reason}): delete it, and the same command trains this "
+            "stage again."
+        ) from error
 
 
 def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -258,7 +298,8 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
     if not path.exists():
         part = path.with_suffix(".part")
         shape = (len(pool), build.VISUAL_TOKENS, width)
-        array = np.lib.format.open_memmap(part, "w+", np.float16, shape)
+        with writing(path, "what was trained is safe"):
+            array = lessons.new_array(part, np.float16, shape)
         device = next(model.parameters()).device
         with torch.no_grad(), autocast(precision, device):
             for i in range(0, len(pool), 64):

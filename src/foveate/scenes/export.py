@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..base.files import make_folder, replacing, writing
 from . import questions, world
 from .lessons import lesson
 from .questions import FIRST_HELD_OUT, OPEN, Question, View, look
@@ -54,12 +55,13 @@ def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: in
         raise ValueError(f'habit is "with", "against" or "both", not {habit!r}')
     out = Path(out)
     for folder in ("images", "masks"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        make_folder(out / folder)
     number = 0
-    with ExitStack() as files:
+    with writing(out, "its .jsonl files are as they were"), ExitStack() as files:
 
         def lines(name: str) -> Any:
-            return files.enter_context((out / f"{name}.jsonl").open("w", encoding="utf-8"))
+            part = files.enter_context(replacing(out / f"{name}.jsonl"))
+            return files.enter_context(part.open("w", encoding="utf-8"))
 
         truths, asked, talks = map(lines, ("scenes", "questions", "conversations"))
         for k in range(n):

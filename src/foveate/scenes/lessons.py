@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.files import keep_room, make_folder, write_text, writing
 from . import questions, world
 from .phrases import SUFFIXES
 from .questions import Question, View
@@ -103,17 +104,15 @@ class Pool:
 
     def build(self, workers: int = 2) -> "Pool":
         """Draw what is not on disk yet, in parallel, and map it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         about = {"items": len(self), "scenes": self.scenes, "seed": self.seed, "first": self.first}
         note = self.folder / "pool.json"
         paths = [self.folder / "pixels.npy", self.folder / "owners.npy"]
         if not (note.exists() and json.loads(note.read_text()) == about):
             (self.folder / "features.npy").unlink(missing_ok=True)  # of older pictures
             shapes = [(len(self), SIZE, SIZE, 3), (len(self), VISUAL_TOKENS)]
-            arrays = [
-                np.lib.format.open_memmap(p, "w+", np.uint8, s)
-                for p, s in zip(paths, shapes, strict=True)
-            ]
+            with writing(self.folder, "nothing is lost"):
+                arrays = [new_array(p, np.uint8, s) for p, s in zip(paths, shapes, strict=True)]
             parts = [range(i, min(i + 200, len(self))) for i in range(0, len(self), 200)]
             with ProcessPoolExecutor(workers, get_context("fork")) as drawers:
                 for part, drawn in zip(parts, drawers.map(self.draw, parts), strict=True):
@@ -121,9 +120,16 @@ class Pool:
                         array[part.start : part.stop] = new
             for array in arrays:
                 array.flush()
-            note.write_text(json.dumps(about))
+            write_text(note, json.dumps(about))
         self.pixels, self.owners = (np.load(p, mmap_mode="r") for p in paths)
         return self
+
+
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A .npy file to write to as memory. Raises `OSError` where the disk has no room for it."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    keep_room(path)
+    return array
 
 
 @lru_cache(maxsize=4096)

@@ -9,10 +9,10 @@ trains the base alone, which is the baseline: the same data, the same steps, no 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -27,15 +27,17 @@ from ..backends.transformers import compat_parts
 from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
 from ..base.errors import FoveateError
+from ..base.files import make_folder, owned, writing
 from ..base.journal import write_json
 from ..core.method import as_stack, text
 from ..methods.cli.method import CLI, SERVES
 from ..vlm.vlm import VLM
 from .check import check
+from .checkpoints import drop_checkpoints, what_is_safe
 from .conversations import read
 from .lesson import Lesson, make_optimizer, prepare
-from .loop import WARM_UP, drawn, drop_checkpoints, fit, start
-from .output import begun_run, draw_losses, report_broken, save_base, write_run
+from .loop import WARM_UP, drawn, fit, start
+from .output import begun_run, draw_losses, read_json, report_broken, save_base, write_run
 from .recipe import DTYPES, Recipe
 from .writer import Writer
 
@@ -84,14 +86,36 @@ def tune(
 
     Raises:
         FoveateError: on arguments that do not go together, on broken rows unless they may be
-            skipped, and where `out` holds another run.
+            skipped, where `out` holds another run or another process writes to it, and where the
+            disk refuses what is written.
     """
-    recipe, data, out = recipe or Recipe(), Path(data), Path(out)
+    out = make_folder(Path(out))
+    recipe = recipe or Recipe()
     precision = recipe.precision or ("bf16" if torch.cuda.is_available() else "no")
     method = _method(recipe)
     accelerator = start(precision)
+    with owned(out) if accelerator.is_main_process else contextlib.nullcontext():
+        return _tune(
+            model, Path(data), out, recipe, images, revision, resume, say, accelerator, precision,
+            method,
+        )  # fmt: skip
+
+
+def _tune(
+    model: str,
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    images: Path | str | None,
+    revision: str | None,
+    resume: bool,
+    say: Callable[[str], None],
+    accelerator: Any,
+    precision: str,
+    method: CLI | None,
+) -> Tuned:
+    """`tune` in a folder that is this run's alone."""
     main, device = accelerator.is_main_process, accelerator.device
-    out.mkdir(parents=True, exist_ok=True)
     dtype = torch.float32 if recipe.base == "full" else DTYPES[precision]
     place = "cpu" if "FSDP" in str(accelerator.distributed_type) else device
     vlm = VLM.load(model, dtype=dtype, device=place, revision=revision)
@@ -134,7 +158,7 @@ def tune(
         write_json(out / "units.json", {"units": checked.units, "tokens": checked.tokens})
         write_run(out, settings)
     accelerator.wait_for_everyone()
-    units = json.loads((out / "units.json").read_text("utf-8"))["units"]
+    units = read_json(out / "units.json")["units"]
 
     size, total = recipe.batch_size, recipe.batch_size * accelerator.num_processes
     steps = recipe.steps
@@ -179,11 +203,12 @@ def tune(
             finish=finish,
         )
     if main:
-        if shell is not None:
-            shell.load_state_dict(_part(state, "injection."))
-            shell.save_pretrained(out / "injection")
-        if recipe.base != "frozen":
-            save_base(vlm, _part(state, "model."), adapted, DTYPES[precision], out)
+        with writing(out, what_is_safe(out, NAME)):
+            if shell is not None:
+                shell.load_state_dict(_part(state, "injection."))
+                shell.save_pretrained(out / "injection")
+            if recipe.base != "frozen":
+                save_base(vlm, _part(state, "model."), adapted, DTYPES[precision], out)
         loss = draw_losses(out, NAME, text(as_stack(recipe.method)), say)
         seconds = round(clock.seconds, 1)
         write_run(out, settings, {"steps": clock.step, "seconds": seconds, "loss": loss})

@@ -29,7 +29,6 @@ class Lesson(nn.Module):
             name for name, p in self.named_parameters() if p.requires_grad and id(p) not in spoken
         ]
         self.register_state_dict_post_hook(_only_trained)
-        self.register_load_state_dict_post_hook(_frozen_may_miss)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the losses of a batch of `Writer`, and the number of tokens it sums."""
@@ -55,12 +54,6 @@ def _only_trained(module: nn.Module, state: dict[str, Any], prefix: str, meta: A
     kept = {prefix + name for name in _trained(module)}
     for name in [name for name in state if name.startswith(prefix) and name not in kept]:
         del state[name]
-
-
-def _frozen_may_miss(module: nn.Module, keys: Any) -> None:
-    """Accept a state without what is frozen."""
-    missed = {key.removeprefix("module.") for key in keys.missing_keys}  # DDP's own name
-    keys.missing_keys[:] = sorted(missed & _trained(module))
 
 
 def prepare(model: Any, recipe: Recipe) -> Any:

@@ -3,19 +3,18 @@
     fit(lesson, batches, start("no"), optimizers, folder=, name=, minutes= | steps=, ...) -> Clock
     drawn(count, size, step, seed) -> list[int]     # the items of a step
 
-It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP, as Accelerate is
-configured. A run that is killed continues from its last checkpoint as if nothing had happened.
+It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP 2, as Accelerate
+is configured. A run that is killed continues from its last checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,22 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import FoveateError
+from ..base.files import Lines, make_folder, write_text
+from .checkpoints import Clock, latest, load_checkpoint, save_checkpoint, what_is_safe
 
 WARM_UP = 40  # steps
-
-
-@dataclass
-class Clock:
-    """Where a run stands; part of every checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
 
 def start(precision: str) -> Any:
@@ -54,7 +41,14 @@ def start(precision: str) -> Any:
 
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one looks at the data
     cpu = not torch.cuda.is_available()
-    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise FoveateError(
+            f"Training cannot keep checkpoints under {kind} as it is configured: use torchrun, or "
+            "FSDP with fsdp_version: 2."
+        )
+    return accelerator
 
 
 def fit(
@@ -100,28 +94,31 @@ def fit(
 
     set_seed(seed)
     lesson, *optimizers = accelerator.prepare(lesson, *optimizers)
-    clock = Clock()
-    accelerator.register_for_checkpointing(clock)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     last = latest(folder, name) if resume else None
-    if last:
-        accelerator.load_state(str(last))
+    clock = load_checkpoint(last, accelerator, lesson, optimizers) if last else Clock()
     main, journal = accelerator.is_main_process, folder / "log.jsonl"
+    lines: Lines | None = None
     if main:
         forget(journal, name, clock.step)
+        lines = Lines(journal)
 
     def done() -> float:
         share = clock.step / steps if steps else clock.seconds / (60 * (minutes or 1))
         return min(1.0, share)
 
     def log(**row: Any) -> None:
-        if main:
-            with journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": name, "step": clock.step} | row) + "\n")
+        if lines:
+            told = json.dumps({"stage": name, "step": clock.step} | row) + "\n"
+            lines.append(told.encode(), what_is_safe(folder, name))
+            lines.settle()
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     running, saved, examined = math.nan, time.monotonic(), time.monotonic()
-    with Progress(*columns, TimeElapsedColumn(), disable=not main) as bar:
+    with (
+        Progress(*columns, TimeElapsedColumn(), disable=not main) as bar,
+        contextlib.closing(lines) if lines else contextlib.nullcontext(),
+    ):
         task = bar.add_task(name, total=1.0, note="")
         for batch in ahead(batches, clock.step):
             if done() >= 1:
@@ -154,13 +151,13 @@ def fit(
             elif clock.step % log_every == 0:
                 log(seconds=round(clock.seconds), loss=round(running, 4))
             if save:
-                save_checkpoint(accelerator, folder, name, clock.step)
+                save_checkpoint(folder, name, clock, accelerator, lesson, optimizers)
                 saved = time.monotonic()
             if evaluate and time.monotonic() - examined > evaluate_every:
                 log(seconds=round(clock.seconds), loss=round(running, 4), **evaluate())
                 examined = time.monotonic()
-    if log_every > 1:
-        log(seconds=round(clock.seconds), loss=round(running, 4), **(evaluate or dict)())
+        if log_every > 1:
+            log(seconds=round(clock.seconds), loss=round(running, 4), **(evaluate or dict)())
     if finish:
         finish(lesson)
     accelerator.free_memory()
@@ -193,47 +190,16 @@ def ahead(batches: Callable[[int], dict[str, Tensor]], step: int) -> Iterator[di
             yield waiting.pop(0).result()
 
 
-# ------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(accelerator: Any, folder: Path, name: str, step: int) -> None:
-    """Write beside the older checkpoint, mark complete, then drop the older; in all processes."""
-    target = folder / f"{name}.step-{step:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(target), safe_serialization=False)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (target / "complete").touch()
-        for old in folder.glob(f"{name}.step-*"):
-            if old != target:
-                shutil.rmtree(old)
-
-
-def latest(folder: Path, name: str) -> Path | None:
-    """The newest complete checkpoint of a stage."""
-    whole = (p for p in folder.glob(f"{name}.step-*") if (p / "complete").exists())
-    return max(whole, default=None)
-
-
-def drop_checkpoints(folder: Path, name: str) -> None:
-    for old in folder.glob(f"{name}.step-*"):
-        shutil.rmtree(old)
-
-
 def forget(journal: Path, name: str, step: int) -> None:
-    """Leave out of a log what a stage did after `step`, and a line that was cut short."""
+    """Leave out of a log what a stage did after `step`, and lines that are none of a log's."""
     if not journal.exists():
         return
     kept = []
-    for line in journal.read_text("utf-8").splitlines():
+    for line in journal.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            if row["stage"] != name or row["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short, or damaged
             continue
-        if row["stage"] != name or row["step"] <= step:
-            kept.append(line + "\n")
-    part = journal.with_suffix(".part")
-    part.write_text("".join(kept), "utf-8")
-    part.replace(journal)
+    write_text(journal, "".join(kept))

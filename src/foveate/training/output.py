@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import FoveateError
+from ..base.files import write_text
 from ..base.journal import alike, difference, write_json
 from ..insight.plots.loss import show_loss
 from ..vlm.vlm import VLM
@@ -32,10 +33,23 @@ def begun_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, An
         return None
     if not resume:
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    run = json.loads(path.read_text("utf-8"))
-    if not alike(run["settings"], settings):
-        raise FoveateError(f"The run in {out} {difference(run['settings'], settings)}.")
+    run = read_json(path)
+    if not alike(run.get("settings"), settings):
+        raise FoveateError(f"The run in {out} {difference(run.get('settings'), settings)}.")
     return run
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that a run wrote. Raises `FoveateError` where it is damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise FoveateError(
+            f"{path} is damaged ({error}): delete its folder, or give another --out."
+        ) from error
+    return content
 
 
 def write_run(out: Path, settings: dict[str, Any], ended: dict[str, Any] | None = None) -> None:
@@ -50,9 +64,8 @@ def report_broken(
     """Write the broken rows to broken.jsonl, and refuse them unless they may be skipped."""
     if not checked.broken:
         return
-    with (out / "broken.jsonl").open("w", encoding="utf-8") as file:
-        for row in checked.broken:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+    rows_told = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in checked.broken]
+    write_text(out / "broken.jsonl", "".join(row + "\n" for row in rows_told))
     count = f"{len(checked.broken)} of {rows} rows are broken"
     kinds = "; ".join(checked.problems.lines())
     if not checked.units:

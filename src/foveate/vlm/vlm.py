@@ -15,7 +15,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +34,7 @@ from ..backends.transformers.enhance import attach
 from ..backends.transformers.record import Record, Recorder
 from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode_all
+from ..base.interrupts import taken, whole
 from ..base.memory import Size
 from ..core.method import Method, as_stack
 from ..families.layout import Grid, grids
@@ -364,7 +364,7 @@ class VLM:
         with self.tokenizing:
             return self.tokenizer.decode(ids, **options)
 
-    @contextmanager
+    @whole
     def using(self, methods: tuple[Method, ...], chats: Sequence[Chat] = ()) -> Iterator[None]:
         """The model with methods whose `rewrite` has been run; other threads wait.
 
@@ -384,7 +384,7 @@ class VLM:
             other = [replace(chat, images=chat.contrast or chat.images) for chat in chats]
             views = {k: v for k, v in self.inputs(other).items() if k.startswith("pixel_values")}
         notes = [chat.notes for chat in chats]
-        with self._one_at_a_time:
+        with taken(self._one_at_a_time):
             self._using = threading.get_ident()
             try:
                 with attach(self.model, methods, notes=notes, contrast=views):

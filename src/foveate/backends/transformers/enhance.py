@@ -11,13 +11,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...base.errors import FoveateError
+from ...base.interrupts import interruptible, whole
 from ...core.method import Method, as_stack
 from ...core.sequence import Stack
 from ...core.visual import visual_mask, visual_token_ids
@@ -32,14 +33,15 @@ _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-@contextmanager
+@whole
 def enhance(model: Any, *methods: Method | str, image_token_id: int | None = None) -> Iterator[Any]:
     """Apply methods to a vision-language model inside a ``with`` block.
 
     ``with enhance(model, "clvs"): model.generate(**inputs)``
 
     Several methods act in the order given. Leaving the block restores the model exactly, also
-    after an exception. Methods whose parameters are neutral install nothing.
+    after an exception; Ctrl-C waits until that is done. Methods whose parameters are neutral
+    install nothing.
 
     Args:
         model: any Hugging Face vision-language model with a ``generate``.
@@ -60,7 +62,7 @@ def enhance(model: Any, *methods: Method | str, image_token_id: int | None = Non
         yield model
 
 
-@contextmanager
+@whole
 def attach(
     model: Any,
     methods: tuple[Method, ...],
@@ -82,12 +84,7 @@ def attach(
     if not methods:
         yield
         return
-    decoder = handshake(model).decoder
-    stack = Stack(anatomy(model), methods, plans)
-    check_layers(model, stack.edited)
-    image_ids = visual_token_ids(model.config, image_token_id)
-    if not image_ids and stack.needs_image:
-        visual_mask((), torch.zeros(1, 1, dtype=torch.long))  # says what to do
+    decoder, stack, image_ids = _prepared(model, methods, image_token_id, plans)
     with _lock:
         if decoder in _enhanced:
             raise FoveateError(
@@ -120,6 +117,23 @@ def attach(
             forget_unfinished(name, stack)
             raise
         check_graphs(name, model, stack)
+
+
+@interruptible
+def _prepared(
+    model: Any,
+    methods: tuple[Method, ...],
+    image_token_id: int | None,
+    plans: dict[str, Any] | None,
+) -> tuple[Any, Stack, tuple[int, ...]]:
+    """What a block needs, before anything is changed; a method's `setup` may fetch files."""
+    decoder = handshake(model).decoder
+    stack = Stack(anatomy(model), methods, plans)
+    check_layers(model, stack.edited)
+    image_ids = visual_token_ids(model.config, image_token_id)
+    if not image_ids and stack.needs_image:
+        visual_mask((), torch.zeros(1, 1, dtype=torch.long))  # says what to do
+    return decoder, stack, image_ids
 
 
 def prefill(model: Any, inputs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...base.errors import FoveateError
+from ...base.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +82,8 @@ class Page:
         """Write the notes `below` inches under the panels, then the picture."""
         top = self.bottom + below
         self.write(PAD, top, self.notes, size=8.5, color=QUIET, linespacing=1.35)
-        self.figure.savefig(path, facecolor=PAPER)
+        with replacing(path) as part:
+            self.figure.savefig(part, facecolor=PAPER)
         return path
 
 
