@@ -63,14 +63,16 @@ class Decoders:
             decoder = self._take()
             asked = decoder.ask(data, pixels)
             done = _within(asked, PROMPT)
+        fit = False
         try:
             if not done and not self._wait(asked):
                 raise FoveateError("The image takes too long to decode: save it anew, as a PNG.")
+            fit = not isinstance(asked.exception(), EOFError)
             return asked.result()
         except EOFError:
             raise FoveateError("The image cannot be decoded: save it anew, as a PNG.") from None
         finally:
-            self._give(decoder, fit=asked.done())
+            self._give(decoder, fit)
 
     def _wait(self, asked: Future[Image.Image]) -> bool:
         """Whether a slow picture is done in time."""
@@ -83,13 +85,15 @@ class Decoders:
 
     def _take(self) -> Decoder:
         with self.changing:
-            if self.idle:
-                return self.idle.pop()
+            while self.idle:
+                if (decoder := self.idle.pop()).alive:
+                    return decoder
+                decoder.end()
         return Decoder(self.memory)
 
     def _give(self, decoder: Decoder, fit: bool) -> None:
         with self.changing:
-            if fit and decoder.alive and not self.closed and len(self.idle) < self.size:
+            if fit and not self.closed and len(self.idle) < self.size:
                 self.idle.append(decoder)
                 return
         decoder.end()
