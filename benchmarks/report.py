@@ -22,7 +22,7 @@ from rich.table import Table as Printed
 
 import foveate
 from foveate import FoveateError
-from foveate.evaluation.run import hardware
+from foveate.evaluation.environment import hardware
 
 RESULTS = Path(__file__).parent / "results"
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, cells

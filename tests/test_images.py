@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import struct
+import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 from foveate.base.errors import FoveateError
-from foveate.base.images import MIN_SIDE, decode, decode_all
+from foveate.base.images import MIN_SIDE, RATIO, SCANS, decode, decode_all
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -221,7 +223,7 @@ def test_the_limit_is_pillows(monkeypatch):
         (b"", "empty"),
         (b"hello, this is text", "not a picture"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
         ("nowhere/at/all.png", "no image nowhere/at/all.png"),
         ("x" * 5000, "not the name of a file|no image"),
         ("a\0b.png", "not the name of a file|no image"),
@@ -261,3 +263,82 @@ def test_a_file_that_may_not_be_read(tmp_path: Path):
     path.write_bytes(encode(halves()))
     path.chmod(0)
     refused(path, "permissions")
+
+
+def test_a_long_strip_is_refused_before_it_is_enlarged():
+    """A side of one pixel becomes `MIN_SIDE`, so that a file of 31 kB became 128 million pixels."""
+    strip = encode(Image.new("1", (16_000_000, 1)))
+    assert len(strip) < 100_000
+    refused(strip, "is 16000000 x 1 pixels, one side 16,000,000 times the other, and the limit")
+    tracemalloc.start()
+    refused(strip, "times the other")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(1, RATIO), (RATIO * 9, 9)])
+def test_the_ratio_of_the_sides_has_a_limit(size):
+    assert decode(Image.new("L", size)).size == tuple(max(side, MIN_SIDE) for side in size)
+    longer = (size[0] + (size[0] > 1), size[1] + (size[0] == 1))
+    refused(Image.new("L", longer), f"{RATIO + 1} times the other, and the limit is {RATIO} times")
+    refused(np.zeros(longer, np.uint8), "times the other")
+
+
+def test_what_will_be_made_counts(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 100 - 1)
+    refused(Image.new("L", (1, 100)), "million: make it smaller")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 100)
+    assert decode(Image.new("L", (1, 100))).size == (8, 100)
+
+
+def two_formats() -> bytes:
+    """A TIFF of 16 x 16 pixels that is also an FLI of 9400 x 9400, a format read before it."""
+    directory = 0x1AF11  # where the TIFF's begins; its low half says FLI
+    data = bytearray(directory)
+    struct.pack_into("<4sIHH", data, 0, b"II*\0", directory, 9400, 9400)
+    data[128:384] = bytes(range(256))  # the TIFF's pixels
+    entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 128, 277: 1, 278: 16, 279: 256}
+    data += struct.pack("<H", len(entries))
+    for tag, value in entries.items():
+        data += struct.pack("<HHII", tag, 4, 1, value)
+    return bytes(data + bytes(4))
+
+
+def test_a_file_of_two_formats_is_read_in_the_one_that_was_measured():
+    found = decode(two_formats())
+    assert found.size == (16, 16)
+    assert found.getpixel((1, 1)) == (17, 17, 17)
+
+
+def many_scans(count: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A progressive JPEG whose last scan is there `count` times more."""
+    data = encode(Image.new("L", size, 127), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * count + data[-2:]
+
+
+def test_the_scans_of_a_jpeg_are_counted(tmp_path):
+    assert decode(many_scans(10)).size == (64, 64)
+    refused(many_scans(SCANS), "JPEG of more than 100 scans or 10,000 segments")
+    (tmp_path / "a.jpg").write_bytes(many_scans(SCANS))
+    refused(tmp_path / "a.jpg", "save it anew")
+    data = encode(Image.new("L", (64, 64)), "JPEG")
+    decode(data[:2] + b"\xff\xfe\0\x04\xff\xda" * 200 + data[2:])  # in comments: none of them
+    refused(data[:2] + b"\xff\xfe\0\2" * 10_001 + data[2:], "10,000 segments")
+
+
+def test_what_a_jpeg_may_cost_is_little():
+    start = time.process_time()
+    decode(many_scans(SCANS - 10, (4000, 4000)))
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("form", ["PPM", "TGA", "ICO", "PCX", "SGI", "DDS", "JPEG2000", "PDF"])
+def test_other_formats_are_not_even_tried(form, tmp_path):
+    try:
+        data = encode(Image.new("RGB", (32, 32)), form)
+    except OSError:
+        pytest.skip(f"this Pillow writes no {form}")
+    refused(data, "not a picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF")
+    (tmp_path / "a.png").write_bytes(data)
+    refused(tmp_path / "a.png", "not a picture")

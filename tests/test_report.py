@@ -517,7 +517,7 @@ def test_a_damaged_line_is_one_sentence(tmp_path: Path, line: bytes) -> None:
     folder = run(tmp_path / "run", rows())
     path = folder / "records.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())
-    with pytest.raises(FoveateError, match=r"Line 1 of .*records.jsonl is damaged: delete"):
+    with pytest.raises(FoveateError, match=r"Line 1 of .*records.jsonl is damaged .*: delete"):
         report([folder], tmp_path / "out")
 
 

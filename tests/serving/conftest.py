@@ -19,7 +19,7 @@ from PIL import Image
 
 from foveate import VLM
 from foveate.scenes import world
-from foveate.serving.app import create_app
+from foveate.serving.app import configuration, create_app
 from foveate.serving.service import Service
 from foveate.serving.wire import Settings
 
@@ -58,7 +58,7 @@ class Running:
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         app = create_app(vlm, settings)
         self.service: Service = app.state.service
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        self.server = uvicorn.Server(configuration(app, settings))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = self.socket.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"

@@ -113,7 +113,7 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "no comma": (image("data:image/png;base64"), 400, "data URI"),
     "not base64": (image("data:image/png;base64,%%%"), 400, "base64"),
     "plain data": (image("data:image/svg+xml,<svg/>"), 400, "data URI"),
-    "empty image": (image("data:image/png;base64,"), 400, "picture"),
+    "empty image": (image("data:image/png;base64,"), 400, "empty"),
     "SVG": (image(encoded(SVG, "image/svg+xml")), 400, "picture"),
     "EPS": (image(encoded(saved(Image.new("RGB", (8, 8)), "EPS"))), 400, "picture"),
     "text": (image(encoded(b"hello")), 400, "picture"),

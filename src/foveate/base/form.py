@@ -1,7 +1,8 @@
 """What methods and benchmarks share: a frozen dataclass with a name, a text form and a registry.
 
 ``clvs(smoothing=0.7)`` names a class and the fields that differ from their defaults. Fields are
-checked against their annotations, so a typo gives one sentence and not a traceback.
+checked against their annotations and against bounds that hold for all of them, so a typo gives one
+short sentence and not a traceback, and so does the text of somebody who means harm.
 """
 
 from __future__ import annotations
@@ -16,11 +17,25 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from .errors import FoveateError
+
+LARGEST = 2**32 - 1
+"""The most that a number in a field may be, in size: seeds have 32 bits, and the product of two
+such numbers is finite in float32."""
+SMALLEST = 1e-30
+"""The least size of a number that is not 0: float32 holds it, and its inverse."""
+CHARACTERS = 4096  # of a field that is a text
+VALUES = 10_000  # of a field that is a tuple, those of tuples inside it counted
+LONGEST = 200_000  # characters of a text form: a list of all heads of a large model fits
+MESSAGE = 300  # characters of what is said about a text form, whatever it holds
+
+SOURCE = "<text form>"  # where Python says that a text form stands
+# it warns of each number with a word right behind it, and a text can hold thousands
+warnings.filterwarnings("ignore", module=SOURCE)
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Form:
     def __post_init__(self) -> None:
         for f, hint in parameters(type(self)):
             value = getattr(self, f.name)
+            self._bound(f.name, value)
             if isinstance(value, list):  # JSON knows no tuples
                 value = _as_tuple(value)
                 object.__setattr__(self, f.name, value)
@@ -40,9 +56,28 @@ class Form:
                 object.__setattr__(self, f.name, value)
             if not _matches(value, hint):
                 raise FoveateError(
-                    f"{self.name}: {f.name} must be {_describe(hint)}, got {value!r}."
+                    f"{self.name}: {f.name} must be {_describe(hint)}, got {shown(value)}."
                 )
         self.check()
+
+    def _bound(self, name: str, value: Any) -> None:
+        """Refuse what no field may hold, whatever its type."""
+        for count, part in enumerate(_parts(value), 1):
+            self.require(count <= VALUES, f"{name} may have {VALUES:,} values")
+            if isinstance(part, str):
+                self.require(len(part) <= CHARACTERS, f"{name} may have {CHARACTERS:,} characters")
+                half = any("\ud800" <= character <= "\udfff" for character in part)
+                self.require(not half, f"{name} has half a character: write it out")
+                self.require("\0" not in part, f"{name} has a null character: leave it out")
+            elif isinstance(part, (int, float)):
+                self.require(
+                    abs(part) <= LARGEST,  # NaN is not
+                    f"{name} must lie between -{LARGEST:,} and {LARGEST:,}, got {shown(part)}",
+                )
+                self.require(
+                    part == 0 or abs(part) >= SMALLEST,
+                    f"{name} must be 0 or {SMALLEST:g} or more in size, got {shown(part)}",
+                )
 
     def check(self) -> None:
         """Raise `FoveateError` where parameter values make no sense (types are checked before)."""
@@ -141,7 +176,7 @@ class Registry:
             raise FoveateError(f"{name!r} cannot be used here: name one {self.kind}.")
         if name not in known:
             raise FoveateError(
-                f"There is no {self.kind} {name!r}{_nearest(name, [*known, *self.reserved])}."
+                f"There is no {self.kind} {shown(name)}{_nearest(name, [*known, *self.reserved])}."
             )
         return known[name]
 
@@ -151,7 +186,7 @@ class Registry:
         known = [f.name for f, _ in parameters(cls)]
         for key in values:
             if key not in known:
-                raise FoveateError(f"{name} has no parameter {key!r}{_nearest(key, known)}.")
+                raise FoveateError(f"{name} has no parameter {shown(key)}{_nearest(key, known)}.")
         return cls(**values)
 
     def parse(self, text: str) -> tuple[Any, ...]:
@@ -160,11 +195,26 @@ class Registry:
         Values are Python literals; a bare word is a string, so ``mode=add`` works.
 
         Raises:
-            FoveateError: on malformed text, an unknown name or an unknown parameter.
+            FoveateError: on malformed text, an unknown name or an unknown parameter; in at most
+                `MESSAGE` characters.
         """
         try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except SyntaxError:
+            return self._parse(text)
+        except FoveateError as error:
+            message = str(error)
+            if len(message) <= MESSAGE:
+                raise
+            raise FoveateError(message[: MESSAGE - 4].rstrip() + " ...") from None
+
+    def _parse(self, text: str) -> tuple[Any, ...]:
+        if len(text) > LONGEST:
+            raise FoveateError(
+                f"The text of a {self.kind} may have {LONGEST:,} characters, and this has "
+                f"{len(text):,}: make it shorter."
+            )
+        try:
+            tree = ast.parse(text.strip(), SOURCE, mode="eval").body
+        except UNREADABLE:
             raise self._unreadable(text) from None
         parts: list[ast.expr] = []
         while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
@@ -184,7 +234,11 @@ class Registry:
         for keyword in keywords:
             value = keyword.value
             if keyword.arg is None:
-                raise FoveateError(f"Cannot read the {self.kind} {text!r}: ** is not allowed here.")
+                raise FoveateError(
+                    f"Cannot read the {self.kind} {shown(text)}: ** is not allowed here."
+                )
+            if keyword.arg in values:
+                raise FoveateError(f"{name}: {shown(keyword.arg)} is given twice: give it once.")
             if isinstance(value, ast.Name):
                 values[keyword.arg] = {"true": True, "false": False, "none": None}.get(
                     value.id, value.id
@@ -192,9 +246,10 @@ class Registry:
                 continue
             try:
                 values[keyword.arg] = ast.literal_eval(value)
-            except ValueError:
+            except UNREADABLE:
+                given = ast.get_source_segment(text.strip(), value) or "its value"
                 raise FoveateError(
-                    f"Cannot read {keyword.arg}={ast.unparse(value)} in {text!r}: "
+                    f"Cannot read {_short(keyword.arg)}={_short(given)} in {shown(text)}: "
                     "give a number, a word, True, False, None, a tuple, or a path in quotes."
                 ) from None
         return self.build(name, values)
@@ -202,8 +257,13 @@ class Registry:
     def _unreadable(self, text: str) -> FoveateError:
         quotes = ", with paths in quotes" if "/" in text or "\\" in text else ""
         return FoveateError(
-            f"Cannot read the {self.kind} {text!r}: write it like {self.example}{quotes}."
+            f"Cannot read the {self.kind} {shown(text)}: write it like {self.example}{quotes}."
         )
+
+
+# what Python raises for a text that is no expression, too deep for it, or no literal: nulls, half
+# characters, 5,000 digits, 10,000 brackets, a list as a key
+UNREADABLE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
@@ -225,8 +285,26 @@ def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; there are {', '.join(known)}"
+    close = difflib.get_close_matches(_short(word), known, n=1)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f"; there are {_short(', '.join(known), 180)}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: `repr`, cut to 60 characters."""
+    if isinstance(value, int) and abs(value) > 10**60:
+        return "a whole number of more than 60 digits"  # which Python may refuse to write
+    if isinstance(value, str):
+        value = value[:61]  # what is cut anyway
+    try:
+        return _short(repr(value))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 4].rstrip() + " ..."
 
 
 # -- what a field declares -------------------------------------------------------------------------
@@ -259,8 +337,8 @@ def permit(form: Form) -> None:
             continue
         if "file" in f.metadata and isinstance(value, str):
             raise FoveateError(
-                f"{form.name}: {f.name}={value!r} names a file, and requests name no files of the "
-                "server: give values."
+                f"{form.name}: {f.name}={shown(value)} names a file, and requests name no files of "
+                "the server: give values."
             )
         if "limit" not in f.metadata or value is None:
             continue
@@ -269,8 +347,8 @@ def permit(form: Form) -> None:
         unit = " characters" if isinstance(value, str) else " values" * isinstance(value, tuple)
         if (len(value) if unit else value) > limit:
             raise FoveateError(
-                f"{form.name}: {f.name}={value!r} is too much, a request may ask for {limit}{unit} "
-                "at most."
+                f"{form.name}: {f.name}={shown(value)} is too much, a request may ask for "
+                f"{limit}{unit} at most."
             )
 
 
@@ -323,5 +401,21 @@ def _describe(hint: Any) -> str:
     }.get(hint, str(hint))
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def _parts(value: Any) -> Iterator[Any]:
+    """What is in a value that may be a tuple of tuples, or the value itself."""
+    left = [iter((value,))]
+    while left:
+        for part in left[-1]:
+            if isinstance(part, (tuple, list)):
+                left.append(iter(part))
+                break
+            yield part
+        else:
+            left.pop()
+
+
+def _as_tuple(value: Any, depth: int = 3) -> Any:
+    """Lists as tuples, no deeper than fields go."""
+    if not isinstance(value, list) or not depth:
+        return value
+    return tuple(_as_tuple(part, depth - 1) for part in value)

@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import io
 import os
+import re
 import urllib.parse
 import warnings
 from collections.abc import Iterator
@@ -18,9 +19,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import FoveateError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow is asked to open, here and everywhere: a file is never read in another format than it
+was measured in."""
+
 MIN_SIDE = 8
 """Shorter sides (in pixels) are enlarged to this by repeating pixels: image processors guess which
 axis holds the colours, and take a side of 1 or 3 pixels for it."""
+
+RATIO = 200
+"""The long side is at most so many short ones: as many as Qwen's image processors take."""
+
+SCANS, SEGMENTS = 100, 10_000
+"""Passes over a JPEG's pixels, and parts of its file. Progressive ones have some ten passes; a pass
+may take 53 bytes, and the time of all of the picture's pixels."""
+
+
+class TooManyPixels(FoveateError):
+    """A picture over `PIL.Image.MAX_IMAGE_PIXELS`."""
+
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +50,7 @@ def decode(source: ImageLike) -> Image.Image:
     """`source` as an upright RGB image of 8 bits per channel.
 
     * `str` or `Path`: a file; a string that starts with `data:` is a data URI. Nothing is fetched.
-    * `bytes`: an encoded file (PNG, JPEG, WebP, GIF, TIFF, ...).
+    * `bytes`: an encoded file, PNG, JPEG, WebP, GIF, BMP or TIFF.
     * `PIL.Image.Image` of any mode.
     * numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): bool, uint8, uint16 (65535 is white),
       other integers in 0..255, or floats in 0..1. A torch tensor is also read as (C, H, W).
@@ -41,7 +58,8 @@ def decode(source: ImageLike) -> Image.Image:
     The EXIF orientation is applied, transparency is laid on white, 16-bit values are scaled to
     8 bits. Of an animated file the first frame is used, with a warning (to ask about another, open
     it with Pillow, `seek` to it, and pass the image). The limit on size is Pillow's own,
-    `PIL.Image.MAX_IMAGE_PIXELS`; where Pillow would warn, this refuses.
+    `PIL.Image.MAX_IMAGE_PIXELS`; where Pillow would warn, this refuses. One side may be `RATIO`
+    times as long as the other. All of this is checked before any pixel is made.
 
     Raises `FoveateError` for everything that is not a whole picture.
     """
@@ -107,10 +125,11 @@ def _read(source: Path | bytes, name: str) -> Image.Image:
     if size == 0:
         raise FoveateError(f"{name} is empty (0 bytes).")
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    with _one_sentence(name), Image.open(stream) as image:
-        if image.format == "EPS":  # Pillow would run Ghostscript on it
-            raise FoveateError(f"{name} is PostScript: convert it to PNG first.")
+    with _one_sentence(name), Image.open(stream, formats=FORMATS) as image:
+        check_size(image.size, name)
         # a camera's MPO is a JPEG with a second, hidden picture
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(source if isinstance(source, bytes) else source.read_bytes(), name)
         if getattr(image, "is_animated", False) and image.format != "MPO":
             warnings.warn(f"{name} has several frames: the first is used.", stacklevel=3)
         return _upright_rgb(image, name)
@@ -127,10 +146,12 @@ def _one_sentence(name: str) -> Iterator[None]:
         raise FoveateError(f"{name} may not be read: check its permissions.") from error
     except UnidentifiedImageError as error:
         raise FoveateError(
-            f"{name} is not a picture that can be read: give a PNG, JPEG, WebP, GIF or TIFF."
+            f"{name} is not a picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF."
         ) from error
     except Image.DecompressionBombError as error:
-        raise FoveateError(_too_large(name)) from error
+        raise TooManyPixels(_too_large(name)) from error
+    except MemoryError as error:
+        raise FoveateError(f"{name} takes too much memory: make it smaller.") from error
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         reason = str(error).rstrip(".") or type(error).__name__
         raise FoveateError(f"{name} is damaged or cut short ({reason}).") from error
@@ -142,11 +163,46 @@ def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
     return f"{name} has {pixels}, and the limit is {limit:.0f} million: make it smaller first."
 
 
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Refuse a picture of this (width, height) that `decode` would not make."""
+    short, long = sorted(size)
+    if short == 0:
+        raise FoveateError(f"{name} has no pixels ({size[0]} x {size[1]}).")
+    if long > RATIO * short:
+        raise FoveateError(
+            f"{name} is {size[0]} x {size[1]} pixels, one side {-(-long // short):,} times the "
+            f"other, and the limit is {RATIO} times: cut out the part that matters."
+        )
+    if Image.MAX_IMAGE_PIXELS and pixels(size) > Image.MAX_IMAGE_PIXELS:
+        raise TooManyPixels(_too_large(name, size))
+
+
+def pixels(size: tuple[int, int]) -> int:
+    """How many `decode` makes of a picture of this (width, height)."""
+    return max(size[0], MIN_SIDE) * max(size[1], MIN_SIDE)
+
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, with something behind it
+
+
+def _check_scans(data: bytes, name: str) -> None:
+    """Refuse a JPEG with more than `SCANS` passes, without decoding it."""
+    at, scans, segments = 0, 0, 0
+    while found := _MARKER.search(data, at):
+        at, kind = found.end(), found[0][1]
+        if kind == 0xD9:  # the end; a second picture may follow
+            return
+        scans, segments = scans + (kind == 0xDA), segments + 1
+        if scans > SCANS or segments > SEGMENTS:
+            raise FoveateError(
+                f"{name} is a JPEG of more than {SCANS} scans or {SEGMENTS:,} segments, which "
+                "would take too long: save it anew."
+            )
+        at += int.from_bytes(data[at : at + 2], "big")  # its header; coded pixels may follow
+
+
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    if 0 in image.size:
-        raise FoveateError(f"{name} has no pixels ({image.width} x {image.height}).")
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise FoveateError(_too_large(name, image.size))
+    check_size(image.size, name)
     return _enlarge(_rgb(ImageOps.exif_transpose(image), name))
 
 

@@ -25,6 +25,7 @@ class Journal:
         path: the file; made where it is missing.
         key: what tells rows apart. Of several rows with one key the last counts.
         settings: what the rows depend on, kept in the file's first line; None = no such line.
+        check: raises `ValueError`, which says why, for what is no row.
 
     Raises:
         FoveateError: if the file cannot be used, a whole line is damaged, another process writes to
@@ -32,9 +33,13 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, key: Callable[[Row], Hashable], settings: Row | None = None
+        self,
+        path: Path,
+        key: Callable[[Row], Hashable],
+        settings: Row | None = None,
+        check: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        self.path, self.key, self.settings = path, key, settings
+        self.path, self.key, self.settings, self.check = path, key, settings, check
         self.rows: dict[Hashable, Row] = {}
         try:
             self.lines = Lines(path)
@@ -81,17 +86,27 @@ class Journal:
             try:
                 row = json.loads(line)
                 if number or self.settings is None:
+                    self.check(row)
                     self.rows[self.key(row)] = row
                     continue
                 begun = row["settings"]
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise FoveateError(
-                    f"Line {number + 1} of {self.path} is damaged: delete that line, or give "
-                    "another --out."
+                    f"Line {number + 1} of {self.path} is damaged ({damage(error)}): delete that "
+                    "line, or give another --out."
                 ) from error
             if not alike(begun, self.settings):
                 raise FoveateError(f"{self.path} {difference(begun, self.settings)}.")
         return whole
+
+
+def damage(error: Exception) -> str:
+    """Why a line could not be taken in: what a `check` says, or in general."""
+    if isinstance(error, json.JSONDecodeError):
+        return "it is no JSON"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) if isinstance(error, ValueError) else "it is no row of this file"
 
 
 def write_json(path: Path, value: Any, safe: str = UNCHANGED) -> None:

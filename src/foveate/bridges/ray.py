@@ -28,14 +28,13 @@ from ..base.errors import FoveateError
 from ..core.method import Method
 from ..evaluation.ask import Asker, as_record
 from ..evaluation.benchmark import EvalRecord
+from ..evaluation.environment import environment, hardware
 from ..evaluation.run import (
     Plan,
     Question,
     Run,
     Stack,
     Watch,
-    environment,
-    hardware,
     unwatched,
 )
 from ..vlm.vlm import VLM

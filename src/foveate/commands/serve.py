@@ -60,9 +60,26 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="Allow requests of at most this many bytes.")
     ] = 32_000_000,
+    max_memory: Annotated[
+        int,
+        typer.Option(min=1, help="Hold at most this many bytes of requests and their images."),
+    ] = 1_000_000_000,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Serve at most this many connections at a time.")
+    ] = 512,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer to this name, too, where only this machine is served and no key is "
+            "needed. Repeat it for more."
+        ),
+    ] = None,
     allow_remote_images: Annotated[
         bool,
         typer.Option("--allow-remote-images", help="Fetch images from public addresses, too."),
+    ] = False,
+    docs: Annotated[
+        bool, typer.Option("--docs", help="Describe the interface at /openapi.json.")
     ] = False,
     method: Annotated[
         list[str] | None,
@@ -92,13 +109,16 @@ def serve(
     """
     try:
         from ..serving.app import Server, bind
+        from ..serving.door import LOCAL
         from ..serving.wire import Settings
     except ModuleNotFoundError as error:
         raise FoveateError(
             f"The server needs {error.name}: pip install 'foveate[serve]'."
         ) from error
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+    local = host in ("127.0.0.1", "::1", "localhost")
+    if api_key is None and not local:
         note(f"whoever reaches {host} may ask: set FOVEATE_API_KEY to let in fewer.")
+    names = tuple(name.lower() for name in allow_host or ())
     settings = Settings(
         batch=batch_size,
         queue=queue,
@@ -108,9 +128,14 @@ def serve(
         image_bytes=max_image_bytes,
         pixels=max_pixels,
         body_bytes=max_body_bytes,
+        memory=max_memory,
+        connections=max_connections,
         remote_images=allow_remote_images,
         methods=tuple(method or ()),
         api_key=api_key,
+        # a page of another site may have its name lead here, and then read the answers
+        hosts=(*LOCAL, *names) if local and api_key is None else None,
+        docs=docs,
     )
     if engine is Engine.RAY:
         from ..bridges.replicas import run_replicas

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..base.errors import FoveateError
-from ..base.form import Form, Registry
+from ..base.form import Form, Registry, shown
 from .anatomy import Anatomy
 from .prompt import Prompt, Vision
 from .rows import Rows, Sequences, Stream
@@ -283,11 +283,18 @@ def to_json(stack: Iterable[Method]) -> list[dict[str, Any]]:
 
 
 def from_json(data: Iterable[dict[str, Any]]) -> tuple[Method, ...]:
-    """The inverse of `to_json`."""
-    return tuple(
-        registry.build(entry["method"], {k: v for k, v in entry.items() if k != "method"})
-        for entry in data
-    )
+    """The inverse of `to_json`.
+
+    Raises:
+        FoveateError: an entry that names no method, an unknown one or an unknown parameter.
+    """
+    stack = []
+    for entry in data:
+        if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+            raise FoveateError(f"{shown(entry)} names no method: write it as `to_json` does.")
+        values = {str(k): v for k, v in entry.items() if k != "method"}
+        stack.append(registry.build(entry["method"], values))
+    return tuple(stack)
 
 
 def as_stack(*given: Method | str) -> tuple[Method, ...]:
@@ -300,7 +307,7 @@ def as_stack(*given: Method | str) -> tuple[Method, ...]:
             stack.append(item)
         else:
             raise FoveateError(
-                f"A method is a text such as 'clvs' or a Method instance, got {item!r}."
+                f"A method is a text such as 'clvs' or a Method instance, got {shown(item)}."
             )
     names = [m.name or type(m).__qualname__ for m in stack]
     for name in names:

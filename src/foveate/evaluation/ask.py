@@ -27,7 +27,8 @@ from ..vlm.answering import answer_all, process_ahead
 from ..vlm.chat import Answer, Chat
 from ..vlm.vlm import VLM
 from .benchmark import EvalRecord
-from .run import Plan, Question, Run, Stack, Watch, environment, read_stacks, unwatched
+from .environment import environment
+from .run import Plan, Question, Run, Stack, Watch, read_stacks, unwatched
 from .sampled import Drawing, Sampled
 
 __all__ = ["Asker", "Plan", "evaluate"]

@@ -260,14 +260,18 @@ def percent(values: Iterable[float]) -> float:
 
 def scored(b: Benchmark, records: Iterable[EvalRecord]) -> tuple[Scores, list[str]]:
     """Scores and notes; where the records cannot be scored, a note says why."""
-    records = list(records)
-    notes = b.notes(records)
-    if all(r["answer"] is None for r in records):
-        return {}, notes
+    records, notes = list(records), list[str]()
     try:
+        notes = b.notes(records)
+        if all(r["answer"] is None for r in records):
+            return {}, notes
         return b.score(records), notes
     except FoveateError as error:  # a package or word list is missing or damaged
         return {}, [*notes, f"Not scored: {error}"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"[:100]
+        return {}, [*notes, f"Not scored: the labels or `meta` of its records are no {b.name}'s "
+                    f"({reason})."]  # fmt: skip
 
 
 def prefixed(group: str, scores: Scores) -> Scores:

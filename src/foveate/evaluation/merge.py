@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FoveateError
+from ..base.journal import damage
 from .benchmark import EvalRecord
-from .run import RECORDS, RESULTS, key, read_run, run_folders
+from .environment import told
+from .records import check_record
+from .run import RECORDS, RESULTS, VERSIONS, key, read_run, run_folders
 
 APART = ("benchmarks", "methods", "shard", "root", "limit")  # answers do not depend on these
-NEEDED = ("benchmark", "split", "line", "question", "label", "meta", "method", "answer")
 
 Key = tuple[str, int]  # split and line: a question of a benchmark
 
@@ -25,6 +27,7 @@ class RunFolder:
     Attributes:
         environment: empty for a run that has not ended.
         problems: benchmark -> what was wrong with its data -> how often.
+        versions: those of foveate and transformers that asked.
     """
 
     folder: Path
@@ -32,6 +35,7 @@ class RunFolder:
     records: list[EvalRecord]
     environment: dict[str, Any]
     problems: dict[str, dict[str, int]]
+    versions: list[dict[str, str]]
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -66,16 +70,18 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
 
 def _read(folder: Path) -> RunFolder:
     settings = read_run(folder)
-    if not isinstance(settings, dict) or "model" not in settings:
+    versions = settings.pop(VERSIONS, None) or []
+    if "model" not in settings:
         raise FoveateError(f"The configuration in {folder} names no model: it is no run's.")
     environment, problems = {}, {}
     try:
         results = json.loads((folder / RESULTS).read_text("utf-8"))
         problems = {name: b.get("problems", {}) for name, b in results["benchmarks"].items()}
-        environment = results["environment"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        environment = dict(results["environment"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # derived, and written when a run ends
-    return RunFolder(folder, settings, read_records(folder / RECORDS), environment, problems)
+    records = read_records(folder / RECORDS)
+    return RunFolder(folder, settings, records, environment, problems, versions)
 
 
 def read_records(path: Path) -> list[EvalRecord]:
@@ -93,13 +99,12 @@ def read_records(path: Path) -> list[EvalRecord]:
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
-            if missing := [name for name in NEEDED if name not in record]:
-                raise KeyError(missing[0])
+            check_record(record)
             by_key[key(record)] = record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise FoveateError(
-                f"Line {number + 1} of {path} is damaged: delete that line, and run `foveate eval` "
-                "again to ask its question anew."
+                f"Line {number + 1} of {path} is damaged ({damage(error)}): delete that line, and "
+                "run `foveate eval` again to ask its question anew."
             ) from error
     return list(by_key.values())
 
@@ -154,6 +159,13 @@ def gaps(runs: Sequence[RunFolder]) -> list[str]:
         for run in runs
         if not run.environment
     ]
+    asked: dict[str, list[str]] = {}  # versions -> runs
+    for run in runs:
+        for each in run.versions:
+            asked.setdefault(told([each]), []).append(str(run.folder))
+    if len(asked) > 1:
+        by = "; ".join(f"{each} ({', '.join(folders)})" for each, folders in asked.items())
+        notes.append(f"Several versions answered: {by}.")
     here: dict[int, set[int]] = {}
     for run in runs:
         number, count = run.settings.get("shard") or (0, 1)

@@ -1,6 +1,7 @@
 """A run's folder: its configuration, its records, its time, and the scores derived from them.
 
-* ``run.json``: what was asked, written at the start; another configuration is refused.
+* ``run.json``: what was asked, written at the start; another configuration is refused. Also the
+  versions of foveate and transformers that asked; of another one, a run that goes on says so.
 * ``records.jsonl``: the only truth, one line per question and method.
 * ``sessions.jsonl``: how long each start of the run has worked, up to its end or its kill.
 * ``results.json``: scores and environment, derived when the run ends.
@@ -13,10 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import platform
-import shlex
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -25,15 +22,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..backends.transformers import compat
-from ..base import __version__
 from ..base.errors import FoveateError
 from ..base.files import make_folder, writing
 from ..base.journal import Journal, alike, difference, finite, write_json
 from ..core.method import Method, as_stack, text
 from .benchmark import Benchmark, EvalRecord, Problems, Sample, scored
+from .environment import told, versions
+from .records import WRITTEN, check_record, check_session
 
 RECORDS, RUN, RESULTS, SESSIONS = "records.jsonl", "run.json", "results.json", "sessions.jsonl"
+VERSIONS = "versions"  # in run.json
 HEARTBEAT = 10.0  # seconds between notes of the time worked; a kill loses no more
 
 Stack = tuple[Method, ...]
@@ -176,15 +174,19 @@ class Run:
         }
         self.folder = plan.folder
         self._begin()
-        self.journal = Journal(self.folder / RECORDS, key)
+        self.journal = Journal(
+            self.folder / RECORDS, key, check=functools.partial(check_record, needed=WRITTEN)
+        )
         try:
             self._compare()
-            self.sessions = Journal(self.folder / SESSIONS, lambda row: row["started"])
+            self._note_versions()
+            self.sessions = Journal(self.folder / SESSIONS, _session, check=check_session)
         except FoveateError:
             self.journal.close()
             raise
         self.total = sum(map(len, self.units)) * len(self.methods)
         self.started, self.clock = datetime.now().astimezone().isoformat(), time.monotonic()
+        self.number = 1 + len(self.sessions.rows)
         self._note_time()
 
     # -- filling -----------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class Run:
         self._note_time()
         sessions = list(self.sessions.rows.values())
         records = list(self.journal.rows.values())
-        results = summarise(self.configuration, records, self.plan.benchmarks)
+        results = summarise(read_run(self.folder), records, self.plan.benchmarks)
         for name, problems in self.problems.items():
             results["benchmarks"][name]["problems"] = problems.counts
         results["environment"] = environment | {
@@ -262,7 +264,8 @@ class Run:
 
     def _note_time(self) -> None:
         self.beat = time.monotonic()
-        self.sessions.append({"started": self.started, "seconds": round(self.beat - self.clock, 3)})
+        worked = round(self.beat - self.clock, 3)
+        self.sessions.append({"started": self.started, "number": self.number, "seconds": worked})
 
     # -- the folder --------------------------------------------------------------------------------
 
@@ -273,7 +276,8 @@ class Run:
             others = run_folders(self.plan.out)
         for other in others:
             begun = read_run(other)
-            shards = isinstance(begun, dict) and begun.get("shard") and shard
+            begun.pop(VERSIONS, None)
+            shards = begun.get("shard") and shard
             if shards and other != self.folder:  # another shard, whose number differs
                 begun = begun | {"shard": [shard[0], begun["shard"][1]]}
             if not alike(begun, self.configuration):
@@ -291,7 +295,22 @@ class Run:
             raise FoveateError(
                 f"{self.folder} holds records of an unknown run: give another --out."
             )
-        write_json(self.folder / RUN, self.configuration, "nothing is lost")
+        begun = self.configuration | {VERSIONS: [versions()]}
+        write_json(self.folder / RUN, begun, "nothing is lost")
+
+    def _note_versions(self) -> None:
+        """Say that other versions answered before, and note ours beside them."""
+        unknown = dict.fromkeys(versions(), "unknown")
+        before = read_run(self.folder).get(VERSIONS) or [unknown] * bool(self.journal.rows)
+        if versions() in before:
+            return
+        if before:
+            warnings.warn(
+                f"{self.folder} was begun by {told(before)} and goes on with {told([versions()])}: "
+                "answers may differ.",
+                stacklevel=4,
+            )
+        write_json(self.folder / RUN, self.configuration | {VERSIONS: [*before, versions()]})
 
     def _compare(self) -> None:
         """Check that the records answer the questions that the data hold now."""
@@ -314,13 +333,25 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The configuration of a run."""
+    """The configuration of a run, and the versions that asked."""
     try:
-        return json.loads((folder / RUN).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads((folder / RUN).read_text("utf-8"))
+        shard, limit = content.get("shard"), content.get("limit")
+        number, count = shard or (0, 1)
+        if not 0 <= number < count or not isinstance(limit, (int, type(None))):
+            raise ValueError
+        if not all(isinstance(v, dict) for v in content.get(VERSIONS) or ()):
+            raise ValueError
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FoveateError(
             f"{folder} is no folder of a run: it has no readable {RUN}; `foveate eval` makes one."
         ) from error
+    return content
+
+
+def _session(row: dict[str, Any]) -> Hashable:
+    """What tells sessions apart; early ones have no number."""
+    return (row["started"], row.get("number"))
 
 
 # -- questions -------------------------------------------------------------------------------------
@@ -381,56 +412,3 @@ def summarise(
             }
         results[str(b)] = {"options": b.parameters(), "methods": entries}
     return {"run": configuration, "benchmarks": results}
-
-
-# -- environment -----------------------------------------------------------------------------------
-
-
-def environment(device: Any) -> dict[str, Any]:
-    """What a reader needs to repeat a run on this `torch.device`."""
-    import numpy
-    import torch
-
-    return {
-        "foveate": __version__,
-        "git": _git(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": compat.VERSION,
-        "numpy": numpy.__version__,
-        "device": str(device),
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def hardware(device: Any) -> str:
-    """The name of a `torch.device`'s card, or of the processor."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    cpus = Path("/proc/cpuinfo")
-    if cpus.exists():
-        for line in cpus.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git() -> str | None:
-    """The commit of this package's own checkout, with ``-dirty`` where it has been changed."""
-
-    def ask(*words: str) -> str | None:
-        try:
-            said = subprocess.run(
-                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
-            )
-        except OSError:  # there is no git
-            return None
-        return said.stdout.strip() if said.returncode == 0 else None
-
-    if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")

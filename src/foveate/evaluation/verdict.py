@@ -141,7 +141,8 @@ def judge(
     plain = methods.get(VANILLA)
     if plain is not None:
         tested = [r for r in results if r.method != VANILLA and r.scores]
-        before = _grades(b, plain) if tested else {}
+        scored = any(r.scores for r in results if r.method == VANILLA)
+        before = _grades(b, plain) if tested and scored else {}
         for result in tested:
             after = _grades(b, methods[result.method])
             pairs = [

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..base.errors import FoveateError
-from ..base.images import decode
+from ..base.images import FORMATS, decode
 from ..evaluation.vqa import normalise
 from ..evaluation.yesno import vlmevalkit
 from ..scenes import questions, world
@@ -155,7 +155,7 @@ def _photographed(
     absent = rng.sample(away, min(len(present), len(away)))
 
     def mask(kind: str) -> np.ndarray:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             width, height = opened.size
         return union(segments[kind], width, height)
 

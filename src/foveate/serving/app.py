@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -22,16 +23,18 @@ from typing import Any
 import anyio
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from ..base import __version__
 from ..base.errors import FoveateError
 from ..core.method import text
 from ..vlm.vlm import VLM
-from . import asking, explore, queue, wire
+from . import asking, door, explore, queue, wire
 from .sampling import End, Event, Piece
-from .service import Service, authorised, read_body
+from .service import Service, Share, authorised, bytes_of, read_body
 from .wire import Settings
 
 
@@ -45,17 +48,43 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
         yield
         service.worker.stop()
         await asyncio.to_thread(service.worker.join)
+        await asyncio.to_thread(service.decoders.close)
 
-    app = FastAPI(title="foveate", lifespan=lifespan, openapi_url=None)
+    address = "/openapi.json" if service.settings.docs else None
+    app = FastAPI(
+        title="foveate", lifespan=lifespan, openapi_url=address, docs_url=None, redoc_url=None
+    )
+    app.openapi = functools.partial(described, app)  # type: ignore[method-assign]
     app.state.service = service
     app.include_router(open_routes)
     app.include_router(routes)
     app.include_router(explore.page)
     app.include_router(explore.routes)
     app.add_middleware(Counted, service=service)
+    if service.settings.hosts is not None:
+        app.add_middleware(door.Hosts, names=service.settings.hosts)
     for kind in (FoveateError, HTTPException, Exception):
         app.add_exception_handler(kind, refused)
     return app
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """The interface as OpenAPI describes it, with the bodies, which routes read by themselves."""
+    document = get_openapi(title="foveate", version=__version__, routes=app.routes)
+    parts = document.setdefault("components", {}).setdefault("schemas", {})
+    bodies: dict[str, type[wire.Strict]] = {
+        "/v1/chat/completions": wire.Completion,
+        "/explore/trace": explore.Asked,
+    }
+    for path, body in bodies.items():
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts |= schema.pop("$defs", {}) | {body.__name__: schema}
+        reference = {"$ref": f"#/components/schemas/{body.__name__}"}
+        document["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": reference}},
+        }
+    return document
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -101,19 +130,26 @@ def _model(service: Service, id: str) -> dict[str, Any]:
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     service.worker.admit()  # before the body is read
-    body = await read_body(request, service.settings)
-    asked, waiting = await anyio.to_thread.run_sync(
-        _question, service, body, limiter=service.reading
-    )
     events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    service.worker.submit(waiting, deliver)
-    answer = _events(request, service, waiting, events)
-    first = await anext(answer)  # an error before it becomes the status
+    share = Share(service.budget)
+    try:
+        body = await read_body(request, service.settings, share)
+        asked, waiting = await anyio.to_thread.run_sync(
+            _question, service, body, limiter=service.reading
+        )
+        del body
+        share.hold(bytes_of(waiting.chat))
+        service.worker.submit(waiting, deliver)
+        answer = _events(request, service, waiting, events, share)
+        first = await anext(answer)  # an error before it becomes the status
+    except BaseException:
+        share.close()
+        raise
     writer = wire.Writer(f"chatcmpl-{uuid.uuid4().hex}", asked, text(waiting.methods))
     if asked.stream:
         return StreamingResponse(
@@ -128,12 +164,16 @@ def _question(service: Service, body: bytes) -> tuple[wire.Completion, queue.Req
     asked = asking.parse(body)
     methods = service.catalogue.methods(asked.model, asked.method)
     sampling = asking.sampling(asked, service.settings)
-    chat = asking.chat(service.vlm, asked, service.settings)
+    chat = asking.chat(service.vlm, asked, service.settings, service.decoders)
     return asked, queue.Request(chat, methods, sampling)
 
 
 async def _events(
-    request: Request, service: Service, waiting: queue.Request, events: asyncio.Queue[Event]
+    request: Request,
+    service: Service,
+    waiting: queue.Request,
+    events: asyncio.Queue[Event],
+    share: Share,
 ) -> AsyncGenerator[Piece | End]:
     """The pieces of an answer and its end. A client that hangs up frees its place."""
 
@@ -163,6 +203,7 @@ async def _events(
     finally:
         watching.cancel()
         service.worker.cancel(waiting)
+        share.close()
 
 
 async def _stream(
@@ -217,13 +258,19 @@ class Counted:
 # -- the process -----------------------------------------------------------------------------------
 
 
+def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs the application: quietly, and behind our own door."""
+    protocol = type("Protocol", (door.Protocol,), {"most": settings.connections})
+    return uvicorn.Config(app, http=protocol, ws="none", log_level="warning", access_log=False)
+
+
 class Server(uvicorn.Server):
     """Stops in two steps. The first signal refuses new requests; the server exits once the worker
     has finished those it holds. A second signal exits at once."""
 
     def __init__(self, vlm: VLM, settings: Settings) -> None:
         app = create_app(vlm, settings)
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False))
+        super().__init__(configuration(app, settings))
         self.worker: queue.Worker = app.state.service.worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -20,6 +20,7 @@ from ..core.sequence import Stack
 from ..vlm.chat import Chat, Role, Turn
 from ..vlm.vlm import VLM
 from . import wire
+from .decoders import Decoders
 from .pictures import read_pictures
 from .sampling import Sampling
 from .wire import Refusal, Settings
@@ -37,7 +38,7 @@ def parse(body: bytes) -> wire.Completion:
         raise Refusal(*wire.told(error)) from None
 
 
-def chat(vlm: VLM, asked: wire.Completion, settings: Settings) -> Chat:
+def chat(vlm: VLM, asked: wire.Completion, settings: Settings, decoders: Decoders) -> Chat:
     """The conversation with its pictures decoded; in each turn, pictures come first."""
     messages, most = asked.messages, settings.prompt_tokens
     parts = [part for message in messages for part in message.content]
@@ -47,7 +48,8 @@ def chat(vlm: VLM, asked: wire.Completion, settings: Settings) -> Chat:
     system, turns = _turns(messages)
     urls = [part.image_url.url for part in parts if isinstance(part, wire.ImagePart)]
     *earlier, last = turns
-    made = vlm.chat(read_pictures(urls, settings), last.text, system, earlier)
+    pictures = read_pictures(urls, settings, decoders)
+    made = vlm.chat(pictures, last.text, system, earlier)
     prompt = vlm.prompt(made)
     with vlm.tokenizing:
         length = len(vlm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -161,15 +163,11 @@ class Catalogue:
         """Refuse texts that are not allowed in questions either."""
         mark = getattr(self.vlm.processor, "image_token", None)
         for name, value in method.parameters().items():
-            if not isinstance(value, str):
-                continue
-            if mark and mark in value:
+            if mark and isinstance(value, str) and mark in value:
                 raise FoveateError(
                     f"{method.name}: {name} contains {mark}, which stands for an image: leave it "
                     "out."
                 )
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise FoveateError(f"{method.name}: {name} has half a character: write it out.")
 
     def _serves(self, name: str) -> bool:
         try:

@@ -6,6 +6,7 @@ An answer's maps come from the same worker as the answer, and under the same lim
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import random
@@ -29,7 +30,7 @@ from ..insight.trace import Trace, trace
 from ..scenes import questions, world
 from ..vlm.chat import Chat
 from . import asking, wire
-from .service import Service, authorised, read_body
+from .service import Service, Share, authorised, read_body
 from .wire import Gone, Refusal
 
 PAGE = Path(__file__).parent / "page"
@@ -195,10 +196,11 @@ async def attention(request: Request) -> Response:
     """
     service: Service = request.app.state.service
     service.worker.admit()  # before the body is read
-    body = await read_body(request, service.settings)
-    work = await anyio.to_thread.run_sync(_work, service, body, limiter=service.reading)
-    traced = await _result(request, service.worker.run(work))
-    return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=service.reading)
+    with contextlib.closing(Share(service.budget)) as share:
+        body = await read_body(request, service.settings, share)
+        work = await anyio.to_thread.run_sync(_work, service, body, limiter=service.reading)
+        traced = await _result(request, service.worker.run(work))
+        return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=service.reading)
 
 
 def _work(service: Service, body: bytes) -> Callable[[], Trace]:
@@ -231,7 +233,7 @@ def _chat(service: Service, asked: Asked) -> Chat:
     ]
     message = wire.Message(role="user", content=parts)
     completion = wire.Completion(model=service.catalogue.name, messages=[message])
-    return asking.chat(service.vlm, completion, service.settings)
+    return asking.chat(service.vlm, completion, service.settings, service.decoders)
 
 
 def _target(asked: Asked, size: tuple[int, int]) -> Target | None:

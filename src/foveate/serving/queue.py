@@ -141,13 +141,22 @@ class Worker:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while batch := self._next():
-            start = time.monotonic()
-            if isinstance(batch, Job):
-                self._do(batch)
-            else:
-                self._answer(batch)
-            self.pace = time.monotonic() - start
+        while self._work():
+            pass
+
+    def _work(self) -> bool:
+        """Wait for a batch or a job, and do it; False when the server has stopped.
+
+        What it was is forgotten with the frame: an idle worker holds no pictures.
+        """
+        batch = self._next()
+        start = time.monotonic()
+        if isinstance(batch, Job):
+            self._do(batch)
+        elif batch:
+            self._answer(batch)
+        self.pace = time.monotonic() - start
+        return bool(batch)
 
     def _next(self) -> list[Request] | Job:
         """The next batch or job; none when the server has stopped."""

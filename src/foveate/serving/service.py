@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+import threading
 import time
 
 import anyio
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from ..vlm.chat import Chat
 from ..vlm.vlm import VLM
 from . import queue, wire
 from .asking import Catalogue
+from .decoders import Decoders
 
 
 class Service:
@@ -27,8 +31,46 @@ class Service:
         self.worker = queue.Worker(vlm, settings)
         self.catalogue = Catalogue(vlm, settings.methods)
         self.started = int(time.time())
-        # requests whose content is decoded at a time; fetching is waiting, and needs more
-        self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 4)
+        self.decoders = Decoders(settings.pixels, size=min(4, os.cpu_count() or 1))
+        self.budget = Budget(settings.memory)
+        # requests whose content is read at a time; fetching is waiting, and needs more
+        self.reading = anyio.CapacityLimiter(32 if settings.remote_images else 8)
+
+
+class Budget:
+    """Bytes that requests may hold together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held, self.changing = most, 0, threading.Lock()
+
+
+class Share:
+    """What one request holds of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self.held = budget, 0
+
+    def hold(self, held: int) -> None:
+        """Hold so many bytes from now on.
+
+        Raises:
+            Busy: the budget has no room for them.
+        """
+        budget = self.budget
+        with budget.changing:
+            more = held - self.held
+            if more > 0 and budget.held + more > budget.most:
+                raise wire.Busy(1)
+            budget.held += more
+            self.held = held
+
+    def close(self) -> None:
+        self.hold(0)
+
+
+def bytes_of(chat: Chat) -> int:
+    """What the pictures of a chat take."""
+    return sum(3 * image.width * image.height for image in chat.images)
 
 
 async def authorised(request: Request) -> None:
@@ -43,7 +85,12 @@ async def authorised(request: Request) -> None:
         )
 
 
-async def read_body(request: Request, settings: wire.Settings) -> bytes:
+async def read_body(request: Request, settings: wire.Settings, share: Share) -> bytes:
+    """The body as it comes in, counted in `share`.
+
+    Raises:
+        Refusal: not JSON, too large, too slow, or there is no room for it.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site can only send other types
         raise wire.Refusal(
@@ -56,9 +103,13 @@ async def read_body(request: Request, settings: wire.Settings) -> bytes:
                 body += part
                 if len(body) > most:
                     raise wire.TooLarge(f"A request may have {most:,} bytes: make it smaller.")
+                share.hold(len(body))
     except TimeoutError:
         reason = f"The body took more than {settings.seconds:g} seconds."
         raise wire.Refusal(reason, status=408) from None
     except ClientDisconnect:
         raise wire.Gone from None
+    values, most = sum(map(body.count, (b",", b"[", b"{"))), 64 * settings.prompt_tokens
+    if values > most:  # each may take a hundred times its bytes once it is read
+        raise wire.TooLarge(f"A request may have {most:,} values: make it smaller.")
     return bytes(body)

@@ -32,11 +32,15 @@ class Settings:
         image_bytes: most bytes of one encoded picture.
         pixels: most pixels of all pictures of a request together.
         body_bytes: most bytes of a request.
+        memory: most bytes that requests hold together, of bodies and of decoded pictures.
+        connections: most that are served at a time.
         seconds: time for a request to arrive, and for its remote pictures.
         remote_images: whether pictures are fetched from public addresses.
         methods: text forms of methods with parameters that the server sets and that may name
             files; a request gives only the name.
         api_key: the bearer token that clients must send; None lets everybody in.
+        hosts: names that the server may be asked by; None = any.
+        docs: whether the interface is described at ``/openapi.json``.
     """
 
     batch: int = 16
@@ -47,10 +51,14 @@ class Settings:
     image_bytes: int = 10_000_000
     pixels: int = 16_000_000
     body_bytes: int = 32_000_000
+    memory: int = 1_000_000_000
+    connections: int = 512
     seconds: float = 30.0
     remote_images: bool = False
     methods: tuple[str, ...] = ()
     api_key: str | None = None
+    hosts: tuple[str, ...] | None = None
+    docs: bool = False
 
 
 # -- what a request may say ------------------------------------------------------------------------
