@@ -66,6 +66,7 @@ class Method(Form):
     # query rows for scores and weights: the last one, of the prompt and of every step; the
     # prompt's last one only; those after the image; or all
     rows: ClassVar[Literal["last", "prompt", "text", "all"]] = "last"
+    to_the_norm: ClassVar[bool] = False  # `layers` may name one more: the final norm's input
     paper_layers: ClassVar[tuple[int | EllipsisType, ...] | None] = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model_type prefix -> values of None fields
     neutral: ClassVar[dict[str, Any]] = {}  # parameters that make it the plain model
@@ -167,7 +168,8 @@ class Method(Form):
             return dataclasses.replace(self, **values)
 
         whole = self.edits_attention or self.looks_again
-        full = anatomy.full_layers if whole else tuple(range(anatomy.depth))
+        states = range(anatomy.depth + self.to_the_norm)
+        full = anatomy.full_layers if whole else tuple(states)
         if not full:
             raise FoveateError(
                 f"{self.name} cannot act on {kind}: none of its layers sees the whole image "
@@ -198,10 +200,10 @@ class Method(Form):
         """`layers` in order, if every one of them is there and among `full`."""
         assert self.layers is not None
         for layer in self.layers:
-            if not 0 <= layer < len(kinds):
+            last = len(kinds) - 1 + self.to_the_norm
+            if not 0 <= layer <= last:
                 raise FoveateError(
-                    f"{self.name}: layer {layer} does not exist, this model has layers 0 to "
-                    f"{len(kinds) - 1}."
+                    f"{self.name}: layer {layer} does not exist, this model has layers 0 to {last}."
                 )
             if layer not in full:
                 raise FoveateError(
