@@ -2,7 +2,8 @@
 
 from ..base.errors import FoveateError
 from ..base.form import costly, file
-from .anatomy import Anatomy
+from .anatomy import Anatomy, Block
+from .edit import weighted
 from .method import Method
 from .plausible import plausible
 from .prompt import Prompt, Vision
@@ -10,6 +11,7 @@ from .rows import Rows, Sequences, Stream
 
 __all__ = [
     "Anatomy",
+    "Block",
     "FoveateError",
     "Method",
     "Prompt",
@@ -20,4 +22,5 @@ __all__ = [
     "costly",
     "file",
     "plausible",
+    "weighted",
 ]
