@@ -5,7 +5,7 @@ from ..base.form import costly, file
 from .anatomy import Anatomy, Block
 from .edit import weighted
 from .method import Method
-from .plausible import plausible
+from .plausible import away_from, plausible
 from .prompt import Prompt, Vision
 from .rows import Rows, Sequences, Stream
 
@@ -19,6 +19,7 @@ __all__ = [
     "Sequences",
     "Stream",
     "Vision",
+    "away_from",
     "costly",
     "file",
     "plausible",

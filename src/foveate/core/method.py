@@ -36,7 +36,19 @@ __all__ = [
     "to_json",
 ]
 
-STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "logits")
+STAGES = (
+    "rewrite",
+    "contrast",
+    "begin",
+    "see",
+    "before",
+    "scores",
+    "weights",
+    "other_embeds",
+    "other_row",
+    "other_hidden",
+    "logits",
+)
 RESERVED = ("vanilla", "all")
 
 _numbers = itertools.count()
@@ -125,6 +137,20 @@ class Method(Form):
         """Weights (B, H, R, K) float32: after the softmax."""
         return rows.x
 
+    def other_embeds(self, embeds: Tensor, seq: Sequences) -> Tensor:
+        """Input embeddings (B, N, D) of a piece of prompt that the second stream is to read.
+
+        This and the next two act where `contrast` puts the prompt `after` the main pass.
+        """
+        return embeds
+
+    def other_row(self, rows: Rows) -> None:
+        """The second stream's last query row after the softmax, (B, H, 1, K); only to be read."""
+
+    def other_hidden(self, layer: int, seq: Sequences) -> Tensor | None:
+        """Key columns (B, K) bool that no row of the second stream sees in this layer, or None."""
+        return None
+
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
         return logits
@@ -137,7 +163,11 @@ class Method(Form):
 
     @property
     def edits_attention(self) -> bool:
-        return self.wants("scores") or self.wants("weights")
+        return any(self.wants(s) for s in ("scores", "weights", "other_row", "other_hidden"))
+
+    def other_layers(self, anatomy: Anatomy) -> tuple[Iterable[int], Iterable[int]]:
+        """Layers in which `other_row` reads, and in which `other_hidden` is asked."""
+        return (), ()
 
     def resolve(self, anatomy: Anatomy) -> Method:
         """The same method with layers and presets filled in for a model.

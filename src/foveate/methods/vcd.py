@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import FoveateError, Method, Prompt, Sequences, plausible
+from ..core import FoveateError, Method, Prompt, Sequences, away_from
 
 _STEPS = 1000  # of the noise schedule
 
@@ -90,8 +90,4 @@ class VCD(Method):
     # -- the contrast ------------------------------------------------------------------------------
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
-        logits = logits.float()
-        contrasted = logits
-        if other is not None:
-            contrasted = (1 + self.alpha) * logits - self.alpha * other.float()
-        return plausible(contrasted, logits, self.beta)
+        return away_from(other, logits, self.alpha, self.beta)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import FoveateError
-from ...core.edit import Acting, edit_rows, products
+from ...core.edit import Acting, edit_rows, masked, products
 from ...core.rows import Rows
 from . import compat
-from .context import Context
+from .context import Aside, Context
 from .heartbeat import astray, lost, note_beside_graphs, note_graph
 
 Attention = Callable[..., tuple[Tensor, None]]
@@ -74,7 +74,7 @@ def _rotary(decoder: Any, module: nn.Module, like: Tensor) -> _Rotary | None:
 @functools.cache  # one per kernel, so that a graph finds the same function under a renewed name
 def _attention(implementation: str) -> Attention:
     """The attention function around the kernel of `implementation`."""
-    run = compat.kernel(implementation)
+    run, masking = compat.kernel(implementation), compat.kernel("sdpa")
     aligned = implementation.startswith("flash")  # needs no mask for rows behind a filled cache
 
     def attention(
@@ -89,12 +89,15 @@ def _attention(implementation: str) -> Attention:
     ) -> tuple[Tensor, None]:
         if "foveate" not in kwargs:
             raise astray(module, "the attention")
-        ctx: Context | None = kwargs.pop("foveate")
+        ctx: Context | Aside | None = kwargs.pop("foveate")
         kwargs |= {"scaling": scaling, "dropout": dropout}
         plain = functools.partial(run, module, query, key, value, attention_mask, **kwargs)
         if ctx is None:
             return plain()
         layer = cast(int, module.layer_idx)
+        if isinstance(ctx, Aside):
+            theirs = query, key, value, attention_mask
+            return others(ctx.main, layer, module, *theirs, kwargs), None
         if torch.compiler.is_compiling():
             ctx.compiled = note_graph(compat.attention_name(module), layer)
         elif heartbeat := ctx.watched:
@@ -161,7 +164,48 @@ def _attention(implementation: str) -> Attention:
         mine[:, -count:] = rows
         return out, None
 
+    def others(
+        ctx: Context,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The kernel's output for the second stream: its owner may read a row, and hide columns."""
+        stack, new, length = ctx.stack, query.shape[2], key.shape[2]
+        if layer not in stack.others:
+            return run(module, query, key, value, attention_mask, **kwargs)[0]
+        _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
+        i = cast(int, stack.owner)
+        owner, seq = stack.methods[i], ctx.seen_by(i)
+        if attention_mask is None and 1 < new < length:  # an empty static cache
+            key, value = key[:, :, :new], value[:, :, :new]
+        mask = _row_mask(attention_mask, new, key.shape[2], new, query.device)
+        if layer in stack.other_read:
+            scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+            last, part = query[:, :, -1:], None if mask is None else mask[:, :, -1:]
+            x = masked(products(last, key, scale), part).softmax(-1)
+            owner.other_row(Rows(x, layer, last, key, value, part, scale, seq))
+        hidden = owner.other_hidden(layer, seq) if layer in stack.other_hidden else None
+        if hidden is None:
+            return run(module, query, key, value, attention_mask, **kwargs)[0]
+        mask = _hiding(mask, hidden.to(query.device)[:, None, None])
+        return masking(module, query, key, value, mask, **kwargs)[0]
+
     return attention
+
+
+def _hiding(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """A mask without `hidden` columns (B, 1, 1, K) bool, but in rows that would see nothing."""
+    if mask is None:
+        return ~hidden
+    if mask.dtype != torch.bool:
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    seen = mask & ~hidden
+    return torch.where(seen.any(-1, keepdim=True), seen, mask)
 
 
 def _refuse(

@@ -46,6 +46,20 @@ def block_parts(layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, Any] | Non
     return first, output, second, feed_forward
 
 
+def with_embeds(kwargs: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
+    """A decoder's arguments with other input embeddings (B, N, D).
+
+    Where layers add features to image tokens (Qwen3-VL), tokens that changed get none.
+    """
+    added = kwargs.get("deepstack_visual_embeds")
+    if added is not None:
+        changed = (embeds != kwargs["inputs_embeds"]).any(-1)
+        changed = changed[kwargs["visual_pos_masks"].to(changed.device)][:, None]
+        added = [x.masked_fill(changed.to(x.device), 0) for x in added]
+        kwargs = kwargs | {"deepstack_visual_embeds": added}
+    return kwargs | {"inputs_embeds": embeds}
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,17 @@ from torch import Tensor
 from ...core.rows import Phase
 from ...core.sequence import Stack, State, map_tensors
 from .heartbeat import Heartbeat
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What a forward of the second stream alone carries, where its owner acts in it.
+
+    Attributes:
+        main: the context of the first stream's forward.
+    """
+
+    main: Context
 
 
 class Context(State):

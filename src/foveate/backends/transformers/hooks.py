@@ -22,7 +22,7 @@ from ...core.visual import visual_mask
 from . import compat, compat_parts
 from .cache import adopt
 from .compat import length
-from .context import Context
+from .context import Aside, Context
 from .heartbeat import astray, lost, note_beside_graphs
 from .streams import Streams, new_tokens, piece, prompt_mask
 
@@ -206,17 +206,20 @@ class Hooks:
         """The context among the arguments of a module; None where it is to run plain."""
         if "foveate" not in kwargs:
             raise astray(self.model, where)
-        return kwargs["foveate"]
+        ctx = kwargs["foveate"]
+        return None if isinstance(ctx, Aside) else ctx
 
-    def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before the decoder: note the final positions of the prompt."""
+    def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: note the final positions of the prompt; embed a second stream."""
         ctx = self.context(kwargs, "the decoder")
+        if isinstance(kwargs["foveate"], Aside):
+            return args, self.streams.embedded(kwargs["foveate"].main, kwargs)
         if ctx is None:
-            return
+            return None
         if heartbeat := ctx.watched:
             heartbeat.decoder()
         if ctx.phase == "decode":
-            return
+            return None
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         new, batch = (kwargs["input_ids"] if embeds is None else embeds).shape[1], len(ctx.visual)
         past = ctx.positions.shape[2]
@@ -232,6 +235,7 @@ class Hooks:
         ctx.positions = positions
         if self.stack.vision and ctx.visual[:, -new:].any():
             self.see(ctx)
+        return None
 
     def look(self, k: int, block: Any, args: Any, out: Any) -> None:
         """After vision block k - 1."""

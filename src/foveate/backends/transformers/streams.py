@@ -13,10 +13,11 @@ from torch import Tensor
 from ...base.errors import FoveateError
 from ...core.prompt import Prompt
 from ...core.sequence import Stack
-from . import compat
+from . import compat, compat_parts
 from .cache import adopt
 from .compat import NOT_INPUTS, length
-from .context import Context
+from .context import Aside, Context
+from .heartbeat import lost
 from .pictures import pictures
 
 
@@ -84,7 +85,7 @@ class Streams:
             if not ctx.paired and ctx.other is None:
                 return kwargs
             changed = prompt
-        alike = _differ_in_pixels(prompt, changed)
+        alike = not changed.after and _differ_in_pixels(prompt, changed)
         if ctx.paired and not alike:
             raise FoveateError(
                 f"{owner.name} changed only pixels in the first prompt and more in a later one, "
@@ -154,11 +155,11 @@ class Streams:
         if ctx.phase == "decode":
             names = ("input_ids", "inputs_embeds")
             token = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            return self.run(other, token, other.mask.new_ones(batch, 1), None)
+            return self.run(ctx, token, other.mask.new_ones(batch, 1), None)
         (changed, new), self.waiting = cast(Any, self.waiting), None
         tokens = {"input_ids": changed.ids, "inputs_embeds": changed.embeds}
         given = {k: v for k, v in tokens.items() if v is not None} | changed.pixels | changed.inputs
-        return self.run(other, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
+        return self.run(ctx, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
         """A new second stream; text before the first image is the same in both."""
@@ -175,7 +176,7 @@ class Streams:
         return Other(side, mask, position)
 
     def run(
-        self, other: Other, inputs: dict[str, Any], mask: Tensor, positions: Tensor | None
+        self, ctx: Context, inputs: dict[str, Any], mask: Tensor, positions: Tensor | None
     ) -> Tensor | None:
         """Feed a piece of prompt or a token to the second stream; next-token logits (B, V).
 
@@ -184,7 +185,8 @@ class Streams:
         """
         if not mask.shape[1]:
             return None
-        model, past = self.model, other.mask.shape[1]
+        model, other = self.model, cast(Other, ctx.other)
+        past = other.mask.shape[1]
         ids = inputs.get("input_ids")
         if positions is None:
             positions = (other.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
@@ -196,7 +198,8 @@ class Streams:
         if positions is not None:
             inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
         with compat.keeping_positions(model):
-            out = self.plain(other.cache, inputs | {"attention_mask": other.mask})
+            aside = Aside(ctx) if self.stack.aside else None
+            out = self.plain(other.cache, inputs | {"attention_mask": other.mask}, aside)
             if positions is None:
                 deltas = cast(Tensor, compat.kept_positions(model))
                 other.position = past + mask.shape[1] + deltas[:, 0]
@@ -211,9 +214,20 @@ class Streams:
         with compat.keeping_positions(self.model):
             ctx.ahead = self.plain(_beside(cache), inputs).logits[:, -1]
 
-    def plain(self, cache: Any, inputs: dict[str, Any]) -> Any:
-        """A forward without methods, on a cache beside the main one."""
-        keeps = {"use_cache": cache is not None, "logits_to_keep": 1, "foveate": None}
+    def embedded(self, ctx: Context, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments in a forward of the second stream, as its owner embeds it."""
+        i = cast(int, self.stack.owner)
+        owner, embeds = self.stack.methods[i], kwargs.get("inputs_embeds")
+        if ctx.phase == "decode" or not owner.wants("other_embeds"):
+            return kwargs
+        if embeds is None:
+            raise lost(self.model, "its decoder gets no embeddings of a prompt with an image")
+        edited = owner.other_embeds(embeds, ctx.seen_by(i))
+        return compat_parts.with_embeds(kwargs, edited)
+
+    def plain(self, cache: Any, inputs: dict[str, Any], aside: Aside | None = None) -> Any:
+        """A forward without methods but the second stream's, on a cache beside the main one."""
+        keeps = {"use_cache": cache is not None, "logits_to_keep": 1, "foveate": aside}
         return self.model(**inputs, **compat.passing(self.model, cache), **keeps)
 
 
