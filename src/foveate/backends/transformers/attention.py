@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -91,9 +92,8 @@ def _attention(implementation: str) -> Attention:
             raise astray(module, "the attention")
         ctx: Context | Aside | None = kwargs.pop("foveate")
         kwargs |= {"scaling": scaling, "dropout": dropout}
-        plain = functools.partial(run, module, query, key, value, attention_mask, **kwargs)
         if ctx is None:
-            return plain()
+            return run(module, query, key, value, attention_mask, **kwargs)
         layer = cast(int, module.layer_idx)
         if isinstance(ctx, Aside):
             theirs = query, key, value, attention_mask
@@ -104,11 +104,17 @@ def _attention(implementation: str) -> Attention:
             heartbeat.attention(layer)
         else:
             note_beside_graphs(compat.attention_name(module), layer)
+        beside: list[Tensor] = []
+        if ctx.abreast:  # the second half has keys and values of its own
+            kwargs.pop("position_ids", None)  # of both; a kernel looks there for packed sequences
+            half = len(ctx.visual)
+            theirs = query[half:], *ctx.other.keys(layer, flat=aligned)
+            beside = [others(ctx, layer, module, *theirs, kwargs)]
+            query, attention_mask = query[:half], _first(attention_mask, half)
         given = query, key, value, attention_mask, kwargs
-        if not ctx.replays:
-            return edited(ctx, layer, module, *given, plain)
-        with ctx.visit("attention", layer):
-            return edited(ctx, layer, module, *given, plain)
+        with ctx.visit("attention", layer) if ctx.replays else nullcontext():
+            out = edited(ctx, layer, module, *given)
+        return (torch.cat([out, *beside]) if beside else out), None
 
     def edited(
         ctx: Context,
@@ -119,14 +125,14 @@ def _attention(implementation: str) -> Attention:
         value: Tensor,
         attention_mask: Tensor | None,
         kwargs: dict[str, Any],
-        plain: Callable[[], tuple[Tensor, None]],
-    ) -> tuple[Tensor, None]:
+    ) -> Tensor:
         """The kernel's output, with the rows that methods edit put in."""
+        plain = functools.partial(run, module, query, key, value, attention_mask, **kwargs)
         new, length = query.shape[2], key.shape[2]
         acting = [(i, ctx.rows(i, new)) for i in ctx.stack.edits[layer] if ctx.acts(i)]
         count = max([0] + [rows for _, rows in acting])
         if count == 0:
-            return plain()
+            return plain()[0]
         _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
         scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
         out, touched = None, _touched(ctx, acting, count)
@@ -135,8 +141,7 @@ def _attention(implementation: str) -> Attention:
         if ctx.paired:  # the second half is another stream's and stays plain
             half = len(ctx.visual)
             query, key, value = query[:half], key[:half], value[:half]
-            if attention_mask is not None and len(attention_mask) > half:
-                attention_mask = attention_mask[:half]
+            attention_mask = _first(attention_mask, half)
         if attention_mask is None and 1 < new < length:  # an empty static cache
             key, value = key[:, :, :new], value[:, :, :new]
         mask = _row_mask(attention_mask, new, key.shape[2], count, query.device)
@@ -154,15 +159,15 @@ def _attention(implementation: str) -> Attention:
             pieces.append(edit_rows(given, here).transpose(1, 2))
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         if out is None:
-            return rows.contiguous(), None
+            return rows.contiguous()
         mine = out[: len(rows)]
         if touched is not None:
             rows = torch.where(touched.to(rows.device)[..., None, None], rows, mine[:, -count:])
         if out.requires_grad or rows.requires_grad:
             rows = torch.cat([mine[:, :-count], rows], 1)
-            return torch.cat([rows, out[len(rows) :]]) if ctx.paired else rows, None
+            return torch.cat([rows, out[len(rows) :]]) if ctx.paired else rows
         mine[:, -count:] = rows
-        return out, None
+        return out
 
     def others(
         ctx: Context,
@@ -196,6 +201,11 @@ def _attention(implementation: str) -> Attention:
         return masking(module, query, key, value, mask, **kwargs)[0]
 
     return attention
+
+
+def _first(mask: Tensor | None, half: int) -> Tensor | None:
+    """The mask of the first stream, of one for both or for each."""
+    return mask if mask is None or len(mask) <= half else mask[:half]
 
 
 def _hiding(mask: Tensor | None, hidden: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class Hooks:
         return None if isinstance(ctx, Aside) else ctx
 
     def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before the decoder: note the final positions of the prompt; embed a second stream."""
+        """Before the decoder: note a prompt's positions, put in a token's or other embeddings."""
         ctx = self.context(kwargs, "the decoder")
         if isinstance(kwargs["foveate"], Aside):
             return args, self.streams.embedded(kwargs["foveate"].main, kwargs)
@@ -218,6 +218,8 @@ class Hooks:
             return None
         if heartbeat := ctx.watched:
             heartbeat.decoder()
+        if ctx.abreast:
+            return args, self.streams.placed(ctx, kwargs)
         if ctx.phase == "decode":
             return None
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
@@ -252,7 +254,7 @@ class Hooks:
                 f"{self.stack.methods[seers[0]].name} reads the vision tower, which did not run "
                 "for this prompt: pass pixel_values instead of images that were encoded before."
             )
-        times, given, visual = 2 if ctx.paired else 1, self.given, ctx.visual
+        times, given, visual = 2 if ctx.doubled else 1, self.given, ctx.visual
         states = {k: v[: len(v) // times] for k, v in self.seen.items()}
         mask = given["attention_mask"]
         vision = Vision(
@@ -297,7 +299,7 @@ class Hooks:
                     stream = Stream(hidden, layer)
                     edited = self.stack.methods[i].before(stream, ctx.seen_by(i))
                     hidden = ctx.keep(i, edited, hidden)
-        return torch.cat([hidden, whole[len(hidden) :]]) if ctx.paired else hidden
+        return torch.cat([hidden, whole[len(hidden) :]]) if ctx.doubled else hidden
 
     def close(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """After the top model's forward: attach the context, contrast, edit the last logits."""
