@@ -269,8 +269,8 @@ def test_half_precision_is_as_near_as_the_plain_models(
     method: Method, family: str, model: Any
 ) -> None:
     """The second stream of VCD and PAI about doubles the error."""
-    if method.name in ("dola", "var"):
-        pytest.skip("rounding may change which layer is contrasted, or which tokens are sinks")
+    if method.name in ("avisc", "dola", "only", "var"):
+        pytest.skip("rounding may change which layer, heads or tokens are chosen")
     half, dtype = models.build(family, dtype=torch.float16), torch.float16
 
     def error(*stack: Method) -> float:

@@ -44,17 +44,21 @@ def noised(picture: dict[str, Tensor], step: int, seed: int, restart: bool) -> d
     return picture | {"pixel_values": torch.stack(out).view_as(pixels)}
 
 
-def plain(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Next-token logits (V,) of one unpadded prompt (1, n) followed by `tokens` (k,)."""
+def extended(prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Any]:
+    """One unpadded prompt (1, n) followed by `tokens` (k,)."""
     inputs: dict[str, Any] = dict(prompt)
-    count = len(tokens)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], tokens[None]], 1)
     for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if key in prompt:
-            new = torch.full((1, count), int(key == "attention_mask"))
+            new = torch.full((1, len(tokens)), int(key == "attention_mask"))
             inputs[key] = torch.cat([prompt[key], new], 1)
+    return inputs
+
+
+def plain(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Next-token logits (V,) of one unpadded prompt (1, n) followed by `tokens` (k,)."""
     with torch.no_grad():
-        return model(**inputs, use_cache=False).logits[0, -1].float()
+        return model(**extended(prompt, tokens), use_cache=False).logits[0, -1].float()
 
 
 def contrasted(true: Tensor, other: Tensor, alpha: float, beta: float) -> Tensor:

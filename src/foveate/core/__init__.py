@@ -2,14 +2,16 @@
 
 from ..base.errors import FoveateError
 from ..base.form import costly, file
-from .anatomy import Anatomy
+from .anatomy import Anatomy, Block
+from .edit import weighted
 from .method import Method
-from .plausible import plausible
+from .plausible import away_from, plausible
 from .prompt import Prompt, Vision
 from .rows import Rows, Sequences, Stream
 
 __all__ = [
     "Anatomy",
+    "Block",
     "FoveateError",
     "Method",
     "Prompt",
@@ -17,7 +19,9 @@ __all__ = [
     "Sequences",
     "Stream",
     "Vision",
+    "away_from",
     "costly",
     "file",
     "plausible",
+    "weighted",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,22 @@ class Tower:
     depth: int
     used: tuple[int, ...]
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one decoder layer, each to be called alone on any rows.
+
+    Attributes:
+        norm: the norm before the attention, (..., D) to (..., D).
+        output: what the heads (B, R, H, D_v) put out, through the output projection, (B, R, D).
+        feed_forward: what the feed-forward part, with the norm before it, makes of states
+            (B, R, D); neither a norm behind it nor the residual is added.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor], Tensor]
+    feed_forward: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +103,15 @@ class Anatomy(ABC):
     @abstractmethod
     def norm(self, hidden: Tensor) -> Tensor:
         """Residual states (..., D) after the final norm."""
+
+    @abstractmethod
+    def block(self, layer: int) -> Block:
+        """The parts of a decoder layer.
+
+        Raises:
+            FoveateError: for a layer that is not attention and then a feed-forward part, each
+                behind a norm of its own.
+        """
 
     @abstractmethod
     def layer_device(self, layer: int) -> torch.device:

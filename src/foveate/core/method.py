@@ -36,7 +36,19 @@ __all__ = [
     "to_json",
 ]
 
-STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "logits")
+STAGES = (
+    "rewrite",
+    "contrast",
+    "begin",
+    "see",
+    "before",
+    "scores",
+    "weights",
+    "other_embeds",
+    "other_row",
+    "other_hidden",
+    "logits",
+)
 RESERVED = ("vanilla", "all")
 
 _numbers = itertools.count()
@@ -66,6 +78,7 @@ class Method(Form):
     # query rows for scores and weights: the last one, of the prompt and of every step; the
     # prompt's last one only; those after the image; or all
     rows: ClassVar[Literal["last", "prompt", "text", "all"]] = "last"
+    to_the_norm: ClassVar[bool] = False  # `layers` may name one more: the final norm's input
     paper_layers: ClassVar[tuple[int | EllipsisType, ...] | None] = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model_type prefix -> values of None fields
     neutral: ClassVar[dict[str, Any]] = {}  # parameters that make it the plain model
@@ -129,6 +142,20 @@ class Method(Form):
         """Weights (B, H, R, K) float32: after the softmax."""
         return rows.x
 
+    def other_embeds(self, embeds: Tensor, seq: Sequences) -> Tensor:
+        """Input embeddings (B, N, D) of a piece of prompt that the second stream is to read.
+
+        This and the next two act where `contrast` puts the prompt `after` the main pass.
+        """
+        return embeds
+
+    def other_row(self, rows: Rows) -> None:
+        """The second stream's last query row after the softmax, (B, H, 1, K); only to be read."""
+
+    def other_hidden(self, layer: int, seq: Sequences) -> Tensor | None:
+        """Key columns (B, K) bool that no row of the second stream sees in this layer, or None."""
+        return None
+
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
         return logits
@@ -141,7 +168,11 @@ class Method(Form):
 
     @property
     def edits_attention(self) -> bool:
-        return self.wants("scores") or self.wants("weights")
+        return any(self.wants(s) for s in ("scores", "weights", "other_row", "other_hidden"))
+
+    def other_layers(self, anatomy: Anatomy) -> tuple[Iterable[int], Iterable[int]]:
+        """Layers in which `other_row` reads, and in which `other_hidden` is asked."""
+        return (), ()
 
     def resolve(self, anatomy: Anatomy) -> Method:
         """The same method with layers and presets filled in for a model.
@@ -172,7 +203,8 @@ class Method(Form):
             return dataclasses.replace(self, **values)
 
         whole = self.edits_attention or self.looks_again
-        full = anatomy.full_layers if whole else tuple(range(anatomy.depth))
+        states = range(anatomy.depth + self.to_the_norm)
+        full = anatomy.full_layers if whole else tuple(states)
         if not full:
             raise FoveateError(
                 f"{self.name} cannot act on {kind}: none of its layers sees the whole image "
@@ -203,10 +235,10 @@ class Method(Form):
         """`layers` in order, if every one of them is there and among `full`."""
         assert self.layers is not None
         for layer in self.layers:
-            if not 0 <= layer < len(kinds):
+            last = len(kinds) - 1 + self.to_the_norm
+            if not 0 <= layer <= last:
                 raise FoveateError(
-                    f"{self.name}: layer {layer} does not exist, this model has layers 0 to "
-                    f"{len(kinds) - 1}."
+                    f"{self.name}: layer {layer} does not exist, this model has layers 0 to {last}."
                 )
             if layer not in full:
                 raise FoveateError(

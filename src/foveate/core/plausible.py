@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,19 @@ def plausible(contrasted: Tensor, original: Tensor, share: float) -> Tensor:
         return contrasted
     least = original.amax(-1, keepdim=True) + math.log(share)
     return contrasted.masked_fill(original < least, -math.inf)
+
+
+def away_from(other: Tensor | None, logits: Tensor, strength: float, share: float) -> Tensor:
+    """Logits led away from a second stream's: (1 + strength) l - strength l', under the cut.
+
+    Args:
+        other: l' (B, V); None where there is no second stream. A row with a NaN counts as l.
+        logits: l (B, V). share: see `plausible`.
+    """
+    logits = logits.float()
+    contrasted = logits
+    if other is not None:
+        other = other.float()
+        other = torch.where(other.isnan().any(-1, keepdim=True), logits, other)
+        contrasted = (1 + strength) * logits - strength * other
+    return plausible(contrasted, logits, share)

@@ -27,6 +27,9 @@ class Prompt:
         given: pixel tensors that the chat gives for a second stream, or None.
         ahead: set it to have this prompt read before the main pass: its next-token logits are
             then `Sequences.ahead`. Otherwise it is a second stream that reads the answer, too.
+        after: set it to have the second stream read this prompt by itself, when the main pass
+            over it is done: then the stages for the second stream act, such as
+            `Method.other_embeds`.
         inputs: what else the engine hands to the model.
     """
 
@@ -39,6 +42,7 @@ class Prompt:
     pictures: Pictures = field(repr=False)
     inputs: dict[str, Any] = field(repr=False)
     ahead: bool = False
+    after: bool = False
 
     def repainted(self, paint: Callable[[list[Tensor]], None]) -> Prompt:
         """The same prompt with other pixels: `paint` changes the tiles of a picture in place."""

@@ -39,15 +39,21 @@ class Stack:
             plans[m.name] if m.name in plans else m.setup(anatomy) for m in self.methods
         )
         self.vision = tuple(sorted({k for m in self.methods for k in m.vision_layers or ()}))
-        attention = [i for i, m in enumerate(self.methods) if m.edits_attention]
+        attention = [i for i in range(len(methods)) if i in self.at("scores") + self.at("weights")]
         self.edits = {
             layer: tuple(i for i in attention if layer in (self.methods[i].layers or ()))
             for layer in range(self.depth)
         }
-        self.edited = tuple(layer for layer, methods in self.edits.items() if methods)
+        self.owner = next(iter(self.at("contrast")), None)  # who has a second stream
+        owner = None if self.owner is None else self.methods[self.owner]
+        read, hidden = owner.other_layers(anatomy) if owner else ((), ())
+        self.other_read, self.other_hidden = frozenset(read), frozenset(hidden)
+        self.others = self.other_read | self.other_hidden
+        self.edited = tuple(x for x, acting in self.edits.items() if acting or x in self.others)
+        # whether its owner acts in the second stream's own forwards
+        self.aside = bool(self.others) or (owner is not None and owner.wants("other_embeds"))
         self.text_rows = any(self.methods[i].rows == "text" for i in attention)
         self.last_rows = bool(attention) or bool(self.at("logits"))
-        self.owner = next(iter(self.at("contrast")), None)  # who has a second stream
         self.needs_image = [m.name for m in self.methods if m.needs_image]
 
     def at(self, stage: str) -> tuple[int, ...]:

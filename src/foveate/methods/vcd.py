@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.perturb import STEPS, noise_levels
-from ..core import FoveateError, Method, Prompt, Sequences, plausible
+from ..core import FoveateError, Method, Prompt, Sequences, away_from
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,4 @@ class VCD(Method):
     # -- the contrast ------------------------------------------------------------------------------
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
-        logits = logits.float()
-        contrasted = logits
-        if other is not None:
-            contrasted = (1 + self.alpha) * logits - self.alpha * other.float()
-        return plausible(contrasted, logits, self.beta)
+        return away_from(other, logits, self.alpha, self.beta)

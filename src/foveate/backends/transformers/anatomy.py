@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.anatomy import Anatomy, Tower
+from ...base.errors import FoveateError
+from ...core.anatomy import Anatomy, Block, Tower
 from ...families.layout import layout_of
 from . import compat, compat_parts
 
@@ -29,8 +30,35 @@ class ModelAnatomy(Anatomy):
         return self.head(hidden.to(weight.device)).float()
 
     def norm(self, hidden: Tensor) -> Tensor:
-        assert self.final is not None
+        if self.final is None:
+            raise FoveateError(
+                f"This decoder ({self.text_kind}) has no final norm that foveate knows: use a "
+                "method or a parameter that reads no inner states."
+            )
         return self.final(hidden)
+
+    def block(self, layer: int) -> Block:
+        layers: Any = self.decoder.layers
+        parts = compat_parts.block_parts(layers[layer])
+        if parts is None:
+            raise FoveateError(
+                f"The layers of this decoder ({self.text_kind}) are not attention and then a "
+                "feed-forward part, each behind a norm, so one row cannot be led through parts of "
+                "them: use another method."
+            )
+        norm, output, second, feed_forward = parts
+        place = self.layer_device(layer)
+
+        def fed(x: Tensor) -> Tensor:
+            # not by calling the module, whose hooks belong to the layer's own pass
+            out = feed_forward.forward(second(x.to(place)))
+            return out[0] if isinstance(out, tuple) else out  # with a router's logits
+
+        return Block(
+            norm=lambda x: norm(x.to(place)),
+            output=lambda heads: output(heads.flatten(-2).to(place)),
+            feed_forward=fed,
+        )
 
     def layer_device(self, layer: int) -> torch.device:
         layers: Any = self.decoder.layers

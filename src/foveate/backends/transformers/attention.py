@@ -7,16 +7,17 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...base.errors import FoveateError
-from ...core.edit import Acting, edit_rows, products
+from ...core.edit import Acting, edit_rows, masked, products
 from ...core.rows import Rows
 from . import compat
-from .context import Context
+from .context import Aside, Context
 from .heartbeat import astray, lost, note_beside_graphs, note_graph
 from .rotary import rotary
 
@@ -56,7 +57,7 @@ def release(name: str) -> None:
 @functools.cache  # one per kernel, so that a graph finds the same function under a renewed name
 def _attention(implementation: str) -> Attention:
     """The attention function around the kernel of `implementation`."""
-    run = compat.kernel(implementation)
+    run, masking = compat.kernel(implementation), compat.kernel("sdpa")
     aligned = implementation.startswith("flash")  # needs no mask for rows behind a filled cache
 
     def attention(
@@ -71,23 +72,31 @@ def _attention(implementation: str) -> Attention:
     ) -> tuple[Tensor, None]:
         if "foveate" not in kwargs:
             raise astray(module, "the attention")
-        ctx: Context | None = kwargs.pop("foveate")
+        ctx: Context | Aside | None = kwargs.pop("foveate")
         kwargs |= {"scaling": scaling, "dropout": dropout}
-        plain = functools.partial(run, module, query, key, value, attention_mask, **kwargs)
         if ctx is None:
-            return plain()
+            return run(module, query, key, value, attention_mask, **kwargs)
         layer = cast(int, module.layer_idx)
+        if isinstance(ctx, Aside):
+            theirs = query, key, value, attention_mask
+            return others(ctx.main, layer, module, *theirs, kwargs), None
         if torch.compiler.is_compiling():
             ctx.compiled = note_graph(compat.attention_name(module), layer)
         elif heartbeat := ctx.watched:
             heartbeat.attention(layer)
         else:
             note_beside_graphs(compat.attention_name(module), layer)
+        beside: list[Tensor] = []
+        if ctx.abreast:  # the second half has keys and values of its own
+            kwargs.pop("position_ids", None)  # of both; a kernel looks there for packed sequences
+            half = len(ctx.visual)
+            theirs = query[half:], *ctx.other.keys(layer, flat=aligned)
+            beside = [others(ctx, layer, module, *theirs, kwargs)]
+            query, attention_mask = query[:half], _first(attention_mask, half)
         given = query, key, value, attention_mask, kwargs
-        if not ctx.replays:
-            return edited(ctx, layer, module, *given, plain)
-        with ctx.visit("attention", layer):
-            return edited(ctx, layer, module, *given, plain)
+        with ctx.visit("attention", layer) if ctx.replays else nullcontext():
+            out = edited(ctx, layer, module, *given)
+        return (torch.cat([out, *beside]) if beside else out), None
 
     def edited(
         ctx: Context,
@@ -98,14 +107,14 @@ def _attention(implementation: str) -> Attention:
         value: Tensor,
         attention_mask: Tensor | None,
         kwargs: dict[str, Any],
-        plain: Callable[[], tuple[Tensor, None]],
-    ) -> tuple[Tensor, None]:
+    ) -> Tensor:
         """The kernel's output, with the rows that methods edit put in."""
+        plain = functools.partial(run, module, query, key, value, attention_mask, **kwargs)
         new, length = query.shape[2], key.shape[2]
         acting = [(i, ctx.rows(i, new)) for i in ctx.stack.edits[layer] if ctx.acts(i)]
         count = max([0] + [rows for _, rows in acting])
         if count == 0:
-            return plain()
+            return plain()[0]
         _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
         scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
         out, touched = None, _touched(ctx, acting, count)
@@ -114,8 +123,7 @@ def _attention(implementation: str) -> Attention:
         if ctx.paired:  # the second half is another stream's and stays plain
             half = len(ctx.visual)
             query, key, value = query[:half], key[:half], value[:half]
-            if attention_mask is not None and len(attention_mask) > half:
-                attention_mask = attention_mask[:half]
+            attention_mask = _first(attention_mask, half)
         if attention_mask is None and 1 < new < length:  # an empty static cache
             key, value = key[:, :, :new], value[:, :, :new]
         mask = _row_mask(attention_mask, new, key.shape[2], count, query.device)
@@ -133,17 +141,63 @@ def _attention(implementation: str) -> Attention:
             pieces.append(edit_rows(given, here).transpose(1, 2))
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         if out is None:
-            return rows.contiguous(), None
+            return rows.contiguous()
         mine = out[: len(rows)]
         if touched is not None:
             rows = torch.where(touched.to(rows.device)[..., None, None], rows, mine[:, -count:])
         if out.requires_grad or rows.requires_grad:
             rows = torch.cat([mine[:, :-count], rows], 1)
-            return torch.cat([rows, out[len(rows) :]]) if ctx.paired else rows, None
+            return torch.cat([rows, out[len(rows) :]]) if ctx.paired else rows
         mine[:, -count:] = rows
-        return out, None
+        return out
+
+    def others(
+        ctx: Context,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The kernel's output for the second stream: its owner may read a row, and hide columns."""
+        stack, new, length = ctx.stack, query.shape[2], key.shape[2]
+        if layer not in stack.others:
+            return run(module, query, key, value, attention_mask, **kwargs)[0]
+        _refuse(ctx, layer, query, key, attention_mask, aligned, kwargs)
+        i = cast(int, stack.owner)
+        owner, seq = stack.methods[i], ctx.seen_by(i)
+        if attention_mask is None and 1 < new < length:  # an empty static cache
+            key, value = key[:, :, :new], value[:, :, :new]
+        mask = _row_mask(attention_mask, new, key.shape[2], new, query.device)
+        if layer in stack.other_read:
+            scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+            last, part = query[:, :, -1:], None if mask is None else mask[:, :, -1:]
+            x = masked(products(last, key, scale), part).softmax(-1)
+            owner.other_row(Rows(x, layer, last, key, value, part, scale, seq))
+        hidden = owner.other_hidden(layer, seq) if layer in stack.other_hidden else None
+        if hidden is None:
+            return run(module, query, key, value, attention_mask, **kwargs)[0]
+        mask = _hiding(mask, hidden.to(query.device)[:, None, None])
+        return masking(module, query, key, value, mask, **kwargs)[0]
 
     return attention
+
+
+def _first(mask: Tensor | None, half: int) -> Tensor | None:
+    """The mask of the first stream, of one for both or for each."""
+    return mask if mask is None or len(mask) <= half else mask[:half]
+
+
+def _hiding(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """A mask without `hidden` columns (B, 1, 1, K) bool, but in rows that would see nothing."""
+    if mask is None:
+        return ~hidden
+    if mask.dtype != torch.bool:
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    seen = mask & ~hidden
+    return torch.where(seen.any(-1, keepdim=True), seen, mask)
 
 
 def _refuse(

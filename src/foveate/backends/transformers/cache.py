@@ -71,6 +71,21 @@ class ContextCache:
         self.__class__ = _with(PairedCache, type(self).__mro__[2])
 
 
+class SideBySide(ContextCache):
+    """A cache whose context has another: the second half of a doubled batch goes there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        plain, ctx = super().update, self.foveate  # type: ignore[misc]
+        if ctx is None or not ctx.abreast:
+            return plain(key_states, value_states, layer, *args, **kwargs)
+        half = len(ctx.visual)
+        theirs = key_states[half:], value_states[half:]
+        ctx.other.seen[layer] = ctx.other.cache.update(*theirs, layer, *args, **kwargs)
+        return plain(key_states[:half], value_states[:half], layer, *args, **kwargs)
+
+
 class PairedCache(ContextCache):
     """A cache with two rows per sample, which only `enhance` knows how to fill."""
 
@@ -95,3 +110,9 @@ def adopt(cache: Any, ctx: Context) -> None:
     cache.foveate = ctx
     if ctx.paired and not isinstance(cache, PairedCache):
         cache.pair()
+
+
+def side_by_side(cache: Any) -> None:
+    """From now on forwards of two rows per sample fill the second stream's cache, too."""
+    if not isinstance(cache, SideBySide):
+        cache.__class__ = _with(SideBySide, type(cache).__mro__[2])

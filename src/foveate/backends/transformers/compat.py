@@ -6,6 +6,7 @@ changes with it, and nothing else. Supported: transformers 5.0 and later.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -18,7 +19,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedCache,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -140,6 +147,26 @@ def empty_cache(decoder: Any) -> Cache:
 def whole_cache() -> Cache:
     """A dynamic cache that keeps all tokens of sliding-window layers, too."""
     return DynamicCache()
+
+
+def rows(cache: Any, index: Tensor) -> Any:
+    """A new cache with the rows `index` (N,) int64 of a filled one."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new.reorder_cache(index)  # which puts other tensors in place of those of the layers
+    return new
+
+
+def grows(decoder: Any, cache: Any) -> bool:
+    """Whether a filled cache gives each layer its latest keys, all or the window's, and no more.
+
+    A single new token then sees all of them, but for padding.
+    """
+    known = {"full_attention": DynamicLayer, "sliding_attention": DynamicSlidingWindowLayer}
+    kinds, layers = layer_kinds(decoder.config), getattr(cache, "layers", ())
+    return len(kinds) == len(layers) and all(
+        type(layer) is known.get(kind) for kind, layer in zip(kinds, layers, strict=True)
+    )
 
 
 def is_quantized(cache: Any) -> bool:

@@ -21,6 +21,45 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...base.errors import FoveateError
 
+# -- decoder layers --------------------------------------------------------------------------------
+
+
+def block_parts(layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, Any] | None:
+    """The parts of a decoder layer of LLaMA's shape.
+
+    Returns:
+        The norm before the attention, the attention's output projection, the norm before the
+        feed-forward part and that part; None for parallel blocks, layers that have norms only
+        behind their parts, and attention that does more between its heads and the projection.
+    """
+    attention = getattr(layer, "self_attn", None)
+    output, query = getattr(attention, "o_proj", None), getattr(attention, "q_proj", None)
+    widths = getattr(output, "in_features", None), getattr(query, "out_features", None)
+    if None not in widths and widths[0] != widths[1]:  # gated, or keys of another width
+        return None
+    feed_forward = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
+    second = getattr(layer, "pre_feedforward_layernorm", None)  # Gemma has norms behind, too
+    second = second or getattr(layer, "post_attention_layernorm", None)
+    first = getattr(layer, "input_layernorm", None)
+    if first is None or output is None or second is None or feed_forward is None:
+        return None
+    return first, output, second, feed_forward
+
+
+def with_embeds(kwargs: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
+    """A decoder's arguments with other input embeddings (B, N, D).
+
+    Where layers add features to image tokens (Qwen3-VL), tokens that changed get none.
+    """
+    added = kwargs.get("deepstack_visual_embeds")
+    if added is not None:
+        changed = (embeds != kwargs["inputs_embeds"]).any(-1)
+        changed = changed[kwargs["visual_pos_masks"].to(changed.device)][:, None]
+        added = [x.masked_fill(changed.to(x.device), 0) for x in added]
+        kwargs = kwargs | {"deepstack_visual_embeds": added}
+    return kwargs | {"inputs_embeds": embeds}
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 

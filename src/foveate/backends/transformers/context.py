@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,17 @@ from torch import Tensor
 from ...core.rows import Phase
 from ...core.sequence import Stack, State, map_tensors
 from .heartbeat import Heartbeat
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What a forward of the second stream alone carries, where its owner acts in it.
+
+    Attributes:
+        main: the context of the first stream's forward.
+    """
+
+    main: Context
 
 
 class Context(State):
@@ -24,7 +36,8 @@ class Context(State):
 
     Attributes:
         other: the second stream, where it has a cache of its own; see `streams.Other`.
-        paired: whether the model runs 2B rows, the second half of them the second stream.
+        paired: whether the cache has 2B rows, the second half of them the second stream's.
+        abreast: whether this forward runs 2B rows, the second half of them on `other`'s cache.
         contrast: pixels that `Chat.contrast` gives this batch for a second stream, else None.
         heartbeat: what the present forward has passed before any graph.
         compiled: whether a part of the present forward is a compiled graph.
@@ -43,14 +56,20 @@ class Context(State):
     ) -> None:
         self.model, self.decoder, self.contrast = model, model.get_decoder(), contrast
         self.other: Any = None
-        self.paired = self.padded = self.replays = False
+        self.paired = self.abreast = self.padded = self.replays = False
         super().__init__(stack, visual, phase, notes)
 
     def renew(self) -> None:
         super().renew()
         self.visits: dict[Any, Any] = {}
+        self.abreast = False
         self.compiled = torch.compiler.is_compiling()
         self.heartbeat = None if self.compiled else Heartbeat(self.model, self.stack)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether this forward runs 2B rows, the second half of them the second stream."""
+        return self.paired or self.abreast
 
     @property
     def watched(self) -> Heartbeat | None:

@@ -58,7 +58,7 @@ class Heartbeat:
 
     def attention(self, layer: int) -> None:
         """The attention of a layer runs."""
-        if self.open and self.stack.edits[layer]:
+        if self.open and layer in self.stack.edited:
             self._reach(self.edited, self.stack.edited, layer, "attention")
             self.edited += 1
 

@@ -22,7 +22,7 @@ from ...core.visual import visual_mask
 from . import compat, compat_parts
 from .cache import adopt
 from .compat import length
-from .context import Context
+from .context import Aside, Context
 from .heartbeat import astray, lost, note_beside_graphs
 from .streams import Streams, new_tokens, piece, prompt_mask
 
@@ -206,17 +206,22 @@ class Hooks:
         """The context among the arguments of a module; None where it is to run plain."""
         if "foveate" not in kwargs:
             raise astray(self.model, where)
-        return kwargs["foveate"]
+        ctx = kwargs["foveate"]
+        return None if isinstance(ctx, Aside) else ctx
 
-    def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before the decoder: note the final positions of the prompt."""
+    def locate(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: note a prompt's positions, put in a token's or other embeddings."""
         ctx = self.context(kwargs, "the decoder")
+        if isinstance(kwargs["foveate"], Aside):
+            return args, self.streams.embedded(kwargs["foveate"].main, kwargs)
         if ctx is None:
-            return
+            return None
         if heartbeat := ctx.watched:
             heartbeat.decoder()
+        if ctx.abreast:
+            return args, self.streams.placed(ctx, kwargs)
         if ctx.phase == "decode":
-            return
+            return None
         embeds, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         new, batch = (kwargs["input_ids"] if embeds is None else embeds).shape[1], len(ctx.visual)
         past = ctx.positions.shape[2]
@@ -232,6 +237,7 @@ class Hooks:
         ctx.positions = positions
         if self.stack.vision and ctx.visual[:, -new:].any():
             self.see(ctx)
+        return None
 
     def look(self, k: int, block: Any, args: Any, out: Any) -> None:
         """After vision block k - 1."""
@@ -248,7 +254,7 @@ class Hooks:
                 f"{self.stack.methods[seers[0]].name} reads the vision tower, which did not run "
                 "for this prompt: pass pixel_values instead of images that were encoded before."
             )
-        times, given, visual = 2 if ctx.paired else 1, self.given, ctx.visual
+        times, given, visual = 2 if ctx.doubled else 1, self.given, ctx.visual
         states = {k: v[: len(v) // times] for k, v in self.seen.items()}
         mask = given["attention_mask"]
         vision = Vision(
@@ -293,7 +299,7 @@ class Hooks:
                     stream = Stream(hidden, layer)
                     edited = self.stack.methods[i].before(stream, ctx.seen_by(i))
                     hidden = ctx.keep(i, edited, hidden)
-        return torch.cat([hidden, whole[len(hidden) :]]) if ctx.paired else hidden
+        return torch.cat([hidden, whole[len(hidden) :]]) if ctx.doubled else hidden
 
     def close(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """After the top model's forward: attach the context, contrast, edit the last logits."""

@@ -1,4 +1,4 @@
-"""The second stream of contrasting methods: beside the first in one batch, after it, or ahead."""
+"""The second stream of contrasting methods: in one batch with the first, after it, or ahead."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...base.errors import FoveateError
 from ...core.prompt import Prompt
 from ...core.sequence import Stack
-from . import compat
-from .cache import adopt
+from . import compat, compat_parts
+from .cache import adopt, side_by_side
 from .compat import NOT_INPUTS, length
-from .context import Context
+from .context import Aside, Context
+from .heartbeat import lost
 from .pictures import pictures
 
 
 class Other:
-    """A second stream on its own: cache, mask (B, K) int64 and next position (B,) int64.
+    """A second stream with a cache of its own: mask (B, K) int64 and next position (B,) int64.
+
+    It reads its prompt in forwards of its own, after the first stream. From then on both decode in
+    one batch, each on its cache: so neither moves the other's columns, masks or positions.
 
     `aligned`: so far it was fed the same tokens as the first, so positions are the same.
     """
@@ -30,24 +35,51 @@ class Other:
 
     def __init__(self, cache: Any, mask: Tensor, position: Tensor) -> None:
         self.cache, self.mask, self.position = cache, mask, position
+        self.padded = not bool(mask.all())
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> what its cache has just given
 
     def copy(self, index: Tensor | None) -> Other:
-        cache, mask, position = copy.deepcopy(self.cache), self.mask, self.position
+        fork = copy.copy(self)
+        if index is None or not length(self.cache):
+            fork.cache = copy.deepcopy(self.cache)
+        else:
+            fork.cache = compat.rows(self.cache, index)
         if index is not None:
-            if length(cache) > 0:
-                cache.batch_select_indices(index)
-            index = index.to(mask.device)
-            mask, position = mask.index_select(0, index), position.index_select(0, index)
-        fork = Other(cache, mask, position)
-        fork.aligned = self.aligned
+            index = index.to(self.mask.device)
+            fork.mask = self.mask.index_select(0, index)
+            fork.position = self.position.index_select(0, index)
         return fork
+
+    def take(self, mask: Tensor) -> None:
+        """A piece with this mask (B, new) int64 is about to be read."""
+        self.mask = torch.cat([self.mask, mask], 1)
+        self.padded |= not bool(mask.all())
+
+    def step(self) -> None:
+        """One token per sample is about to be read, in a batch with the first stream's."""
+        self.mask = pad(self.mask, (0, 1), value=1)
+        self.seen = {}
+
+    def keys(self, layer: int, flat: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask for the new token of `step`.
+
+        Args:
+            flat: the kernel takes masks as (B, K) int64, and not as (B, 1, 1, K) bool.
+        """
+        key, value = self.seen.pop(layer)
+        if not self.padded:
+            return key, value, None
+        mask = self.mask[:, -key.shape[2] :].to(key.device)
+        return key, value, mask if flat else mask[:, None, None].bool()
 
 
 class Streams:
     """Runs the second stream of the stack's owner around the forwards of the first.
 
-    Where only pixels differ, both streams are rows of one batch. Otherwise the second one runs
-    after the first, on a cache of its own.
+    Where only pixels differ, both streams are rows of one batch and of one cache. Otherwise the
+    second one reads its prompt after the first, on a cache of its own, and both decode in one
+    batch. It decodes in forwards of its own, too, where a cache is static or has layers that do
+    not simply grow (linear attention), and in training.
 
     Args:
         visual: (model inputs) -> (B, N) bool, their visual tokens.
@@ -71,7 +103,7 @@ class Streams:
             return kwargs
         self.waiting = None
         if ctx.phase == "decode":
-            return self.twice(ctx, kwargs, {}) if ctx.paired else kwargs
+            return self.step(ctx, kwargs, cache)
         prompt = self.prompt(ctx, kwargs, cache)
         new = prompt.mask.shape[1]
         owner = self.stack.methods[i]
@@ -84,7 +116,7 @@ class Streams:
             if not ctx.paired and ctx.other is None:
                 return kwargs
             changed = prompt
-        alike = _differ_in_pixels(prompt, changed)
+        alike = not changed.after and _differ_in_pixels(prompt, changed)
         if ctx.paired and not alike:
             raise FoveateError(
                 f"{owner.name} changed only pixels in the first prompt and more in a later one, "
@@ -101,6 +133,34 @@ class Streams:
         ctx.other.aligned &= changed.mask is prompt.mask
         self.waiting = changed, new if ctx.other.aligned else 0
         return kwargs
+
+    def step(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """The inputs of a decode step, with the second stream's token beside them if it fits."""
+        if ctx.other is not None and self.fits(ctx, kwargs, cache):
+            side_by_side(cache)
+            ctx.abreast = True
+            ctx.other.step()
+        return self.twice(ctx, kwargs, {}) if ctx.doubled else kwargs
+
+    def fits(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> bool:
+        """Whether one forward can decode both streams, each on its cache."""
+        if ctx.decoder.training or kwargs.get("labels") is not None:
+            return False
+        if torch.compiler.is_compiling() or ctx.other.cache is None:
+            return False
+        return all(compat.grows(ctx.decoder, each) for each in (cache, ctx.other.cache))
+
+    def placed(self, ctx: Context, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments in a decode step, with each stream's own positions."""
+        positions, batch = kwargs.get("position_ids"), len(ctx.visual)
+        if positions is None:
+            past = length(compat.cache_in(kwargs))
+            positions = torch.full((1, 1), past, device=kwargs["inputs_embeds"].device)
+        # (B, 1), or (C, B, 1) under M-RoPE, where text has the same position on every axis
+        mine = positions[..., :batch, :].expand(*positions.shape[:-2], batch, 1)
+        theirs = ctx.other.position[:, None].to(mine.device).expand_as(mine)
+        ctx.other.position = ctx.other.position + 1
+        return kwargs | {"position_ids": torch.cat([mine, theirs], -2)}
 
     def prompt(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> Prompt:
         """This piece of prompt, as methods see it."""
@@ -142,7 +202,7 @@ class Streams:
     def after(self, ctx: Context, kwargs: dict[str, Any], out: Any) -> Tensor | None:
         """After a forward: the second stream's next-token logits (B, V), or None."""
         batch, other = len(ctx.visual), cast("Other | None", ctx.other)
-        if ctx.paired:
+        if ctx.doubled:
             deltas, logits = compat.kept_positions(self.model), out.logits[batch:, -1]
             self.undo = None
             if deltas is not None and len(deltas) == 2 * batch:
@@ -154,11 +214,11 @@ class Streams:
         if ctx.phase == "decode":
             names = ("input_ids", "inputs_embeds")
             token = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            return self.run(other, token, other.mask.new_ones(batch, 1), None)
+            return self.run(ctx, token, other.mask.new_ones(batch, 1), None)
         (changed, new), self.waiting = cast(Any, self.waiting), None
         tokens = {"input_ids": changed.ids, "inputs_embeds": changed.embeds}
         given = {k: v for k, v in tokens.items() if v is not None} | changed.pixels | changed.inputs
-        return self.run(other, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
+        return self.run(ctx, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
         """A new second stream; text before the first image is the same in both."""
@@ -175,7 +235,7 @@ class Streams:
         return Other(side, mask, position)
 
     def run(
-        self, other: Other, inputs: dict[str, Any], mask: Tensor, positions: Tensor | None
+        self, ctx: Context, inputs: dict[str, Any], mask: Tensor, positions: Tensor | None
     ) -> Tensor | None:
         """Feed a piece of prompt or a token to the second stream; next-token logits (B, V).
 
@@ -184,7 +244,8 @@ class Streams:
         """
         if not mask.shape[1]:
             return None
-        model, past = self.model, other.mask.shape[1]
+        model, other = self.model, cast(Other, ctx.other)
+        past = other.mask.shape[1]
         ids = inputs.get("input_ids")
         if positions is None:
             positions = (other.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
@@ -192,11 +253,12 @@ class Streams:
                 positions = positions.expand(3, -1, -1)
                 if ids is not None and not past and bool(self.visual(inputs).any()):
                     positions = None  # other pictures: the model works them out
-        other.mask = torch.cat([other.mask, mask], 1)
+        other.take(mask)
         if positions is not None:
             inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
         with compat.keeping_positions(model):
-            out = self.plain(other.cache, inputs | {"attention_mask": other.mask})
+            aside = Aside(ctx) if self.stack.aside else None
+            out = self.plain(other.cache, inputs | {"attention_mask": other.mask}, aside)
             if positions is None:
                 deltas = cast(Tensor, compat.kept_positions(model))
                 other.position = past + mask.shape[1] + deltas[:, 0]
@@ -211,9 +273,20 @@ class Streams:
         with compat.keeping_positions(self.model):
             ctx.ahead = self.plain(_beside(cache), inputs).logits[:, -1]
 
-    def plain(self, cache: Any, inputs: dict[str, Any]) -> Any:
-        """A forward without methods, on a cache beside the main one."""
-        keeps = {"use_cache": cache is not None, "logits_to_keep": 1, "foveate": None}
+    def embedded(self, ctx: Context, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments in a forward of the second stream, as its owner embeds it."""
+        i = cast(int, self.stack.owner)
+        owner, embeds = self.stack.methods[i], kwargs.get("inputs_embeds")
+        if ctx.phase == "decode" or not owner.wants("other_embeds"):
+            return kwargs
+        if embeds is None:
+            raise lost(self.model, "its decoder gets no embeddings of a prompt with an image")
+        edited = owner.other_embeds(embeds, ctx.seen_by(i))
+        return compat_parts.with_embeds(kwargs, edited)
+
+    def plain(self, cache: Any, inputs: dict[str, Any], aside: Aside | None = None) -> Any:
+        """A forward without methods but the second stream's, on a cache beside the main one."""
+        keeps = {"use_cache": cache is not None, "logits_to_keep": 1, "foveate": aside}
         return self.model(**inputs, **compat.passing(self.model, cache), **keeps)
 
 
