@@ -199,7 +199,7 @@ def test_every_stage_fires_at_every_layer_and_step(
     method: Method, family: str, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    stages = [s for s in ("scores", "weights", "before", "logits") if method.wants(s)]
+    stages = [s for s in ("scores", "weights", "before", "mlp", "logits") if method.wants(s)]
     for stage in stages:
         original = getattr(type(method), stage)
 
@@ -210,10 +210,10 @@ def test_every_stage_fires_at_every_layer_and_step(
         monkeypatch.setattr(type(method), stage, counted)
     logits(model, models.inputs(family), method)
     depth = model.get_decoder().config.num_hidden_layers
-    each = {"before": (depth + 1) * TOKENS, "logits": TOKENS}
-    edited = len(method.resolve(anatomy(model)).layers or ()) * (
-        1 if method.rows == "prompt" else TOKENS
-    )
+    found = method.resolve(anatomy(model))
+    fed = len(found.mlp_layers) * TOKENS
+    each = {"before": (depth + 1) * TOKENS, "mlp": fed, "logits": TOKENS}
+    edited = len(found.layers or ()) * (1 if method.rows == "prompt" else TOKENS)
     for stage in stages:
         assert calls[stage] == each.get(stage, edited), stage
 

@@ -6,10 +6,11 @@ from .anatomy import Anatomy
 from .method import Method
 from .plausible import plausible
 from .prompt import Prompt, Vision
-from .rows import Rows, Sequences, Stream
+from .rows import FeedForward, Rows, Sequences, Stream
 
 __all__ = [
     "Anatomy",
+    "FeedForward",
     "FoveateError",
     "Method",
     "Prompt",

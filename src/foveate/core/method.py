@@ -22,7 +22,7 @@ from ..base.errors import FoveateError
 from ..base.form import Form, Registry
 from .anatomy import Anatomy
 from .prompt import Prompt, Vision
-from .rows import Rows, Sequences, Stream
+from .rows import FeedForward, Rows, Sequences, Stream
 
 __all__ = [
     "Method",
@@ -36,7 +36,7 @@ __all__ = [
     "to_json",
 ]
 
-STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "logits")
+STAGES = ("rewrite", "contrast", "begin", "see", "before", "scores", "weights", "mlp", "logits")
 RESERVED = ("vanilla", "all")
 
 _numbers = itertools.count()
@@ -55,9 +55,10 @@ class Method(Form):
     zero counts from the model's last layer, -1.
 
     Attributes:
-        layers: decoder layers (0-based) whose attention the method edits or reads. ``None`` means
-            the published ones, of `presets` or `paper_layers`, else every full-attention layer;
-            given explicitly, literal.
+        layers: decoder layers (0-based) whose attention the method edits or reads, or whose
+            feed-forward. ``None`` means the published ones, of `presets` or `paper_layers`, else
+            every layer, of those with full attention where it is about attention; given
+            explicitly, literal.
     """
 
     layers: tuple[int, ...] | None = None
@@ -124,6 +125,13 @@ class Method(Form):
         """Weights (B, H, R, K) float32: after the softmax."""
         return rows.x
 
+    def mlp(self, fed: FeedForward, seq: Sequences) -> Tensor:
+        """What the feed-forward of a layer returns (B, Q, D), in place of ``fed.out``.
+
+        Called for `mlp_layers`, in every phase, for all rows.
+        """
+        return fed.out
+
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
         return logits
@@ -137,6 +145,11 @@ class Method(Form):
     @property
     def edits_attention(self) -> bool:
         return self.wants("scores") or self.wants("weights")
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose feed-forward `mlp` gets, once the method is resolved."""
+        return self.layers or ()
 
     def resolve(self, anatomy: Anatomy) -> Method:
         """The same method with layers and presets filled in for a model.
@@ -161,7 +174,8 @@ class Method(Form):
                 f"{self.name} has to know where {kind}'s image tokens lie on the image, and "
                 "foveate.families has no layout for it: use a method that does not look again."
             )
-        if not (self.edits_attention or self.wants("before") or self.looks_again):
+        about_layers = self.edits_attention or self.wants("before") or self.wants("mlp")
+        if not (about_layers or self.looks_again):
             if self.layers is not None:
                 raise FoveateError(f"{self.name} acts on no layer: leave out layers.")
             return dataclasses.replace(self, **values)

@@ -1,4 +1,7 @@
-"""What a method sees while a model runs: its sequence, rows of attention, the residual stream."""
+"""What a method sees while a model runs.
+
+Its sequence, rows of attention, the residual stream, and what a feed-forward adds to it.
+"""
 
 from __future__ import annotations
 
@@ -233,3 +236,18 @@ class Stream:
     def last(self) -> Tensor:
         """The last position, (B, D)."""
         return self.x[:, -1]
+
+
+class FeedForward:
+    """The feed-forward of a decoder layer, all experts of a mixture together.
+
+    Attributes:
+        x: (B, Q, D), what it was given: the normed residual stream.
+        out: (B, Q, D), what it returned, before a norm that may follow and the residual sum.
+        layer: 0-based. valid: (B, Q) bool, the rows that are tokens and not padding.
+    """
+
+    __slots__ = ("layer", "out", "valid", "x")
+
+    def __init__(self, x: Tensor, out: Tensor, layer: int, valid: Tensor) -> None:
+        self.x, self.out, self.layer, self.valid = x, out, layer, valid

@@ -45,8 +45,13 @@ class Stack:
             for layer in range(self.depth)
         }
         self.edited = tuple(layer for layer, methods in self.edits.items() if methods)
+        self.feeds = {
+            layer: tuple(i for i in self.at("mlp") if layer in self.methods[i].mlp_layers)
+            for layer in range(self.depth)
+        }
+        self.fed = tuple(layer for layer, methods in self.feeds.items() if methods)
         self.text_rows = any(self.methods[i].rows == "text" for i in attention)
-        self.last_rows = bool(attention) or bool(self.at("logits"))
+        self.last_rows = bool(attention) or bool(self.at("logits")) or bool(self.fed)
         self.owner = next(iter(self.at("contrast")), None)  # who has a second stream
         self.needs_image = [m.name for m in self.methods if m.needs_image]
 

@@ -17,7 +17,7 @@ from ...core.edit import Acting, edit_rows, products
 from ...core.rows import Rows
 from . import compat
 from .context import Context
-from .heartbeat import astray, lost, note_beside_graphs, note_graph
+from .heartbeat import ATTENTION, astray, lost, note_beside_graphs, note_graph
 
 Attention = Callable[..., tuple[Tensor, None]]
 
@@ -100,7 +100,7 @@ def _attention(implementation: str) -> Attention:
         elif heartbeat := ctx.watched:
             heartbeat.attention(layer)
         else:
-            note_beside_graphs(compat.attention_name(module), layer)
+            note_beside_graphs(compat.attention_name(module), (ATTENTION, layer))
         given = query, key, value, attention_mask, kwargs
         if not ctx.replays:
             return edited(ctx, layer, module, *given, plain)
