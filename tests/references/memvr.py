@@ -50,9 +50,9 @@ class MemVR(FullMap):
                 new = [column - self.past for column in image.tolist() if column >= self.past]
                 self.features[sample] = torch.cat([self.features[sample], hidden[sample, new]])
         for sample, state in enumerate(hidden[:, -1]):
-            if layer - 1 in self.tested and self.fired[sample] is None:
-                if self.uncertainty(state) > self.threshold:
-                    self.fired[sample] = layer - 1
+            asked = layer - 1 in self.tested and self.fired[sample] is None
+            if asked and self.uncertainty(state) > self.threshold:
+                self.fired[sample] = layer - 1
 
     def uncertainty(self, state: Tensor) -> float:
         logits = self.model.get_output_embeddings()(self.decoder.norm(state)).double()

@@ -20,7 +20,7 @@ _CANDIDATES = 10  # likeliest tokens whose entropy is the uncertainty
 
 @dataclass(frozen=True)
 class MemVR(Method):
-    """Visual retracing: a feed-forward that takes from the image's features where a layer is unsure.
+    """Visual retracing: where a layer is unsure, the next takes from the image's features.
 
     After each of `layers` the last row's state is normed and unembedded; u is the entropy of its
     ten likeliest tokens' softmax, divided by log 10. The first layer i with u above `threshold`

@@ -104,6 +104,8 @@ def _attention(implementation: str) -> Attention:
         given = query, key, value, attention_mask, kwargs
         if not ctx.replays:
             return edited(ctx, layer, module, *given, plain)
+        if ctx.stack.feeds[layer]:  # a layer that runs again may do so without its hooks
+            ctx.begun[layer] = ctx, []
         with ctx.visit("attention", layer):
             return edited(ctx, layer, module, *given, plain)
 

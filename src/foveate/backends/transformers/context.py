@@ -30,6 +30,7 @@ class Context(State):
         compiled: whether a part of the present forward is a compiled graph.
         replays: whether a backward pass may run this forward's layers again; see `visit`.
         padded: whether this forward's prompt has padding, as far as its mask says.
+        begun: where the feed-forward of a layer looks for its context; see `feeding`.
         real: (B, Q) bool, which rows of this forward are tokens, where a method wants to know and
             some may be padding; else None.
     """
@@ -46,6 +47,7 @@ class Context(State):
         self.model, self.decoder, self.contrast = model, model.get_decoder(), contrast
         self.other: Any = None
         self.real: Tensor | None = None
+        self.begun: dict[int, Any] = {}
         self.paired = self.padded = self.replays = False
         super().__init__(stack, visual, phase, notes)
 

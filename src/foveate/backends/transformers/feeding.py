@@ -50,7 +50,10 @@ class FeedForwards:
 
     def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a decoder layer: note its context, as the feed-forward gets no keywords."""
-        self.begun[layer] = self.context(kwargs, f"layer {layer}"), []
+        ctx = self.context(kwargs, f"layer {layer}")
+        self.begun[layer] = ctx, []
+        if ctx is not None:
+            ctx.begun = self.begun
 
     def collect(self, layer: int, module: Any, args: Any, out: Any) -> None:
         """After a part of a feed-forward to which another will be added."""
