@@ -268,7 +268,7 @@ def test_half_precision_has_no_nan(method: Method, family: str, dtype: torch.dty
 def test_half_precision_is_as_near_as_the_plain_models(
     method: Method, family: str, model: Any
 ) -> None:
-    """The second stream of VCD and PAI about doubles the error."""
+    """By the spread of the logits; the second stream of VCD and PAI about doubles the error."""
     if method.name in ("dola", "var"):
         pytest.skip("rounding may change which layer is contrasted, or which tokens are sinks")
     half, dtype = models.build(family, dtype=torch.float16), torch.float16
@@ -277,7 +277,7 @@ def test_half_precision_is_as_near_as_the_plain_models(
         full = forward(model, models.inputs(family, batch=3), *stack).logits[:, -1]
         rounded = forward(half, models.inputs(family, batch=3, dtype=dtype), *stack).logits[:, -1]
         kept = full.isfinite() & rounded.isfinite()
-        return (full - rounded)[kept].abs().mean().item()
+        return ((full - rounded)[kept].abs().mean() / full[kept].std()).item()
 
     assert error(method) < 3 * error()
 

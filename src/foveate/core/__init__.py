@@ -3,10 +3,11 @@
 from ..base.errors import FoveateError
 from ..base.form import costly, file
 from .anatomy import Anatomy
-from .method import Method
+from .method import Method, published_layers
 from .plausible import plausible
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
+from .turn import turned
 
 __all__ = [
     "Anatomy",
@@ -21,4 +22,6 @@ __all__ = [
     "costly",
     "file",
     "plausible",
+    "published_layers",
+    "turned",
 ]

@@ -103,8 +103,11 @@ class Method(Form):
         """
         return chats
 
-    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
-        """This piece of prompt as a second stream reads it, or None where it reads the same."""
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | tuple[Prompt, ...] | None:
+        """This piece of prompt as a second stream reads it, or None where it reads the same.
+
+        Or what one pass ahead reads, or several: see `Prompt.ahead`.
+        """
         return None
 
     def begin(self, seq: Sequences) -> None:
@@ -190,7 +193,7 @@ class Method(Form):
         if self.layers is not None:
             layers = self._literal(full, kinds)
         elif published is not None:
-            wanted = _published(published, anatomy.depth)
+            wanted = published_layers(published, anatomy.depth)
             layers = tuple(sorted(wanted & set(full)))
             if not layers:
                 raise FoveateError(
@@ -241,8 +244,8 @@ def _counted(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
 
 
-def _published(layers: tuple[int | EllipsisType, ...], depth: int) -> set[int]:
-    """`paper_layers` on a model of `depth` layers."""
+def published_layers(layers: tuple[int | EllipsisType, ...], depth: int) -> set[int]:
+    """Published layers such as `paper_layers` on a model of `depth` layers."""
 
     def here(layer: int | EllipsisType) -> int:
         assert isinstance(layer, int)

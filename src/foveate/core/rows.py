@@ -26,7 +26,8 @@ class Sequences:
         positions: (C, B, P) int64, as the decoder uses them; C is 3 under M-RoPE, else 1.
         first, last: (B,) int64, the first and last visual column; P and -1 without an image.
         has_image: (B,) bool.
-        ahead: next-token logits (B, V) of the pass that went ahead, where `contrast` asked for it.
+        ahead: what the pass that went ahead gave, where `contrast` asked for it: next-token logits
+            (B, V), or (B, L, D) where it wanted `states`; a tuple where it asked for several.
         notes: each row's notes of the chat it came from; empty without a front door.
         memory: the method's own: tensors, batch-first, or lists and dictionaries of them. Replace
             tensors, never change them in place: the batch may be forked.
@@ -64,7 +65,7 @@ class Sequences:
         return self._state.has_image
 
     @property
-    def ahead(self) -> Tensor | None:
+    def ahead(self) -> Any:
         return self._state.ahead
 
     @property

@@ -78,7 +78,7 @@ class State:
         phase: "prefix", "prompt" or "decode".
         first, last: (B,) int64, the first and last visual column; P and -1 without an image.
         has_image: (B,) bool.
-        ahead: next-token logits (B, V) of the pass that went ahead, where a method asks.
+        ahead: what passes that went ahead gave, where a method asks; see `Sequences`.
         notes: each row's notes of the chat it came from; empty without a front door.
         memories: per method its memory: tensors (batch-first), or lists and dictionaries of them.
     """
@@ -93,7 +93,7 @@ class State:
         self.stack, self.phase, self.notes = stack, phase, notes or []
         self.positions = visual.new_zeros((1, len(visual), 0), dtype=torch.long)
         self.memories: tuple[dict[str, Any], ...] = tuple({} for _ in stack.methods)
-        self.ahead: Tensor | None = None
+        self.ahead: Any = None
         self.take_in(visual, visual.shape[1])
         for i in stack.at("begin"):
             stack.methods[i].begin(self.seen_by(i))
@@ -182,10 +182,11 @@ class State:
     def copied(self, take: Callable[[Tensor], Tensor], index: Tensor | None) -> Self:
         """A copy with `take` of every tensor; an engine's state adds what it has of its own."""
         new = copy.copy(self)
-        for name in ("visual", "last", "first", "has_image", "suffix_rows", "ahead"):
+        for name in ("visual", "last", "first", "has_image", "suffix_rows"):
             value = getattr(self, name)
             setattr(new, name, None if value is None else take(value))
         new.positions = take(self.positions.transpose(0, 1)).transpose(0, 1)
+        new.ahead = map_tensors(self.ahead, take)
         new.memories = tuple(map_tensors(m, take) for m in self.memories)
         new.renew()
         return new

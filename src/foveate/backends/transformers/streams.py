@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -76,9 +77,9 @@ class Streams:
         new = prompt.mask.shape[1]
         owner = self.stack.methods[i]
         changed = owner.contrast(prompt, ctx.seen_by(i))
-        if changed is not None and changed.ahead:
+        if isinstance(changed, tuple) or (changed is not None and changed.ahead):
             if ctx.phase == "prompt":
-                self.go_ahead(ctx, kwargs | changed.pixels, cache)
+                self.go_ahead(ctx, kwargs, cache, prompt, changed)
             return kwargs
         if changed is None:
             if not ctx.paired and ctx.other is None:
@@ -156,9 +157,8 @@ class Streams:
             token = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
             return self.run(other, token, other.mask.new_ones(batch, 1), None)
         (changed, new), self.waiting = cast(Any, self.waiting), None
-        tokens = {"input_ids": changed.ids, "inputs_embeds": changed.embeds}
-        given = {k: v for k, v in tokens.items() if v is not None} | changed.pixels | changed.inputs
-        return self.run(other, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
+        positions = ctx.positions[:, :, -new:] if new else None
+        return self.run(other, _inputs(changed), changed.mask, positions)
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
         """A new second stream; text before the first image is the same in both."""
@@ -205,11 +205,32 @@ class Streams:
                 other.position = other.position.maximum(here.amax(1))
         return out.logits[:, -1]
 
-    def go_ahead(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> None:
-        """A plain pass over this piece of prompt: its next-token logits become ``ctx.ahead``."""
-        inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS}
-        with compat.keeping_positions(self.model):
-            ctx.ahead = self.plain(_beside(cache), inputs).logits[:, -1]
+    def go_ahead(
+        self,
+        ctx: Context,
+        kwargs: dict[str, Any],
+        cache: Any,
+        prompt: Prompt,
+        changed: Prompt | tuple[Prompt, ...],
+    ) -> None:
+        """Plain passes, whose logits or states become ``ctx.ahead``.
+
+        Args:
+            prompt: this piece of prompt. changed: what is read instead.
+        """
+        found = []
+        for one in changed if isinstance(changed, tuple) else (changed,):
+            with _leaving(self.model.get_decoder()) as states:
+                if one.mask is prompt.mask:  # the same tokens: as the main pass is given them
+                    inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS} | one.pixels
+                    with compat.keeping_positions(self.model):
+                        logits = self.plain(_beside(cache), inputs).logits[:, -1]
+                else:
+                    filled = ctx.visual.shape[1] - prompt.mask.shape[1]
+                    other = self.fork(ctx, kwargs, cache, filled)
+                    logits = self.run(other, _inputs(one), one.mask, None)
+            found.append(torch.stack(states, 1) if one.states else logits)
+        ctx.ahead = tuple(found) if isinstance(changed, tuple) else found[0]
 
     def plain(self, cache: Any, inputs: dict[str, Any]) -> Any:
         """A forward without methods, on a cache beside the main one."""
@@ -249,6 +270,29 @@ def new_tokens(kwargs: dict[str, Any]) -> int:
     """How many tokens a forward is given."""
     ids = kwargs.get("input_ids")
     return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+
+
+@contextmanager
+def _leaving(decoder: Any) -> Iterator[list[Tensor]]:
+    """What leaves the decoder's layers at the last row, (B, D) each, one after the other."""
+    states: list[Tensor] = []
+
+    def keep(layer: Any, args: Any, out: Any) -> None:
+        last = (out[0] if isinstance(out, tuple) else out)[:, -1]
+        states.append(last if not states else last.to(states[0].device))
+
+    handles = [layer.register_forward_hook(keep) for layer in decoder.layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as model inputs, but for its mask."""
+    tokens = {"input_ids": prompt.ids, "inputs_embeds": prompt.embeds}
+    return {k: v for k, v in tokens.items() if v is not None} | prompt.pixels | prompt.inputs
 
 
 def _beside(cache: Any) -> Any:
