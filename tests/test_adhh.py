@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate import FoveateError, Recorder, enhance
 from foveate.backends.transformers.anatomy import anatomy
+from foveate.base.artifact import HEADS, Artifact
 from foveate.methods import adhh
 from foveate.methods.adhh import ADHH
 from foveate.vlm.loading import outline
@@ -198,19 +199,36 @@ def test_the_refusal_reaches_enhance_and_leaves_the_model_alone() -> None:
 
 def test_the_pocket_model_has_its_own_list() -> None:
     model = outline("pocket")
-    content = json.loads(adhh.POCKET.read_text())
-    assert content["model"] == anatomy(model).shape
+    kept = Artifact.from_pretrained(adhh.POCKET, HEADS)
+    assert kept.model == anatomy(model).shape
     method = ADHH().resolve(anatomy(model))
     assert method.heads
-    assert set(method.heads) == set(map(tuple, content["heads"]))
+    assert set(method.heads) == set(map(tuple, kept.tensors["heads"].tolist()))
+
+
+def kept(model: Any, folder: Path, pairs: list[list[int]]) -> None:
+    shape = anatomy(model).shape
+    Artifact(HEADS, shape, {"heads": torch.tensor(pairs)}).save_pretrained(folder)
+
+
+def test_what_foveate_heads_writes_is_read_and_belongs_to_its_model(tmp_path: Path) -> None:
+    model = models.build("llava")
+    kept(model, tmp_path, [[2, 3], [2, 0], [2, 1]])
+    method = ADHH(threshold=0.3, heads=str(tmp_path))
+    assert method.resolve(anatomy(model)) == LISTED.resolve(anatomy(model))
+    with pytest.raises(FoveateError, match="belongs to another model: its model_type is llava"):
+        method.resolve(anatomy(models.build("qwen2_5_vl")))
+    Artifact(HEADS, anatomy(model).shape, {"heads": torch.ones(3)}).save_pretrained(tmp_path)
+    with pytest.raises(FoveateError, match="is damaged: it has no heads"):
+        method.resolve(anatomy(model))
 
 
 def test_a_pocket_list_serves_the_pocket_model_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, file = models.build("llava"), tmp_path / "heads.json"
-    monkeypatch.setattr(adhh, "POCKET", file)
-    file.write_text(json.dumps({"heads": [[3, 1], [0, 2]], "model": anatomy(model).shape}))
+    model = models.build("llava")
+    monkeypatch.setattr(adhh, "POCKET", tmp_path)
+    kept(model, tmp_path, [[3, 1], [0, 2]])
     assert ADHH().resolve(anatomy(model)).heads == ((0, 2), (3, 1))
     with pytest.raises(FoveateError, match="has no list"):
         ADHH().resolve(anatomy(models.build("llava_next")))
@@ -265,8 +283,8 @@ def test_a_file_that_does_not_fit_is_refused_in_one_sentence(
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    for path in ("atuo", str(tmp_path)):
-        with pytest.raises(FoveateError, match=r"cannot read .* heads must be 'auto', a JSON file"):
+    for path, says in (("atuo", "There is no folder 'atuo'"), (str(tmp_path), "no readable conf")):
+        with pytest.raises(FoveateError, match=says):
             ADHH(heads=path).resolve(anatomy(models.build("llava")))
 
 

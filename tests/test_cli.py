@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate import VLM, FoveateError, enhance, prefill
@@ -20,9 +19,9 @@ from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import passing
 from foveate.backends.transformers.compat_parts import start_checkpointing
 from foveate.backends.transformers.enhance import attach
+from foveate.base import artifact
 from foveate.benchmarks.pocket import PocketBench
 from foveate.evaluation.ask import Plan, evaluate
-from foveate.methods.cli import files
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.methods.cli.module import CrossLayerInjection, Summary
 from foveate.vlm.prefix import next_position, suffix_batch
@@ -72,7 +71,7 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
                 **inputs, max_new_tokens=9, return_dict_in_generate=True, output_logits=True
             )
         gates = CLI.gates(out)
-        config = json.loads((tmp_path / "config.json").read_text())
+        config = json.loads((tmp_path / "config.json").read_text())["settings"]
         layers, vision_layers = config["layers"], config["vision_layers"]
         assert gates.shape == (3, len(layers), len(vision_layers))
         for row in range(3):
@@ -278,8 +277,8 @@ def test_a_saved_injection_comes_back(tmp_path: Path, capsys: Any) -> None:
     model, inputs = models.build("llava"), models.inputs("llava", batch=3)
     method = trained(model, tmp_path / "one", share="pair", layers=(1, 3))
     settings = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert settings["kind"] == "cross-layer injection"
-    assert settings["base"]["hidden_size"] == 64
+    assert settings["type"] == "cross-layer injection"
+    assert settings["model"]["hidden_size"] == 64
     assert (tmp_path / "one" / "model.safetensors").is_file()
     resolved = method.resolve(anatomy(model))
     assert (resolved.layers, resolved.share, resolved.rank) == ((1, 3), "pair", 4)
@@ -331,13 +330,8 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> li
             raise OSError("not found")
         return str(folder)
 
-    def elsewhere(*args: Any, **rest: Any) -> Any:
-        raise AssertionError("asked again")
-
-    files._fetched.cache_clear()
-    monkeypatch.setattr("foveate.methods.cli.files.snapshot_download", download)
-    for module in ("foveate.methods.cli.module", "huggingface_hub.hub_mixin"):
-        monkeypatch.setattr(f"{module}.hf_hub_download", elsewhere)
+    artifact._fetched.cache_clear()
+    monkeypatch.setattr(artifact, "snapshot_download", download)
     return asked
 
 
@@ -360,12 +354,14 @@ def test_an_evaluation_reads_the_files_once(
         opened.extend([str(self.relative_to(tmp_path))] if tmp_path in self.parents else [])
         return reading(self, *args, **rest)
 
-    def load(file: Path, **rest: Any) -> Any:
-        opened.append(str(file.relative_to(tmp_path)))
-        return load_file(file, **rest)
+    taking = Path.read_bytes
+
+    def take(self: Path) -> bytes:
+        opened.extend([str(self.relative_to(tmp_path))] if tmp_path in self.parents else [])
+        return taking(self)
 
     monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr("foveate.methods.cli.module.load_file", load)
+    monkeypatch.setattr(Path, "read_bytes", take)
     methods = [f"cli(path={paths[0]!r})", f"cli(path={paths[1]!r})"]
     methods.append(f"cli(path={paths[0]!r},strength=0.5)")
     benchmark = PocketBench(word_tokens=2, categories=("existence-random",), questions=8)
@@ -407,11 +403,11 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
     cases = {
         "cli": "cli is trained: give path",
         f"cli(path='{tmp_path}/other')": "belongs to another model: its model_type is llava_onevis",
-        f"cli(path='{tmp_path}/none')": "there is no folder",
+        f"cli(path='{tmp_path}/none')": "There is no folder",
         f"cli(path='{tmp_path}/empty')": "has no readable config.json",
         f"cli(path='{tmp_path}/light')": "has no model.safetensors",
         f"cli(path='{tmp_path}/model')": "is no cross-layer injection",
-        f"cli(path='{tmp_path}/broken')": "could not be loaded",
+        f"cli(path='{tmp_path}/broken')": "is damaged: its model.safetensors",
         f"cli(path='{tmp_path}/mine', rank=8)": "was trained with rank=4: leave out rank",
         "cli(seed=0, vision_layers=(9,))": "vision layer 9 does not exist",
         "cli(seed=0, layers=(9,))": "layer 9 does not exist",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from foveate import VLM, FoveateError, Method
+from foveate.base import artifact
 from foveate.base.form import costly, file, parameters, permit
 from foveate.core.method import methods
 from foveate.scenes import world
@@ -86,6 +87,7 @@ def test_every_field_that_opens_a_file_says_so(vlm: VLM, tmp_path: Path) -> None
         if not takes(hint, str):
             continue
         for name in (f"{CANARY}.json", CANARY):
+            artifact._read.cache_clear()
             _opened = []
             try:
                 ask(vlm, cls(**{field.name: str(tmp_path / name)}))

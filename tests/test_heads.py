@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from foveate import VLM, FoveateError, commands
 from foveate.backends.transformers.anatomy import anatomy
+from foveate.base.artifact import HEADS, Artifact
 from foveate.evaluation.vocabulary import Mention, Vocabulary
 from foveate.insight import heads
 from foveate.insight.ablation import Ablation, Caption
@@ -209,10 +210,11 @@ WORDS = Vocabulary({f"w{i}": () for i in range(models.VOCAB)})
 
 @pytest.mark.long
 def test_scores_are_means_over_hallucinated_less_means_over_real(vlm, samples, tmp_path: Path):
-    out = tmp_path / "list.json"
+    out = tmp_path / "list"
     options = {"max_new_tokens": 5, "prompt": "is there a cat", "top_k": 4}
     found = heads.find_heads(vlm, samples, WORDS, out, **options)
-    assert json.loads(out.read_text()) == found
+    kept = Artifact.from_pretrained(out, HEADS)
+    assert (kept.model, kept.made) == (found.model, found.made)
 
     ablation, parts = Ablation(vlm.model), {True: [], False: []}
     for sample in samples:
@@ -224,12 +226,12 @@ def test_scores_are_means_over_hallucinated_less_means_over_real(vlm, samples, t
                 there = word in sample.objects
                 parts[there].append(one_by_one(vlm.model, inputs, caption, place))
     wanted = torch.stack(parts[False]).mean(0) - torch.stack(parts[True]).mean(0)
-    assert (found["hallucinated"], found["real"]) == (len(parts[False]), len(parts[True]))
-    assert (torch.tensor(found["scores"]) - wanted).abs().max() < 1e-5
+    assert (found.made["hallucinated"], found.made["real"]) == (len(parts[False]), len(parts[True]))
+    assert (found.tensors["scores"] - wanted).abs().max() < 1e-5
     best = wanted.flatten().argsort(descending=True)[:4].tolist()
-    assert found["heads"] == [[i // 4, i % 4] for i in best]
-    assert found["images"] == 2
-    assert found["model"] == anatomy(vlm.model).shape
+    assert found.tensors["heads"].tolist() == [[i // 4, i % 4] for i in best]
+    assert found.made["images"] == 2
+    assert found.model == anatomy(vlm.model).shape
 
 
 def test_at_most_a_tenth_of_all_heads_and_only_those_that_favour_hallucinations(
@@ -237,16 +239,17 @@ def test_at_most_a_tenth_of_all_heads_and_only_those_that_favour_hallucinations(
 ):
     """A model of 24 heads."""
     options = {"max_new_tokens": 8, "prompt": "is there a cat"}
-    found = heads.find_heads(vlm, samples, WORDS, tmp_path / "list.json", **options)
-    assert len(found["heads"]) == 3
-    all_heads = heads.find_heads(vlm, samples, WORDS, tmp_path / "list.json", **options, top_k=24)
-    assert [s for row in all_heads["scores"] for s in row if s < 0]
-    assert all(all_heads["scores"][layer][head] >= 0 for layer, head in all_heads["heads"])
+    found = heads.find_heads(vlm, samples, WORDS, tmp_path / "list", **options)
+    assert len(found.tensors["heads"]) == 3
+    all_heads = heads.find_heads(vlm, samples, WORDS, tmp_path / "list", **options, top_k=24)
+    scores, listed = all_heads.tensors["scores"], all_heads.tensors["heads"].tolist()
+    assert (scores < 0).any()
+    assert all(scores[layer, head] >= 0 for layer, head in listed)
 
 
 @pytest.mark.parametrize("there", [frozenset(), frozenset(f"w{i}" for i in range(models.VOCAB))])
 def test_nothing_hallucinated_or_nothing_real_gives_a_sentence_and_no_list(vlm, there, tmp_path):
-    out = tmp_path / "list.json"
+    out = tmp_path / "list"
     with pytest.raises(FoveateError, match=f"No {'hallucinated' if there else 'real'} object word"):
         heads.find_heads(
             vlm, [LabelledImage("a", there, lambda: image(0))], WORDS, out, max_new_tokens=4
@@ -255,7 +258,7 @@ def test_nothing_hallucinated_or_nothing_real_gives_a_sentence_and_no_list(vlm, 
 
 
 def test_records_of_other_settings_and_damaged_ones_are_refused(vlm, samples, tmp_path: Path):
-    out = tmp_path / "list.json"
+    out = tmp_path / "list"
     heads.find_heads(vlm, samples, WORDS, out, max_new_tokens=4)
     with pytest.raises(FoveateError, match=r"other settings \(max_new_tokens: 4, now 5\)"):
         heads.find_heads(vlm, samples, WORDS, out, max_new_tokens=5)
@@ -266,20 +269,22 @@ def test_records_of_other_settings_and_damaged_ones_are_refused(vlm, samples, tm
     records.write_text(lines[0] + lines[1][:50] + "\n" + lines[2])
     with pytest.raises(FoveateError, match=r"Line 2 of .*list.jsonl is damaged"):
         heads.find_heads(vlm, samples, WORDS, out, max_new_tokens=4)
-    with pytest.raises(FoveateError, match="cannot hold the list"):
+    with pytest.raises(FoveateError, match="cannot be used, a folder is written"):
         heads.find_heads(vlm, samples, WORDS, records, max_new_tokens=4)
     with pytest.raises(FoveateError, match=r"nowhere.* cannot be used"):
-        heads.find_heads(vlm, samples, WORDS, tmp_path / "nowhere" / "list.json")
+        heads.find_heads(vlm, samples, WORDS, tmp_path / "nowhere" / "list")
 
 
 def test_an_image_that_now_shows_something_else_is_labelled_again(vlm, samples, tmp_path: Path):
-    out = tmp_path / "list.json"
+    out = tmp_path / "list"
     first = heads.find_heads(vlm, samples, WORDS, out, max_new_tokens=6)
     less = [samples[0], LabelledImage("1", frozenset(), samples[1].load)]
     second = heads.find_heads(vlm, less, WORDS, out, max_new_tokens=6)
-    assert second["real"] < first["real"]
-    fresh = heads.find_heads(vlm, less, WORDS, tmp_path / "fresh.json", max_new_tokens=6)
-    assert second == fresh
+    assert second.made["real"] < first.made["real"]
+    fresh = heads.find_heads(vlm, less, WORDS, tmp_path / "fresh", max_new_tokens=6)
+    assert second.made == fresh.made
+    for name, tensor in fresh.tensors.items():
+        assert torch.equal(second.tensors[name], tensor)
 
 
 # ---------------------------------------------------------------------------- the command
@@ -337,7 +342,7 @@ def test_other_models_need_images_and_what_they_show(run, folder, photos, tmp_pa
 
 
 def test_broken_lines_and_images_are_counted_and_left_out(run, folder, photos, tmp_path: Path):
-    objects, out = tmp_path / "objects.jsonl", tmp_path / "list.json"
+    objects, out = tmp_path / "objects.jsonl", tmp_path / "list"
     words = [f"w{i}" for i in range(100, models.VOCAB)]
     rows = [
         {"image": "0.png", "objects": words},
@@ -355,11 +360,11 @@ def test_broken_lines_and_images_are_counted_and_left_out(run, folder, photos, t
     assert "3 of 7 lines" in err
     assert "the first is line 1" in err
     assert "2 of 4 images were left out" in err
-    assert json.loads(out.read_text())["images"] == 2
+    assert Artifact.from_pretrained(out, HEADS).made["images"] == 2
 
     synonyms = tmp_path / "synonyms.txt"
     synonyms.write_text("thing, " + ", ".join(words) + "\n")
-    options = ("--images", photos, "--objects", objects, "--out", tmp_path / "other.json")
+    options = ("--images", photos, "--objects", objects, "--out", tmp_path / "other")
     code, printed, err = run(folder, *options, "--synonyms", synonyms, "--max-new-tokens", 8)
     assert code == 0
     assert "1 objects of" in err  # w7, which no category lists
@@ -368,22 +373,24 @@ def test_broken_lines_and_images_are_counted_and_left_out(run, folder, photos, t
 def test_where_no_image_can_be_used_one_sentence_says_why(run, folder, photos, tmp_path: Path):
     objects = tmp_path / "objects.jsonl"
     objects.write_text('{"image": "missing.png", "objects": ["w7"]}\n')
-    result = run(folder, "--images", photos, "--objects", objects, "--out", tmp_path / "list.json")
+    result = run(folder, "--images", photos, "--objects", objects, "--out", tmp_path / "list")
     assert "No image could be used (There is no image" in sentence(result)
 
 
 @pytest.mark.long
 def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
-    out = tmp_path / "list.json"
+    out = tmp_path / "list"
     code, printed, err = run("--scenes", 3, "--max-new-tokens", 24, "--out", out)
     assert (code, err) == (0, "")
     assert "3 captions: " in printed
-    found = json.loads(out.read_text())
-    assert found["hallucinated"] > 0 < found["real"]
-    assert found["command"] == "foveate heads pocket --limit 3 --max-new-tokens 24"
+    found = Artifact.from_pretrained(out, HEADS)
+    assert found.made["hallucinated"] > 0 < found.made["real"]
+    assert found.made["command"] == "foveate heads pocket --limit 3 --max-new-tokens 24"
     vlm = VLM.load("pocket")
     method = adhh.ADHH(threshold=0.0, heads=str(out))
-    assert method.resolve(anatomy(vlm.model)).heads == tuple(sorted(map(tuple, found["heads"])))
+    assert method.resolve(anatomy(vlm.model)).heads == tuple(
+        sorted(map(tuple, found.tensors["heads"].tolist()))
+    )
     picture = heads.pocket_samples(1)[0][0].load()
     answers = [vlm.ask(picture, heads.PROMPT, m, max_new_tokens=2) for m in (None, method)]
     assert answers[0].probabilities != answers[1].probabilities
@@ -398,10 +405,10 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(run, folder, tmp_pa
             file.write(json.dumps({"image": f"{i}.png", "objects": words}) + "\n")
     command = [folder, "--images", tmp_path, "--objects", tmp_path / "objects.jsonl"]
     command = list(map(str, [*command, "--max-new-tokens", 8, "--out"]))
-    whole, out = tmp_path / "whole.json", tmp_path / "list.json"
+    whole, out = tmp_path / "whole", tmp_path / "list"
     assert run(*command, whole)[0] == 0
 
-    records = out.with_suffix(".jsonl")
+    records = heads.records_beside(out)
     process = subprocess.Popen(
         [sys.executable, "-m", "foveate.commands", "heads", *command, str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -420,15 +427,16 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(run, folder, tmp_pa
     records.write_bytes(kept + b'{"image": "7.p')  # as if killed within a line
 
     assert run(*command, out)[0] == 0
-    assert out.read_text() == whole.read_text()
+    for file in ("config.json", "model.safetensors"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
     assert records.read_bytes().startswith(kept)
-    assert records.read_text() == whole.with_suffix(".jsonl").read_text()
+    assert records.read_text() == heads.records_beside(whole).read_text()
 
 
 def test_the_shipped_list_is_the_top_of_its_own_scores_and_belongs_to_the_pocket_model():
-    found = json.loads(adhh.POCKET.read_text())
-    scores = torch.tensor(found["scores"])
-    best = scores.flatten().argsort(descending=True)[: len(found["heads"])].tolist()
-    assert found["heads"] == [[i // scores.shape[1], i % scores.shape[1]] for i in best]
-    assert found["model"] == anatomy(VLM.load("pocket").model).shape
-    assert found["hallucinated"] >= 300
+    found = Artifact.from_pretrained(adhh.POCKET, HEADS)
+    scores, pairs = found.tensors["scores"], found.tensors["heads"].tolist()
+    best = scores.flatten().argsort(descending=True)[: len(pairs)].tolist()
+    assert pairs == [[i // scores.shape[1], i % scores.shape[1]] for i in best]
+    assert found.model == anatomy(VLM.load("pocket").model).shape
+    assert found.made["hallucinated"] >= 300

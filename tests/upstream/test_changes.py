@@ -367,7 +367,7 @@ def test_graphs_are_checked_once_they_are_made() -> None:
     generate_options = {"cache_implementation": "static", "compile_config": config}
     model.family = "llava"
     generate(model, **generate_options)
-    assert list(heartbeat._traced.values()) == [set(range(6))]
+    assert list(heartbeat._traced.values()) == [{("attention", layer) for layer in range(6)}]
 
 
 def test_a_forward_that_is_compiled_in_part_is_no_miss() -> None:

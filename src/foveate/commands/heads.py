@@ -56,7 +56,7 @@ def heads(
         typer.Option(min=1, help="List so many heads; default: 20, but at most a tenth of all."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write this JSON file; default: heads-MODEL.json.")
+        Path | None, typer.Option(help="Write this folder; default: heads-MODEL.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this; default: Please describe this image in detail.")
@@ -92,7 +92,7 @@ def heads(
         )
     else:
         samples, vocabulary = pocket_samples(limit or 400)
-    path = out or Path(f"heads-{Path(model).resolve().name}.json")
+    path = out or Path(f"heads-{Path(model).resolve().name}")
     given = {"images": images, "objects": objects, "synonyms": synonyms, "limit": limit,
              "top-k": top_k, "prompt": prompt, "max-new-tokens": max_new_tokens,
              "dtype": dtype, "revision": revision}  # fmt: skip
@@ -100,7 +100,7 @@ def heads(
     command += [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
     vlm = load(model, revision=revision, device=device, dtype=dtype)
     with Progress("captions") as watch:
-        content = find_heads(
+        found = find_heads(
             vlm,
             samples,
             vocabulary,
@@ -113,8 +113,9 @@ def heads(
             watch=watch,
         )
     table = new_table("layer", "head", "score")
-    for layer, head in content["heads"]:
-        table.add_row(str(layer), str(head), f"{content['scores'][layer][head]:+.4f}")
+    for layer, head in found.tensors["heads"].tolist():
+        score = float(found.tensors["scores"][layer, head])
+        table.add_row(str(layer), str(head), f"{score:+.4f}")
     print_table(table)
-    print(f"{content['images']} captions: {counted(content)}")
+    print(f"{found.made['images']} captions: {counted(found.made)}")
     print(f"heads: {path}, for --method \"adhh(heads='{path}')\"")

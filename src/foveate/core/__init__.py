@@ -4,14 +4,16 @@ from ..base.errors import FoveateError
 from ..base.form import costly, file
 from .anatomy import Anatomy, Block
 from .edit import weighted
-from .method import Method
+from .method import Method, published_layers
 from .plausible import away_from, plausible
 from .prompt import Prompt, Vision
-from .rows import Rows, Sequences, Stream
+from .rows import FeedForward, Rows, Sequences, Stream
+from .turn import turned
 
 __all__ = [
     "Anatomy",
     "Block",
+    "FeedForward",
     "FoveateError",
     "Method",
     "Prompt",
@@ -23,5 +25,7 @@ __all__ = [
     "costly",
     "file",
     "plausible",
+    "published_layers",
+    "turned",
     "weighted",
 ]

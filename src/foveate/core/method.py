@@ -22,7 +22,7 @@ from ..base.errors import FoveateError
 from ..base.form import Form, Registry, shown
 from .anatomy import Anatomy
 from .prompt import Prompt, Vision
-from .rows import Rows, Sequences, Stream
+from .rows import FeedForward, Rows, Sequences, Stream
 
 __all__ = [
     "Method",
@@ -44,6 +44,7 @@ STAGES = (
     "before",
     "scores",
     "weights",
+    "mlp",
     "other_embeds",
     "other_row",
     "other_hidden",
@@ -67,9 +68,10 @@ class Method(Form):
     zero counts from the model's last layer, -1.
 
     Attributes:
-        layers: decoder layers (0-based) whose attention the method edits or reads. ``None`` means
-            the published ones, of `presets` or `paper_layers`, else every full-attention layer;
-            given explicitly, literal.
+        layers: decoder layers (0-based) whose attention the method edits or reads, or whose
+            feed-forward. ``None`` means the published ones, of `presets` or `paper_layers`, else
+            every layer, of those with full attention where it is about attention; given
+            explicitly, literal.
     """
 
     layers: tuple[int, ...] | None = None
@@ -120,8 +122,11 @@ class Method(Form):
         """
         return chats
 
-    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
-        """This piece of prompt as a second stream reads it, or None where it reads the same."""
+    def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | tuple[Prompt, ...] | None:
+        """This piece of prompt as a second stream reads it, or None where it reads the same.
+
+        Or what one pass ahead reads, or several: see `Prompt.ahead`.
+        """
         return None
 
     def begin(self, seq: Sequences) -> None:
@@ -155,6 +160,12 @@ class Method(Form):
     def other_hidden(self, layer: int, seq: Sequences) -> Tensor | None:
         """Key columns (B, K) bool that no row of the second stream sees in this layer, or None."""
         return None
+    def mlp(self, fed: FeedForward, seq: Sequences) -> Tensor:
+        """What the feed-forward of a layer returns (B, Q, D), in place of ``fed.out``.
+
+        Called for `mlp_layers`, in every phase, for all rows.
+        """
+        return fed.out
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
@@ -173,6 +184,11 @@ class Method(Form):
     def other_layers(self, anatomy: Anatomy) -> tuple[Iterable[int], Iterable[int]]:
         """Layers in which `other_row` reads, and in which `other_hidden` is asked."""
         return (), ()
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose feed-forward `mlp` gets, once the method is resolved."""
+        return self.layers or ()
 
     def resolve(self, anatomy: Anatomy) -> Method:
         """The same method with layers and presets filled in for a model.
@@ -197,7 +213,8 @@ class Method(Form):
                 f"{self.name} has to know where {kind}'s image tokens lie on the image, and "
                 "foveate.families has no layout for it: use a method that does not look again."
             )
-        if not (self.edits_attention or self.wants("before") or self.looks_again):
+        about_layers = self.edits_attention or self.wants("before") or self.wants("mlp")
+        if not (about_layers or self.looks_again):
             if self.layers is not None:
                 raise FoveateError(f"{self.name} acts on no layer: leave out layers.")
             return dataclasses.replace(self, **values)
@@ -213,7 +230,7 @@ class Method(Form):
         if self.layers is not None:
             layers = self._literal(full, kinds)
         elif published is not None:
-            wanted = _published(published, anatomy.depth)
+            wanted = published_layers(published, anatomy.depth)
             layers = tuple(sorted(wanted & set(full)))
             if not layers:
                 raise FoveateError(
@@ -264,8 +281,8 @@ def _counted(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
 
 
-def _published(layers: tuple[int | EllipsisType, ...], depth: int) -> set[int]:
-    """`paper_layers` on a model of `depth` layers."""
+def published_layers(layers: tuple[int | EllipsisType, ...], depth: int) -> set[int]:
+    """Published layers such as `paper_layers` on a model of `depth` layers."""
 
     def here(layer: int | EllipsisType) -> int:
         assert isinstance(layer, int)

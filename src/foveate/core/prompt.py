@@ -25,8 +25,11 @@ class Prompt:
         embeds: (B, N, D), or None.
         pixels: pixel tensors by name; empty where images were encoded before.
         given: pixel tensors that the chat gives for a second stream, or None.
-        ahead: set it to have this prompt read before the main pass: its next-token logits are
-            then `Sequences.ahead`. Otherwise it is a second stream that reads the answer, too.
+        ahead: set it to have this prompt read before the main pass, once and plain: its next-token
+            logits are then `Sequences.ahead`. Otherwise it is a second stream that reads the
+            answer, too.
+        states: of a prompt that goes ahead keep, instead of the logits, what leaves every decoder
+            layer at the last row.
         after: set it to have the second stream read this prompt by itself, when the main pass
             over it is done: then the stages for the second stream act, such as
             `Method.other_embeds`.
@@ -43,6 +46,7 @@ class Prompt:
     inputs: dict[str, Any] = field(repr=False)
     ahead: bool = False
     after: bool = False
+    states: bool = False
 
     def repainted(self, paint: Callable[[list[Tensor]], None]) -> Prompt:
         """The same prompt with other pixels: `paint` changes the tiles of a picture in place."""

@@ -1,4 +1,7 @@
-"""What a method sees while a model runs: its sequence, rows of attention, the residual stream."""
+"""What a method sees while a model runs.
+
+Its sequence, rows of attention, the residual stream, and what a feed-forward adds to it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ class Sequences:
         positions: (C, B, P) int64, as the decoder uses them; C is 3 under M-RoPE, else 1.
         first, last: (B,) int64, the first and last visual column; P and -1 without an image.
         has_image: (B,) bool.
-        ahead: next-token logits (B, V) of the pass that went ahead, where `contrast` asked for it.
+        ahead: what the pass that went ahead gave, where `contrast` asked for it: next-token logits
+            (B, V), or (B, L, D) where it wanted `states`; a tuple where it asked for several.
         notes: each row's notes of the chat it came from; empty without a front door.
         memory: the method's own: tensors, batch-first, or lists and dictionaries of them. Replace
             tensors, never change them in place: the batch may be forked.
@@ -61,7 +65,7 @@ class Sequences:
         return self._state.has_image
 
     @property
-    def ahead(self) -> Tensor | None:
+    def ahead(self) -> Any:
         return self._state.ahead
 
     @property
@@ -245,3 +249,18 @@ class Stream:
     def last(self) -> Tensor:
         """The last position, (B, D)."""
         return self.x[:, -1]
+
+
+class FeedForward:
+    """The feed-forward of a decoder layer, all experts of a mixture together.
+
+    Attributes:
+        x: (B, Q, D), what it was given: the normed residual stream.
+        out: (B, Q, D), what it returned, before a norm that may follow and the residual sum.
+        layer: 0-based. valid: (B, Q) bool, the rows that are tokens and not padding.
+    """
+
+    __slots__ = ("layer", "out", "valid", "x")
+
+    def __init__(self, x: Tensor, out: Tensor, layer: int, valid: Tensor) -> None:
+        self.x, self.out, self.layer, self.valid = x, out, layer, valid

@@ -52,8 +52,13 @@ class Stack:
         self.edited = tuple(x for x, acting in self.edits.items() if acting or x in self.others)
         # whether its owner acts in the second stream's own forwards
         self.aside = bool(self.others) or (owner is not None and owner.wants("other_embeds"))
+        self.feeds = {
+            layer: tuple(i for i in self.at("mlp") if layer in self.methods[i].mlp_layers)
+            for layer in range(self.depth)
+        }
+        self.fed = tuple(layer for layer, methods in self.feeds.items() if methods)
         self.text_rows = any(self.methods[i].rows == "text" for i in attention)
-        self.last_rows = bool(attention) or bool(self.at("logits"))
+        self.last_rows = bool(attention) or bool(self.at("logits")) or bool(self.fed)
         self.needs_image = [m.name for m in self.methods if m.needs_image]
 
     def at(self, stage: str) -> tuple[int, ...]:
@@ -79,7 +84,7 @@ class State:
         phase: "prefix", "prompt" or "decode".
         first, last: (B,) int64, the first and last visual column; P and -1 without an image.
         has_image: (B,) bool.
-        ahead: next-token logits (B, V) of the pass that went ahead, where a method asks.
+        ahead: what passes that went ahead gave, where a method asks; see `Sequences`.
         notes: each row's notes of the chat it came from; empty without a front door.
         memories: per method its memory: tensors (batch-first), or lists and dictionaries of them.
     """
@@ -94,7 +99,7 @@ class State:
         self.stack, self.phase, self.notes = stack, phase, notes or []
         self.positions = visual.new_zeros((1, len(visual), 0), dtype=torch.long)
         self.memories: tuple[dict[str, Any], ...] = tuple({} for _ in stack.methods)
-        self.ahead: Tensor | None = None
+        self.ahead: Any = None
         self.take_in(visual, visual.shape[1])
         for i in stack.at("begin"):
             stack.methods[i].begin(self.seen_by(i))
@@ -183,10 +188,11 @@ class State:
     def copied(self, take: Callable[[Tensor], Tensor], index: Tensor | None) -> Self:
         """A copy with `take` of every tensor; an engine's state adds what it has of its own."""
         new = copy.copy(self)
-        for name in ("visual", "last", "first", "has_image", "suffix_rows", "ahead"):
+        for name in ("visual", "last", "first", "has_image", "suffix_rows"):
             value = getattr(self, name)
             setattr(new, name, None if value is None else take(value))
         new.positions = take(self.positions.transpose(0, 1)).transpose(0, 1)
+        new.ahead = map_tensors(self.ahead, take)
         new.memories = tuple(map_tensors(m, take) for m in self.memories)
         new.renew()
         return new

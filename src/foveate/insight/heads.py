@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..backends.transformers.anatomy import anatomy
-from ..base import __version__, headlist
+from ..base.artifact import HEADS, Artifact
 from ..base.errors import FoveateError
+from ..base.files import writing
 from ..base.images import decode
 from ..base.journal import Journal
 from ..evaluation.vocabulary import Mention, Vocabulary, of_scenes
@@ -148,24 +149,25 @@ def find_heads(
     rows: int = 256,
     command: str = "",
     watch: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
-    """Find the heads that favour hallucinated words, and write them to `out` for AD-HH.
+) -> Artifact:
+    """Find the heads that favour hallucinated words, and write them to a folder for AD-HH.
 
-    One record per image goes to `out` with the ending .jsonl, at once, and nothing is computed
-    twice: the same call goes on where an interrupted one stopped, and more `samples` may be added.
+    One record per image goes to a file beside it with the ending .jsonl, at once, and nothing is
+    computed twice: the same call goes on where an interrupted one stopped, and more `samples` may
+    be added.
 
     Args:
         top_k: heads to list. Default: 20 as published for LLaVA-1.5 7B (of 1024), but at most a
             tenth of the model's heads. Heads with a score of 0 or less are never listed.
         rows: query rows per forward.
-        command: that repeats this search, for the file.
+        command: that repeats this search, for the artifact.
         watch: is told after every image how many are done, of how many, and how many words were
             found so far.
 
     Returns:
-        What `out` holds: "heads" [[layer, head], ...] from the highest score down, "model" (its
-        shape), "name", "revision", "commit", "scores" (layers x heads), "images",
-        "hallucinated", "real", "prompt", "version", "command".
+        The artifact: "heads" (N, 2) int64, a layer and a head each, from the highest score down,
+        and "scores" (layers, heads) float32; made with "name", "revision", "commit", "images",
+        "hallucinated", "real", "prompt", "command".
 
     Raises:
         FoveateError: no image could be used, no word was hallucinated (or none was real), the
@@ -182,9 +184,7 @@ def find_heads(
         "max_new_tokens": max_new_tokens,
         "words": _digest(vocabulary.state()),
     }
-    if out.suffix == ".jsonl" or out.is_dir():
-        raise FoveateError(f"{out} cannot hold the list: give a file that ends in .json.")
-    journal = Journal(out.with_suffix(".jsonl"), lambda row: row["image"], settings)
+    journal = Journal(records_beside(out), lambda row: row["image"], settings)
     words = dict.fromkeys(LABELS, 0)
 
     def told(done: int, total: int, row: dict[str, Any] | None) -> None:
@@ -202,21 +202,29 @@ def find_heads(
     )
     scores, counts = _scores(records, ablation)
     best = _best(scores, top_k)
-    content = {
-        "heads": [list(divmod(i, ablation.heads)) for i in best],
-        "model": settings["shape"],
+    made = {
         "name": settings["model"],
         "revision": settings["revision"],
         "commit": settings["commit"],
         "images": len(records),
         **counts,
         "prompt": prompt,
-        "version": __version__,
         "command": command,
-        "scores": _rounded(scores, 6),
     }
-    headlist.write(out, content, f"all {len(records)} records are safe in {journal.path.name}")
-    return content
+    pairs = torch.tensor([divmod(i, ablation.heads) for i in best])
+    found = Artifact(
+        HEADS, anatomy(vlm.model).shape, {"heads": pairs, "scores": scores.float()}, made=made
+    )
+    with writing(out, f"all {len(records)} records are safe in {journal.path.name}"):
+        found.save_pretrained(out)
+    return found
+
+
+def records_beside(out: Path) -> Path:
+    """The file with the records of a search whose artifact goes to the folder `out`."""
+    if out.suffix in (".json", ".jsonl", ".safetensors") or out.is_file():
+        raise FoveateError(f"{out} cannot be used, a folder is written: give the name of one.")
+    return out.with_name(f"{out.name}.jsonl")
 
 
 def counted(words: Mapping[str, int]) -> str:

@@ -60,7 +60,7 @@ class AdaptVis(Method):
 
     def scores(self, rows: Rows) -> Tensor:
         if rows.layer == self.layers[0]:  # type: ignore[index]  # resolved before use
-            rows.memory["weight"] = self.weight(rows.seq.ahead)  # type: ignore[arg-type]
+            rows.memory["weight"] = self.weight(rows.seq.ahead)
         return scaled(rows, rows.memory["weight"])
 
     def weight(self, logits: Tensor) -> Tensor:

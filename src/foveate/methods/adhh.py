@@ -7,6 +7,9 @@ mostly at the text for the current token, its attention to that text is cut.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import headlist
+from ..base.artifact import HEADS, Artifact, check_model, read_config
 from ..core import Anatomy, FoveateError, Method, Rows, file
 
 PUBLISHED = Path(__file__).with_suffix(".json")  # the authors' lists, most influential head first
-POCKET = Path(__file__).parent.parent / "pocket" / "heads.json"
+POCKET = Path(__file__).parent.parent / "pocket" / "heads"
+
+Pairs = tuple[tuple[int, int], ...]
+"""(layer, head), counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,11 @@ class ADHH(Method):
     Attributes:
         threshold: share of text from which a head is cut, 0 to 1; above 1 never cuts. Published:
             0.5 in the authors' comparison script, while their LLaVA caption script says 0.4.
-        heads: ((layer, head), ...), 0-based; or the path of a JSON file, either a list of pairs or
-            what ``foveate heads`` writes; or "auto": the authors' lists for LLaVA-1.5 7B and 13B
-            and LLaVA-1.6 34B, known by architecture and shape, and the pocket model's own.
+        heads: ((layer, head), ...), 0-based; or what ``foveate heads`` writes, a folder or the
+            name of a hub repository; or a JSON file with a list of pairs, which may name its model
+            as in ``{"heads": [[16, 29]], "model": {"layers": 32}}``; or "auto": the authors' lists
+            for LLaVA-1.5 7B and 13B and LLaVA-1.6 34B, known by architecture and shape, and the
+            pocket model's own.
         layers: leaves only the listed heads of these layers; None = all of them.
     """
 
@@ -107,16 +115,79 @@ class ADHH(Method):
         cut = here & (looks >= self.threshold)
         return rows.x.masked_fill(cut & text, 0.0)
 
-    def _pairs(self, shape: dict[str, Any]) -> headlist.Pairs:
+    def _pairs(self, shape: dict[str, Any]) -> Pairs:
         if isinstance(self.heads, tuple):
-            return tuple(sorted(set(self.heads)))
+            return _sorted(self.heads)
         if self.heads != "auto":
-            return headlist.read(self.heads, shape)
-        pairs = headlist.find((PUBLISHED, POCKET), shape)
-        if pairs is None:
-            raise FoveateError(
-                f"adhh has no list of heads for this model ({shape['model_type']}, "
-                f"{shape['layers']} layers of {shape['attention_heads']} heads): find one with "
-                "`foveate heads MODEL` and name the file it writes, as in adhh(heads='heads.json')."
-            )
-        return pairs
+            path = Path(self.heads).expanduser()
+            return _listed(path, shape) if path.is_file() else _kept(self.heads, shape)
+        for entry in _published():
+            if entry["model"].items() <= shape.items():
+                return _sorted(entry["heads"])
+        if read_config(POCKET, HEADS)["model"] == shape:
+            return _kept(POCKET, shape)
+        raise FoveateError(
+            f"adhh has no list of heads for this model ({shape['model_type']}, "
+            f"{shape['layers']} layers of {shape['attention_heads']} heads): find one with "
+            "`foveate heads MODEL` and name the folder it writes, as in adhh(heads='FOLDER')."
+        )
+
+
+def _kept(path: Path | str, shape: Mapping[str, Any]) -> Pairs:
+    """The heads of an artifact."""
+    check_model(path, HEADS, shape)
+    heads = Artifact.from_pretrained(path, HEADS).tensors.get("heads")
+    if heads is None or heads.dim() != 2 or heads.shape[1] != 2 or heads.is_floating_point():
+        raise FoveateError(
+            f"{path} is damaged: it has no heads (N, 2). Make it again with `foveate heads MODEL`."
+        )
+    return _sorted(heads.tolist())
+
+
+def _listed(path: Path, shape: Mapping[str, Any]) -> Pairs:
+    """The heads of a JSON file; a bare list of pairs serves every model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FoveateError(f"adhh cannot read the file {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise FoveateError(f"The file {path} is not JSON ({error}): make it again.") from None
+    entry = content if isinstance(content, dict) else {"heads": content}
+    pairs, model = entry.get("heads"), entry.get("model", {})
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+        raise FoveateError(
+            f"The file {path} holds no list of [layer, head] pairs, counted from 0, such as "
+            '{"heads": [[16, 29], [26, 9]]}.'
+        )
+    if not isinstance(model, dict):
+        raise FoveateError(
+            f'In {path}, "model" must be an object such as {json.dumps(dict(shape))}.'
+        )
+    different = [
+        f"{key} {model[key]!r} instead of {value!r}"
+        for key, value in shape.items()
+        if model.get(key, value) != value
+    ]
+    if different:
+        raise FoveateError(
+            f"The heads in {path} were found for another model ({', '.join(different)}): "
+            "run `foveate heads MODEL` for this one."
+        )
+    return _sorted(pairs)
+
+
+@functools.cache
+def _published() -> Any:
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and number >= 0 for number in value)
+    )
+
+
+def _sorted(pairs: Any) -> Pairs:
+    return tuple(sorted({(layer, head) for layer, head in pairs}))

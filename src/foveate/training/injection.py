@@ -206,7 +206,7 @@ def _tune(
         with writing(out, what_is_safe(out, NAME)):
             if shell is not None:
                 shell.load_state_dict(_part(state, "injection."))
-                shell.save_pretrained(out / "injection")
+                shell.save_pretrained(out / "injection", made=settings)
             if recipe.base != "frozen":
                 save_base(vlm, _part(state, "model."), adapted, DTYPES[precision], out)
         loss = draw_losses(out, NAME, text(as_stack(recipe.method)), say)

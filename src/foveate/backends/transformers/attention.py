@@ -18,7 +18,7 @@ from ...core.edit import Acting, edit_rows, masked, products
 from ...core.rows import Rows
 from . import compat
 from .context import Aside, Context
-from .heartbeat import astray, lost, note_beside_graphs, note_graph
+from .heartbeat import ATTENTION, astray, lost, note_beside_graphs, note_graph
 from .rotary import rotary
 
 Attention = Callable[..., tuple[Tensor, None]]
@@ -85,7 +85,7 @@ def _attention(implementation: str) -> Attention:
         elif heartbeat := ctx.watched:
             heartbeat.attention(layer)
         else:
-            note_beside_graphs(compat.attention_name(module), layer)
+            note_beside_graphs(compat.attention_name(module), (ATTENTION, layer))
         beside: list[Tensor] = []
         if ctx.abreast:  # the second half has keys and values of its own
             kwargs.pop("position_ids", None)  # of both; a kernel looks there for packed sequences
@@ -94,6 +94,8 @@ def _attention(implementation: str) -> Attention:
             beside = [others(ctx, layer, module, *theirs, kwargs)]
             query, attention_mask = query[:half], _first(attention_mask, half)
         given = query, key, value, attention_mask, kwargs
+        if ctx.replays and ctx.stack.feeds[layer]:  # it may run again without its hooks
+            ctx.begun[layer] = ctx, []
         with ctx.visit("attention", layer) if ctx.replays else nullcontext():
             out = edited(ctx, layer, module, *given)
         return (torch.cat([out, *beside]) if beside else out), None

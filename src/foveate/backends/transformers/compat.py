@@ -274,6 +274,22 @@ def final_norm(decoder: Any) -> nn.Module | None:
     return getattr(decoder, "norm", None)
 
 
+def feed_forward(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules whose outputs sum to the feed-forward of a transformer block, in order of call.
+
+    They are given (..., D) and return that, or a tuple that begins with it. A mixture of experts
+    counts as one module, with the shared experts that it has inside. None where a block has no
+    feed-forward under a known name, or norms the parts of its sum apart, as Gemma 4's mixtures do.
+    """
+    parts = [getattr(layer, name, None) for name in _FEED_FORWARD]
+    found = tuple(part for part in parts if isinstance(part, nn.Module))
+    beside = isinstance(getattr(layer, "experts", None), nn.Module)
+    return () if beside or (len(found) != 1 and found != (parts[-2], parts[-1])) else found
+
+
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe", "shared_mlp")
+
+
 def offloaded(decoder: Any) -> bool:
     """Whether a decoder on the meta device has its weights elsewhere, and hooks that bring them."""
     return any(hasattr(part, "_hf_hook") for part in decoder.modules())

@@ -43,6 +43,9 @@ class Context(State):
         compiled: whether a part of the present forward is a compiled graph.
         replays: whether a backward pass may run this forward's layers again; see `visit`.
         padded: whether this forward's prompt has padding, as far as its mask says.
+        begun: where the feed-forward of a layer looks for its context; see `feeding`.
+        real: (B, Q) bool, which rows of this forward are tokens, where a method wants to know and
+            some may be padding; else None.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Context(State):
     ) -> None:
         self.model, self.decoder, self.contrast = model, model.get_decoder(), contrast
         self.other: Any = None
+        self.real: Tensor | None = None
+        self.begun: dict[int, Any] = {}
         self.paired = self.abreast = self.padded = self.replays = False
         super().__init__(stack, visual, phase, notes)
 
@@ -81,6 +86,7 @@ class Context(State):
         new = copy.copy(self)
         new.phase = "prefix" if self.phase == "prefix" else "decode"
         new.padded = new.replays = False
+        new.real = None
         new.renew()
         return new
 

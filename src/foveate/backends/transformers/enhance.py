@@ -25,7 +25,7 @@ from ...core.visual import visual_mask, visual_token_ids
 from . import compat
 from .anatomy import anatomy
 from .attention import register, release
-from .handshake import check_layers, handshake
+from .handshake import check_feed_forwards, check_layers, handshake
 from .heartbeat import check_graphs, forget_unfinished, lost
 from .hooks import Hooks
 
@@ -130,6 +130,7 @@ def _prepared(
     decoder = handshake(model).decoder
     stack = Stack(anatomy(model), methods, plans)
     check_layers(model, stack.edited)
+    check_feed_forwards(model, stack.fed)
     image_ids = visual_token_ids(model.config, image_token_id)
     if not image_ids and stack.needs_image:
         visual_mask((), torch.zeros(1, 1, dtype=torch.long))  # says what to do

@@ -71,6 +71,22 @@ def handshake(model: Any) -> Handshake:
     return Handshake(decoder, cache, compat.attention_name(decoder), kinds)
 
 
+def check_feed_forwards(model: Any, layers: Iterable[int]) -> None:
+    """Whether the layers whose feed-forward methods edit have one that is known.
+
+    Raises:
+        FoveateError: one has not.
+    """
+    decoder = model.get_decoder()
+    for layer in layers:
+        if not compat.feed_forward(decoder.layers[layer]):
+            raise FoveateError(
+                f"Layer {layer} of {type(model).__name__} (transformers {VERSION}) has no "
+                "feed-forward module whose output could be edited: choose other layers, as in "
+                "layers=(N,), or another model."
+            )
+
+
 def check_layers(model: Any, layers: Iterable[int]) -> None:
     """Whether the layers that methods edit have attention that knows its own number.
 

@@ -1,11 +1,12 @@
 """The heartbeat: every forward inside `enhance` proves that it passed all its stations.
 
 A release that renames an argument, or calls a layer in another way, can make a method do nothing
-and raise no error. So the hook at the top, the one at the decoder and the attention of every edited
-layer note that they were reached, and the closing hook raises where one was missed or met twice.
+and raise no error. So the hook at the top, the one at the decoder and, in every layer that methods
+edit there, attention and feed-forward note that they were reached, and the closing hook raises
+where one was missed or met twice.
 
-While a model is compiled there is nothing to note in every forward. There each layer is noted once,
-when its graph is made, and `check_graphs` looks at the notes outside the graph.
+While a model is compiled there is nothing to note in every forward. There each station is noted
+once, when its graph is made, and `check_graphs` looks at the notes outside the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from ...base.errors import FoveateError
 from ...core.sequence import Stack
 from .compat import VERSION
 
-_traced: dict[str, set[int]] = {}  # implementation name -> layers that forwards with graphs reach
+ATTENTION, FEED_FORWARD = "attention", "feed-forward"
+Station = tuple[str, int]  # of a layer
+
+# implementation name -> stations that forwards with graphs reach
+_traced: dict[str, set[Station]] = {}
 
 
 def lost(model: Any, what: str) -> FoveateError:
@@ -47,7 +52,8 @@ class Heartbeat:
         self.model, self.stack = model, stack
         self.open = True  # afterwards a backward pass may run layers again
         self.decoders = 0
-        self.edited = 0  # how many of the edited layers were reached, in order
+        self.edited = 0  # how many of the layers with edited attention were reached, in order
+        self.fed = 0  # and of those with an edited feed-forward
         self.inputs = 0  # and how many inputs of layers, the final norm's among them
 
     def decoder(self) -> None:
@@ -59,8 +65,14 @@ class Heartbeat:
     def attention(self, layer: int) -> None:
         """The attention of a layer runs."""
         if self.open and layer in self.stack.edited:
-            self._reach(self.edited, self.stack.edited, layer, "attention")
+            self._reach(self.edited, self.stack.edited, layer, ATTENTION)
             self.edited += 1
+
+    def feed_forward(self, layer: int) -> None:
+        """The feed-forward of a layer has run."""
+        if self.open:
+            self._reach(self.fed, self.stack.fed, layer, FEED_FORWARD)
+            self.fed += 1
 
     def input(self, layer: int) -> None:
         """The residual stream enters a layer; the last one is the final norm."""
@@ -77,9 +89,15 @@ class Heartbeat:
         self.open = False
         if not self.decoders:
             raise lost(self.model, "the forward ended and its decoder was never called")
-        self._reach(self.edited, self.stack.edited, None, "attention")
+        self._reach(self.edited, self.stack.edited, None, ATTENTION)
+        self._reach(self.fed, self.stack.fed, None, FEED_FORWARD)
         if self.stack.at("before"):
             self._reach(self.inputs, range(self.stack.depth + 1), None, "input")
+
+    @property
+    def passed(self) -> list[Station]:
+        """The stations of layers that were reached."""
+        return _stations(self.stack.edited[: self.edited], self.stack.fed[: self.fed])
 
     def _reach(self, done: int, layers: Sequence[int], layer: int | None, what: str) -> None:
         """Layers come in order and once; `layer` is the one that has come, None is the end."""
@@ -92,34 +110,38 @@ class Heartbeat:
 
 
 @torch.compiler.assume_constant_result
-def note_graph(name: str, layer: int) -> bool:
-    """The attention of a layer becomes part of a graph; runs when the graph is made, and only then.
+def note_graph(name: str, layer: int, station: str = ATTENTION) -> bool:
+    """A station of a layer becomes part of a graph; runs when the graph is made, and only then.
 
     Args:
         name: the attention implementation, one per stack of methods.
     """
-    _traced.setdefault(name, set()).add(layer)
+    _traced.setdefault(name, set()).add((station, layer))
     return True
 
 
-def note_beside_graphs(name: str, *layers: int) -> None:
-    """The attention of layers ran as it is, in a forward of which other parts are graphs."""
-    _traced.setdefault(name, set()).update(layers)
+def note_beside_graphs(name: str, *stations: Station) -> None:
+    """Stations were passed without a graph, in a forward of which other parts are graphs."""
+    _traced.setdefault(name, set()).update(stations)
 
 
 def check_graphs(name: str, model: Any, stack: Stack) -> None:
-    """Whether the graphs made for this stack have the attention of every edited layer in them.
+    """Whether the graphs made for this stack have every station in them.
 
     Raises:
-        FoveateError: some have and some have not.
+        FoveateError: some are in them and some are not.
     """
     traced = _traced.get(name, set())
-    for layer in stack.edited:
-        if traced and layer not in traced:
-            raise lost(model, f"its compiled graph never reaches the attention of layer {layer}")
+    for station, layer in _stations(stack.edited, stack.fed):
+        if traced and (station, layer) not in traced:
+            raise lost(model, f"its compiled graph never reaches the {station} of layer {layer}")
 
 
 def forget_unfinished(name: str, stack: Stack) -> None:
     """Forget the notes of a graph whose making failed halfway, so that later blocks start anew."""
-    if not _traced.get(name, set()).issuperset(stack.edited):
+    if not _traced.get(name, set()).issuperset(_stations(stack.edited, stack.fed)):
         _traced.pop(name, None)
+
+
+def _stations(edited: Sequence[int], fed: Sequence[int]) -> list[Station]:
+    return [(ATTENTION, i) for i in edited] + [(FEED_FORWARD, i) for i in fed]

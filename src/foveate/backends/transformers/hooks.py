@@ -23,12 +23,13 @@ from . import compat, compat_parts
 from .cache import adopt
 from .compat import length
 from .context import Aside, Context
+from .feeding import FeedForwards
 from .heartbeat import astray, lost, note_beside_graphs
 from .streams import Streams, new_tokens, piece, prompt_mask
 
 
 class Hooks:
-    """On the top model, the decoder and, where a method asks for it, layers and vision blocks.
+    """On the top model, the decoder and, where a method asks for it, parts of layers and the tower.
 
     Args:
         name: of the attention implementation.
@@ -52,6 +53,7 @@ class Hooks:
         self.befores = stack.at("before")
         self.seen: dict[int, Tensor] = {}  # what vision blocks gave in this forward
         self.given: dict[str, Any] = {}  # to the forward, where a method asks for vision blocks
+        self.feedings = FeedForwards(model, name, stack, self.context)
         self.thread = threading.get_ident()
         self.generating = False
         self.had_image = False  # in this call of generate
@@ -66,6 +68,7 @@ class Hooks:
                 hook = functools.partial(self.enter, i)
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True)
             yield self.decoder.layers[-1].register_forward_hook(self.leave, with_kwargs=True)
+        yield from self.feedings.install()
         if self.stack.vision:
             blocks = compat_parts.vision_blocks(self.model)
             for k in self.stack.vision:
@@ -101,6 +104,8 @@ class Hooks:
             mask = prompt_mask(kwargs, cache)
             ctx.padded = mask is not None and not bool(mask.all())
             ctx.replays = compat.replays(self.decoder)
+            if self.stack.fed:
+                ctx.real = piece(kwargs, cache)["attention_mask"].bool()
         kwargs["foveate"] = ctx
         self.seen, self.given = {}, {}
         if self.stack.vision and ctx.phase != "decode":
@@ -314,7 +319,7 @@ class Hooks:
         if heartbeat := ctx.watched:
             heartbeat.close()
         elif ctx.heartbeat is not None and not torch.compiler.is_compiling():
-            note_beside_graphs(self.name, *self.stack.edited[: ctx.heartbeat.edited])
+            note_beside_graphs(self.name, *ctx.heartbeat.passed)
         cache = compat.cache_of(out)
         if cache is None:
             self.check_cacheless(kwargs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -108,9 +109,9 @@ class Streams:
         new = prompt.mask.shape[1]
         owner = self.stack.methods[i]
         changed = owner.contrast(prompt, ctx.seen_by(i))
-        if changed is not None and changed.ahead:
+        if isinstance(changed, tuple) or (changed is not None and changed.ahead):
             if ctx.phase == "prompt":
-                self.go_ahead(ctx, kwargs | changed.pixels, cache)
+                self.go_ahead(ctx, kwargs, cache, prompt, changed)
             return kwargs
         if changed is None:
             if not ctx.paired and ctx.other is None:
@@ -214,11 +215,10 @@ class Streams:
         if ctx.phase == "decode":
             names = ("input_ids", "inputs_embeds")
             token = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            return self.run(ctx, token, other.mask.new_ones(batch, 1), None)
+            return self.run(other, token, other.mask.new_ones(batch, 1), None, self.aside(ctx))
         (changed, new), self.waiting = cast(Any, self.waiting), None
-        tokens = {"input_ids": changed.ids, "inputs_embeds": changed.embeds}
-        given = {k: v for k, v in tokens.items() if v is not None} | changed.pixels | changed.inputs
-        return self.run(ctx, given, changed.mask, ctx.positions[:, :, -new:] if new else None)
+        positions = ctx.positions[:, :, -new:] if new else None
+        return self.run(other, _inputs(changed), changed.mask, positions, self.aside(ctx))
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
         """A new second stream; text before the first image is the same in both."""
@@ -234,18 +234,26 @@ class Streams:
         position = torch.where(mask.bool(), noted + 1, 0).amax(1) if filled else mask.sum(1)
         return Other(side, mask, position)
 
+    def aside(self, ctx: Context) -> Aside | None:
+        """What the second stream's forwards get in place of the context."""
+        return Aside(ctx) if self.stack.aside else None
+
     def run(
-        self, ctx: Context, inputs: dict[str, Any], mask: Tensor, positions: Tensor | None
+        self,
+        other: Other,
+        inputs: dict[str, Any],
+        mask: Tensor,
+        positions: Tensor | None,
+        aside: Aside | None = None,
     ) -> Tensor | None:
-        """Feed a piece of prompt or a token to the second stream; next-token logits (B, V).
+        """Feed a piece of prompt or a token to another stream; next-token logits (B, V).
 
         Args:
             mask: (B, new) int64. positions: (C, B, new), or None to count on as text does.
         """
         if not mask.shape[1]:
             return None
-        model, other = self.model, cast(Other, ctx.other)
-        past = other.mask.shape[1]
+        model, past = self.model, other.mask.shape[1]
         ids = inputs.get("input_ids")
         if positions is None:
             positions = (other.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
@@ -257,7 +265,6 @@ class Streams:
         if positions is not None:
             inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
         with compat.keeping_positions(model):
-            aside = Aside(ctx) if self.stack.aside else None
             out = self.plain(other.cache, inputs | {"attention_mask": other.mask}, aside)
             if positions is None:
                 deltas = cast(Tensor, compat.kept_positions(model))
@@ -267,11 +274,32 @@ class Streams:
                 other.position = other.position.maximum(here.amax(1))
         return out.logits[:, -1]
 
-    def go_ahead(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> None:
-        """A plain pass over this piece of prompt: its next-token logits become ``ctx.ahead``."""
-        inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS}
-        with compat.keeping_positions(self.model):
-            ctx.ahead = self.plain(_beside(cache), inputs).logits[:, -1]
+    def go_ahead(
+        self,
+        ctx: Context,
+        kwargs: dict[str, Any],
+        cache: Any,
+        prompt: Prompt,
+        changed: Prompt | tuple[Prompt, ...],
+    ) -> None:
+        """Plain passes, whose logits or states become ``ctx.ahead``.
+
+        Args:
+            prompt: this piece of prompt. changed: what is read instead.
+        """
+        found = []
+        for one in changed if isinstance(changed, tuple) else (changed,):
+            with _leaving(self.model.get_decoder()) as states:
+                if one.mask is prompt.mask:  # the same tokens: as the main pass is given them
+                    inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS} | one.pixels
+                    with compat.keeping_positions(self.model):
+                        logits = self.plain(_beside(cache), inputs).logits[:, -1]
+                else:
+                    filled = ctx.visual.shape[1] - prompt.mask.shape[1]
+                    other = self.fork(ctx, kwargs, cache, filled)
+                    logits = self.run(other, _inputs(one), one.mask, None)
+            found.append(torch.stack(states, 1) if one.states else logits)
+        ctx.ahead = tuple(found) if isinstance(changed, tuple) else found[0]
 
     def embedded(self, ctx: Context, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments in a forward of the second stream, as its owner embeds it."""
@@ -322,6 +350,29 @@ def new_tokens(kwargs: dict[str, Any]) -> int:
     """How many tokens a forward is given."""
     ids = kwargs.get("input_ids")
     return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+
+
+@contextmanager
+def _leaving(decoder: Any) -> Iterator[list[Tensor]]:
+    """What leaves the decoder's layers at the last row, (B, D) each, one after the other."""
+    states: list[Tensor] = []
+
+    def keep(layer: Any, args: Any, out: Any) -> None:
+        last = (out[0] if isinstance(out, tuple) else out)[:, -1]
+        states.append(last if not states else last.to(states[0].device))
+
+    handles = [layer.register_forward_hook(keep) for layer in decoder.layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as model inputs, but for its mask."""
+    tokens = {"input_ids": prompt.ids, "inputs_embeds": prompt.embeds}
+    return {k: v for k, v in tokens.items() if v is not None} | prompt.pixels | prompt.inputs
 
 
 def _beside(cache: Any) -> Any:

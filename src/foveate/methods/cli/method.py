@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...base.artifact import check_model, read_config, weights_stamp
 from ...core import Anatomy, FoveateError, Method, Sequences, Stream, Vision, costly, file
 from ...core.sequence import remembered
-from .files import read_config, read_module, weights_stamp
-from .module import CrossLayerInjection, ImageFeatures, Settings, settings_in
+from .module import KIND, CrossLayerInjection, ImageFeatures, Settings, settings_in
 
 SERVES = ("llava", "llava_next", "llava_onevision")
 
@@ -67,7 +67,10 @@ class CLI(Settings, Method):  # type: ignore[misc]
     @property
     def shares_prefix(self) -> bool:  # type: ignore[override]
         """Whether the question does not reach the gates."""
-        return (read_config(self.path).get("summary") if self.path else self.summary) == "image"
+        summary = self.summary
+        if self.path:
+            summary = read_config(self.path, KIND)["settings"].get("summary")
+        return summary == "image"
 
     # -- for a model -------------------------------------------------------------------------------
 
@@ -115,14 +118,8 @@ class CLI(Settings, Method):  # type: ignore[misc]
 
     def _trained(self, anatomy: Anatomy) -> CLI:
         """The same method with the trained injection's settings, if it belongs to this model."""
-        config = read_config(self.path)
-        for name, value in _base(anatomy).items():
-            if (trained := config["base"].get(name)) != value:
-                raise FoveateError(
-                    f"cli: {self.path} belongs to another model: its {name} is {trained}, this "
-                    f"model's is {value}."
-                )
-        settings, default = settings_in(config), settings_in(Settings())
+        config = check_model(self.path, KIND, _base(anatomy))
+        settings, default = settings_in(config["settings"]), settings_in(Settings())
         for name, value in settings.items():
             if getattr(self, name) not in (default[name], value):
                 raise FoveateError(
@@ -137,7 +134,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
         """
         assert anatomy.tower is not None
         if self.path:
-            injection = read_module(self.path)
+            injection = CrossLayerInjection.from_pretrained(self.path)
         else:
             vision_size, text_size = anatomy.tower.width, anatomy.width
             heads = min(self.heads, max(1, text_size // 8))
@@ -155,7 +152,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
 
     def setup(self, anatomy: Anatomy) -> CrossLayerInjection:
         """The module in the model's dtype, each part beside the layer that it serves."""
-        stamp = weights_stamp(self.path) if self.path else None
+        stamp = weights_stamp(self.path, KIND) if self.path else None
         key = (dataclasses.replace(self, strength=1.0), stamp, anatomy.dtype, str(anatomy.device))
         loaded = anatomy.kept.setdefault("cli", {})
         if key not in loaded:

@@ -18,39 +18,21 @@ The numbers are this file's. (1), (2) and (4) are reported; the inside of the ga
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...base.artifact import INJECTION, Artifact
+from ...base.errors import FoveateError
 from ...base.form import costly
 
-KIND = "cross-layer injection"
-CARD = """\
----
-{{ card_data }}
----
-
-# A cross-layer injection
-
-Trained with [foveate](https://github.com/foveate/foveate) after CLI
-([arXiv 2601.10710](https://arxiv.org/abs/2601.10710)). It belongs to the model whose shape stands
-under `base` in `config.json`:
-
-```python
-from foveate import enhance
-
-with enhance(model, "cli(path=FOLDER)"):
-    model.generate(**inputs)
-```
-"""
+KIND = INJECTION
 
 
 @dataclass(frozen=True)
@@ -119,13 +101,7 @@ class ImageFeatures:
     summarised: Tensor
 
 
-class CrossLayerInjection(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="foveate",
-    tags=["cross-layer-injection"],
-    model_card_template=CARD,
-):
+class CrossLayerInjection(nn.Module):
     """AMP and AGF of one model.
 
     Args:
@@ -144,7 +120,7 @@ class CrossLayerInjection(
     ) -> None:
         super().__init__()
         self.settings = config
-        self.about = {"base": base, "vision_size": vision_size, "text_size": text_size}
+        self.base, self.sizes = base, {"vision_size": vision_size, "text_size": text_size}
         self.vision_layers, self.layers = config.vision_layers or (), config.layers or ()
         self.routes = routing(config)
         used = sorted({k for ks in self.routes.values() for k in ks})
@@ -197,25 +173,37 @@ class CrossLayerInjection(
             total = total / len(self.routes[layer])
         return total, gates
 
-    # -- files, by the hub's mixin -----------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
-        config = {"kind": KIND, **self.about, **dataclasses.asdict(self.settings)}
-        text = json.dumps(config, sort_keys=True, indent=2)
-        (save_directory / constants.CONFIG_NAME).write_text(text)
+    def artifact(self, made: Mapping[str, Any] | None = None) -> Artifact:
+        """It with its settings; `made` says how, ready for JSON."""
+        settings = {**self.sizes, **dataclasses.asdict(self.settings)}
+        return Artifact(KIND, self.base, self.state_dict(), settings, made or {})
+
+    def save_pretrained(self, folder: Path | str, made: Mapping[str, Any] | None = None) -> None:
+        """Write an artifact's folder; see `Artifact`."""
+        self.artifact(made).save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Put it on the hub; see `Artifact.push_to_hub`."""
+        return self.artifact().push_to_hub(repo_id, **options)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, config: dict[str, Any], base: dict[str, Any], vision_size: int,
-        text_size: int, **download: Any,
-    ) -> CrossLayerInjection:  # fmt: skip
-        file = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
-        if not file.parent.is_dir():
-            file = Path(hf_hub_download(model_id, file.name, **download))
-        settings = Settings(**settings_in(config))
-        injection = cls(settings, base=base, vision_size=vision_size, text_size=text_size)
-        injection.load_state_dict(load_file(file))
+    def from_pretrained(cls, path: Path | str) -> CrossLayerInjection:
+        """The injection of a folder or a hub repository, float32 on the CPU.
+
+        Raises:
+            FoveateError: there is none, or it is damaged.
+        """
+        found = Artifact.from_pretrained(path, KIND)
+        try:
+            sizes = {name: found.settings[name] for name in ("vision_size", "text_size")}
+            settings = Settings(**settings_in(dict(found.settings)))
+            injection = cls(settings, base=dict(found.model), **sizes)
+            injection.load_state_dict(dict(found.tensors))
+        except Exception as error:  # settings that do not go together raise nearly anything
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise FoveateError(f"cli: {path} could not be loaded: {reason}.") from error
         return injection.eval()
 
 
