@@ -32,7 +32,11 @@ def chats_about(vlm: VLM, seed: int, system: str | None = None) -> list[Chat]:
 TRAINED = {"cli": "cli(seed=0, start=0.0, summary=image)"}
 STACKS = [
     "vanilla",
-    *(TRAINED.get(name, name) for name, cls in methods().items() if "rewrite" not in cls.stages),
+    *(
+        TRAINED.get(name, name)
+        for name, cls in methods().items()
+        if not {"rewrite", "search"} & cls.stages
+    ),
 ]
 
 

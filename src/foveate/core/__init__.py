@@ -7,9 +7,12 @@ from .method import Method
 from .plausible import plausible
 from .prompt import Prompt, Vision
 from .rows import Rows, Sequences, Stream
+from .search import Beams, Found
 
 __all__ = [
     "Anatomy",
+    "Beams",
+    "Found",
     "FoveateError",
     "Method",
     "Prompt",

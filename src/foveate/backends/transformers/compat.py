@@ -6,6 +6,7 @@ changes with it, and nothing else. Supported: transformers 5.0 and later.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -18,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -145,6 +146,23 @@ def whole_cache() -> Cache:
 def is_quantized(cache: Any) -> bool:
     """Whether a cache returns other keys than it was given."""
     return isinstance(cache, QuantizedCache)
+
+
+def grows(cache: Any) -> bool:
+    """Whether every update of a cache makes new tensors, so that copies may share the old ones."""
+    return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", (None,)))
+
+
+def keeps_all(cache: Any) -> bool:
+    """Whether a cache that grows keeps every token in every layer."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def sharing(cache: Any) -> Any:
+    """A copy of a cache that grows; it shares the tensors."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new
 
 
 # -- the language model ----------------------------------------------------------------------------
