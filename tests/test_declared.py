@@ -28,6 +28,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("laser", "first_layer"): 11,  # the last one
     ("laser", "floor"): 10**9,  # a crop is at most the image
     ("laser", "heads"): 10**9,  # at most those of the model
+    ("opera", "window"): 10**9,  # at most the answer, which is read again anyway
     ("vcd", "noise_step"): 999,  # the last one
     ("vcd", "seed"): 10**9,
     ("vicrop", "window"): 10**9,  # a crop is at most the image

@@ -73,7 +73,7 @@ class OPERA(Method):
     candidates: int = costly(5, limit=10)
     scale: float = 50.0
     penalty: float = 1.0
-    threshold: float = 15
+    threshold: float = costly(15, limit=None)  # low, and it goes back at every token
     half_scores: bool = True
     window: int = 512
 
