@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from foveate import FoveateError, Recorder, enhance, prefill
+from foveate import FoveateError, Recorder, enhance, prefill, trace
 from foveate.base.images import decode_all
 from foveate.core.method import as_stack, from_json, parse, text, to_json
 from foveate.methods.opera import OPERA, Back, Past, State
@@ -401,3 +401,13 @@ def test_questions_about_one_image_are_each_searched() -> None:
     for chat, answer in zip(chats, found, strict=True):
         assert isinstance(answer, Answer)
         assert answer.tokens == vlm.answer([chat], stack, 8)[0].tokens
+
+
+def test_a_trace_reads_the_answer_and_not_the_tokens_tried() -> None:
+    vlm, picture = tiny.vlm(), decode_all(torch.zeros(16, 16, 3).byte().numpy())
+    plain, searched = trace(
+        vlm, picture[0], "is there a cat", ["vanilla", "opera"], max_new_tokens=4
+    ).runs
+    assert searched.uncertainty.shape == plain.uncertainty.shape == (4, 6)
+    assert searched.uncertainty[0] == pytest.approx(plain.uncertainty[0], abs=1e-5)
+    assert searched.attention.shape == plain.attention.shape
