@@ -97,7 +97,7 @@ TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
 
 
 def _stages(cls: type[Method]) -> list[str]:
-    order = ("rewrite", "contrast", "see", "before", "scores", "weights", "logits")
+    order = ("rewrite", "contrast", "see", "before", "scores", "weights", "logits", "search")
     return [stage for stage in order if stage in cls.stages]
 
 

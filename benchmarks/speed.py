@@ -24,9 +24,10 @@ attention is the row that published implementations of such methods run on.
   also compared with "one plain token + tested layers x one product with the output embeddings".
 * trained: methods with weights of their own (CLI) are measured with fresh ones, which cost what
   trained ones do. They read the vision tower: take a size whose tower is real (0.5b-clip, pocket).
-* ``--method all`` is every method with its default parameters, but CLVS without its stop test, and
-  AD-HH and VAR with heads and dimensions named, as random weights have neither heads that were
-  found to hallucinate nor sinks: 20 heads over all layers, and sinks at a threshold of 1.
+* ``--method all`` is every method that acts in a forward, with its default parameters, but CLVS
+  without its stop test, and AD-HH and VAR with heads and dimensions named, as random weights have
+  neither heads that were found to hallucinate nor sinks: 20 heads over all layers, and sinks at a
+  threshold of 1.
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def _rows(method: str) -> list[str]:
     if method != "all":
         return [text(parse(method))]
-    known = [name for name, cls in methods().items() if "rewrite" not in cls.stages]
+    known = [name for name, cls in methods().items() if not {"rewrite", "search"} & cls.stages]
     return [STAND_INS.get(name, name) for name in known]
 
 

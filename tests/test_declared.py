@@ -31,6 +31,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("laser", "heads"): 10**9,  # at most those of the model
     ("ritual", "seed"): 10**9,
     ("ritual", "transform"): "blur",  # the second stream is there anyway
+    ("opera", "window"): 10**9,  # at most the answer, which is read again anyway
     ("vcd", "noise_step"): 999,  # the last one
     ("vcd", "seed"): 10**9,
     ("vicrop", "window"): 10**9,  # a crop is at most the image

@@ -35,7 +35,7 @@ STACKS = [
     *(
         TRAINED.get(name, name)
         for name, cls in methods().items()
-        if "rewrite" not in cls.stages and cls.shares_prefix
+        if not {"rewrite", "search"} & cls.stages and cls.shares_prefix
     ),
 ]
 

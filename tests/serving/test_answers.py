@@ -20,7 +20,7 @@ from tests.serving.conftest import question, running, scene, wait_for
 
 pytestmark = pytest.mark.long
 DESCRIBE = "Please describe this image in detail."
-METHODS = ["vanilla", "clvs", "clvs(smoothing=0.7)+vcd", "pai", "vicrop"]
+METHODS = ["vanilla", "clvs", "clvs(smoothing=0.7)+vcd", "pai", "vicrop", "opera"]
 
 
 def text(answer):

@@ -57,6 +57,8 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "its surrogate": ({"method": r"vicrop(instruction='\ud800')"}, 400, "half a character"),
     "fresh module": ({"method": "cli(seed=0)"}, 400, "a request may not set seed"),
     "large module": ({"method": "cli(rank=1000000000)"}, 400, "a request may ask for 256"),
+    "search's temperature": ({"method": "opera", "temperature": 1}, 400, "leave out temperature"),
+    "search's logprobs": ({"method": "opera", "logprobs": True}, 400, "leave out temperature and"),
     "untrained module": ({"method": "cli"}, 400, "cli is trained"),
     "trained module": ({"method": "cli(path='/etc/x')"}, 400, "no files of the server"),
     "no messages": ({"messages": []}, 400, "messages"),

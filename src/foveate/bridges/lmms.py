@@ -134,6 +134,11 @@ class Foveate(lmms):
         Each pair comes as the `text` of a `GenerationResult`, since lmms-eval 0.7.3 makes a string
         of a bare one and then fails.
         """
+        if searching := [m.name for m in self.methods if m.wants("search") and not m.is_neutral]:
+            raise FoveateError(
+                f"{searching[0]} searches answers of its own and cannot score given ones: leave "
+                "out tasks of the type loglikelihood."
+            )
         results: list[GenerationResult] = []
         for rows in self._batches([list(range(len(requests)))], len(requests)):
             chats, answers = [], []

@@ -8,12 +8,15 @@ from .method import Method, published_layers
 from .plausible import away_from, plausible
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
+from .search import Beams, Found
 from .turn import turned
 
 __all__ = [
     "Anatomy",
+    "Beams",
     "Block",
     "FeedForward",
+    "Found",
     "FoveateError",
     "Method",
     "Prompt",

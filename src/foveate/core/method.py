@@ -23,6 +23,7 @@ from ..base.form import Form, Registry, shown
 from .anatomy import Anatomy
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
+from .search import Beams, Found
 
 __all__ = [
     "Method",
@@ -49,6 +50,7 @@ STAGES = (
     "other_row",
     "other_hidden",
     "logits",
+    "search",
 )
 RESERVED = ("vanilla", "all")
 
@@ -160,6 +162,7 @@ class Method(Form):
     def other_hidden(self, layer: int, seq: Sequences) -> Tensor | None:
         """Key columns (B, K) bool that no row of the second stream sees in this layer, or None."""
         return None
+
     def mlp(self, fed: FeedForward, seq: Sequences) -> Tensor:
         """What the feed-forward of a layer returns (B, Q, D), in place of ``fed.out``.
 
@@ -170,6 +173,13 @@ class Method(Form):
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         """Next-token logits (B, V); `other` are the second stream's, or None."""
         return logits
+
+    def search(self, beams: Beams) -> Found:
+        """The answer to one prompt, in place of `generate`'s own decoding.
+
+        The method says in a field `num_beams` how many beams it wants.
+        """
+        raise NotImplementedError
 
     # -- derived -----------------------------------------------------------------------------------
 
@@ -371,5 +381,12 @@ def as_stack(*given: Method | str) -> tuple[Method, ...]:
     if len(owners) > 1:
         raise FoveateError(
             f"{' and '.join(owners)} both want the second stream: use only one of them at a time."
+        )
+    searching = [m for m in stack if m.wants("search") and not m.is_neutral]
+    if searching and (owners or len(searching) > 1):
+        both = " and ".join([*(m.name for m in searching), *owners])
+        raise FoveateError(
+            f"{both} cannot be used together: a search runs one stream of tokens, and one search "
+            "at a time."
         )
     return tuple(stack)

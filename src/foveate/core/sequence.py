@@ -149,9 +149,11 @@ class State:
         kind = self.stack.methods[i].rows
         if kind == "prompt":
             return int(self.phase == "prompt")
+        if self.phase == "decode":  # one token, or several that a search tries
+            return new
         if kind == "last":
             return int(self.phase != "prefix")
-        return new if kind == "all" or self.phase == "decode" else self.suffix
+        return new if kind == "all" else self.suffix
 
     def touched(self, i: int, rows: int) -> Tensor | None:
         """(B, rows) bool: the rows that method i edits, of those it receives; None for all."""

@@ -224,9 +224,11 @@ def _trace_one(
     prompt = question.asked_as(vlm, chat)
     readers = (Uncertainty(top_k=reader.top_k, final_norm=reader.final_norm), recorder)
     (answer,) = vlm.answer([chat], (*stack, *readers), max_new_tokens, inputs=prompt.inputs)
-    record, uncertainty = answer.record, chat.notes.pop("uncertainty")
+    record, read = answer.record, chat.notes.pop("uncertainty")
     assert record is not None
     steps = range(len(record.values))
+    # a search tries tokens in between, and decodes its answer last
+    uncertainty = [read[0], *read[len(read) - len(steps) + 1 :]]
     attention = torch.stack([record.image(step)[0].cpu() for step in steps])
     parts = [_part(chat, index, original.images[0]) for index in range(len(chat.images))]
     known = [part for part in parts if part is not None]

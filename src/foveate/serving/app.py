@@ -163,7 +163,7 @@ async def chat_completions(request: Request) -> Response:
 def _question(service: Service, body: bytes) -> tuple[wire.Completion, queue.Request]:
     asked = asking.parse(body)
     methods = service.catalogue.methods(asked.model, asked.method)
-    sampling = asking.sampling(asked, service.settings)
+    sampling = asking.sampling(asked, service.settings, methods)
     chat = asking.chat(service.vlm, asked, service.settings, service.decoders)
     return asked, queue.Request(chat, methods, sampling)
 

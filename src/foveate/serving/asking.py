@@ -83,7 +83,9 @@ def _turns(messages: list[wire.Message]) -> tuple[str | None, list[Turn]]:
     return "\n".join(system) or None, turns
 
 
-def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
+def sampling(
+    asked: wire.Completion, settings: Settings, methods: tuple[Method, ...] = ()
+) -> Sampling:
     tokens = asked.max_completion_tokens or asked.max_tokens or settings.tokens
     if tokens > settings.tokens:
         raise Refusal(
@@ -93,6 +95,11 @@ def sampling(asked: wire.Completion, settings: Settings) -> Sampling:
         raise Refusal("A stop string is empty: leave it out.", "stop")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Refusal("top_logprobs needs logprobs to be true.", "top_logprobs")
+    for method in methods:
+        if method.wants("search") and (asked.temperature or asked.logprobs):
+            raise Refusal(
+                f"{method.name} searches the answer with beams: leave out temperature and logprobs."
+            )
     return Sampling(
         max_tokens=tokens,
         temperature=asked.temperature or 0.0,

@@ -22,7 +22,7 @@ from ..core.method import Method, text
 from ..vlm.answering import Decoding, answer_all
 from ..vlm.chat import Chat
 from ..vlm.vlm import VLM
-from .sampling import Choose, Event, PartialAnswer, Sampling, Take
+from .sampling import Choose, Event, Left, PartialAnswer, Sampling, Take, Written
 from .wire import Busy, Failed, Settings, Stopping
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,17 @@ class Request:
     answer: PartialAnswer = field(init=False)  # from `Worker.submit` on
 
     @property
-    def kind(self) -> tuple[str, int]:
-        """Requests of one kind are taken together: the same methods, and chats of one kind."""
-        return text(self.methods), self.chat.kind
+    def searches(self) -> bool:
+        """Whether a method searches the answer, which it does prompt by prompt."""
+        return any(m.wants("search") and not m.is_neutral for m in self.methods)
+
+    @property
+    def kind(self) -> tuple[str, int, int]:
+        """Requests of one kind are taken together: the same methods, and chats of one kind.
+
+        A searched answer shares nothing.
+        """
+        return text(self.methods), self.chat.kind, id(self) if self.searches else 0
 
 
 @dataclass(eq=False)
@@ -190,7 +198,7 @@ class Worker:
             batch[0].methods,
             max(request.sampling.max_tokens for request in batch),
             size=self.size,
-            decoding=BatchDecoding([request.answer for request in batch], self),
+            decoding=BatchDecoding([request.answer for request in batch], self, batch[0].searches),
         )
 
     def _decode(self, ids: list[int], **options: Any) -> str:
@@ -201,8 +209,8 @@ class Worker:
 class BatchDecoding(Decoding):
     """Decodes each row of a batch as its request says, and starts again with every attempt."""
 
-    def __init__(self, rows: list[PartialAnswer], worker: Worker) -> None:
-        self.rows, self.worker = rows, worker
+    def __init__(self, rows: list[PartialAnswer], worker: Worker, searches: bool) -> None:
+        self.rows, self.worker, self.searches = rows, worker, searches
 
     def wanted(self, row: int) -> bool:
         return not self.rows[row].done
@@ -213,6 +221,12 @@ class BatchDecoding(Decoding):
             row.restart()
         self.worker.metrics.batches.observe(len(batch))
         pad: Any = self.worker.vlm.tokenizer.pad_token_id
+        if self.searches:
+            (row,) = batch
+            return {
+                "streamer": Written(row, pad, self.worker.ends),
+                "stopping_criteria": StoppingCriteriaList([Left(row)]),
+            }
         return {
             "num_beams": 1,
             "logits_processor": LogitsProcessorList([Choose(batch, pad)]),

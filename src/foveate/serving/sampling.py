@@ -3,6 +3,7 @@
 `Choose` sees the scores of a step and marks, in the rows that sample, the token drawn with the
 row's own generator; greedy decoding then picks it. `Take` sees the new tokens, gives each to its
 request and ends the rows that are done. So an answer does not depend on the rest of its batch.
+An answer that a method searches is known at its end only: `Written` gives it to its request.
 `Text` turns the tokens into text that can be sent at once.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 Reason = Literal["stop", "length"]
 
@@ -253,3 +255,32 @@ class Take(StoppingCriteria):
             if not row.done:
                 row.add(token, token in self.ends)
         return torch.tensor([row.done for row in self.rows], device=input_ids.device)
+
+
+class Written(BaseStreamer):
+    """Gives a whole answer to its row. pad: padding token. ends: ids of end tokens."""
+
+    def __init__(self, row: PartialAnswer, pad: int, ends: set[int]) -> None:
+        self.row, self.pad, self.ends, self.begun = row, pad, ends, False
+
+    def put(self, value: Tensor) -> None:
+        if not self.begun:  # the prompt comes first
+            self.row.prompt_tokens = int(((value != self.pad).cumsum(-1) > 0).sum())
+            self.begun = True
+            return
+        for token in value.flatten().tolist():
+            if not self.row.done:
+                self.row.add(token, token in self.ends)
+
+    def end(self) -> None:
+        pass
+
+
+class Left(StoppingCriteria):
+    """Ends a search whose row is done: nobody waits for it."""
+
+    def __init__(self, row: PartialAnswer) -> None:
+        self.row = row
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self.row.done, device=input_ids.device)

@@ -67,15 +67,17 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     """Chats about the same images as a shared prefix and suffixes.
 
     None where each needs a prompt of its own: a lone chat, chats without images or about several,
-    methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`),
-    prompts that differ before the image, second streams that see different pictures, a processor
-    whose tokens cannot be told apart.
+    methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`) or that
+    need `generate` (a search), prompts that differ before the image, second streams that see
+    different pictures, a processor whose tokens cannot be told apart.
     """
     if len(chats) < 2 or not same_images(chats):
         return None
     if len({tuple(map(id, chat.contrast or ())) for chat in chats}) > 1:
         return None
     config = vlm.model.generation_config
+    if any(method.wants("search") for method in methods):
+        return None
     if not all(method.shares_prefix for method in methods) or not all(
         getattr(config, name, None) in idle for name, idle in _PROCESSORS
     ):

@@ -163,7 +163,8 @@ class VLM:
     ) -> Iterator[str]:
         """The text of `ask`, piece by piece, as it is produced.
 
-        Bad input raises here, not at the first piece. An error of the model is raised to whoever
+        Bad input raises here, not at the first piece. A method that searches may take tokens back,
+        so its answer comes at the end. An error of the model is raised to whoever
         iterates; leaving the loop early stops the model and waits until it has stopped.
         """
         methods = _stack(method)
@@ -283,7 +284,8 @@ class VLM:
         inputs = self.inputs(chats) if inputs is None else inputs
         prepared = time.perf_counter()
         watch = Probabilities()
-        if (options.get("num_beams") or self.model.generation_config.num_beams or 1) == 1:
+        beams = options.get("num_beams") or self.model.generation_config.num_beams or 1
+        if beams == 1 and not any(m.wants("search") and not m.is_neutral for m in methods):
             processors = [*options.get("logits_processor", []), watch]
             options["logits_processor"] = LogitsProcessorList(processors)
         with self.using(methods, chats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import FoveateError
-from .compat import batch_of, length
+from .compat import batch_of, length, sharing
 from .context import Context
 
 
@@ -96,6 +97,33 @@ class PairedCache(ContextCache):
                 "enhance() with the same methods, or start from a fresh cache."
             )
         return super().update(key_states, *args, **kwargs)  # type: ignore[misc]
+
+
+def fork(cache: Any) -> Any:
+    """A cache that goes its own way from here and shares the tensors so far."""
+    new = sharing(cache)
+    new.foveate = copy.deepcopy(cache.foveate)
+    return new
+
+
+def keep_column(cache: Any, rows: list[int], column: Tensor | None, length: int) -> None:
+    """Of `rows` of a cache that keeps all, the first `length` columns and one more.
+
+    The tensors of the latest update are changed in place where every row stays what it is.
+
+    Args:
+        column: (B,), each row's further column, which becomes its last; None for no further one.
+    """
+    same = rows == list(range(batch_of(cache)))
+    for layer in cache.layers:
+        index = torch.tensor(rows, device=layer.keys.device)
+        for name in ("keys", "values"):
+            whole = kept = getattr(layer, name)
+            if not same:
+                kept = whole[:, :, : length + 1].index_select(0, index)
+            if column is not None:
+                kept[:, :, length] = whole[index, :, column.to(index.device)]
+            setattr(layer, name, kept[:, :, : length + (column is not None)])
 
 
 @functools.cache

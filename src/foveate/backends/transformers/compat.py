@@ -174,6 +174,23 @@ def is_quantized(cache: Any) -> bool:
     return isinstance(cache, QuantizedCache)
 
 
+def grows(cache: Any) -> bool:
+    """Whether every update of a cache makes new tensors, so that copies may share the old ones."""
+    return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", (None,)))
+
+
+def keeps_all(cache: Any) -> bool:
+    """Whether a cache that grows keeps every token in every layer."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def sharing(cache: Any) -> Any:
+    """A copy of a cache that grows; it shares the tensors."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new
+
+
 # -- the language model ----------------------------------------------------------------------------
 
 

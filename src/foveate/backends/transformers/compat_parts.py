@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...base.errors import FoveateError
+from .compat import CACHE_NAMES
 
 # -- decoder layers --------------------------------------------------------------------------------
 
@@ -159,6 +161,21 @@ def clip_image_processor(**options: Any) -> Any:
     name = "CLIPImageProcessor"  # early transformers 5 calls it so, without `Pil`
     kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     return kind(**options)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+def read_prompt(model: Any, ids: Tensor, config: Any, inputs: dict[str, Any]) -> Any:
+    """The forward over a prompt that `generate` has prepared; its output holds the cache."""
+    return model._prefill(ids, config, inputs)
+
+
+def beam_output(cache: Any, **fields: Any) -> Any:
+    """What `generate` returns after beam search, where a dictionary is asked for."""
+    known = GenerateBeamDecoderOnlyOutput.__dataclass_fields__
+    name = next(name for name in CACHE_NAMES if name in known)
+    return GenerateBeamDecoderOnlyOutput(**fields, **{name: cache})
 
 
 # -- loading and training --------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from .attention import register, release
 from .handshake import check_feed_forwards, check_layers, handshake
 from .heartbeat import check_graphs, forget_unfinished, lost
 from .hooks import Hooks
+from .search import search_arguments
 
 _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -106,7 +107,7 @@ def attach(
             leaving.callback(handle.remove)
         leaving.callback(hooks.streams.recover)
         if getattr(model, "generate", None) is not None:
-            guarded = _guarded(model.generate, hooks)
+            guarded = _guarded(model.generate, hooks, flash=usual.startswith("flash"))
             leaving.enter_context(compat.replaced(model, "generate", guarded))
         if stack.vision or any(method.needs_pixels for method in stack.methods):
             expanding = functools.partial(_expanding, visual=hooks.visual)
@@ -158,8 +159,11 @@ def prefill(model: Any, inputs: dict[str, Any]) -> Any:
     return cache
 
 
-def _guarded(generate: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:
-    """`generate`, refusing up front the modes that would edit the wrong rows."""
+def _guarded(generate: Callable[..., Any], hooks: Hooks, flash: bool) -> Callable[..., Any]:
+    """`generate`, refusing up front the modes that would edit the wrong rows.
+
+    A method that searches takes its place.
+    """
 
     @functools.wraps(generate)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -180,6 +184,8 @@ def _guarded(generate: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:
                 "rows do not survive: generate without an assistant."
             )
         hooks.check_thread()
+        if hooks.stack.at("search"):
+            kwargs = search_arguments(hooks.stack, flash, kwargs)
         hooks.generating, hooks.had_image = True, False
         try:
             return generate(*args, **kwargs)

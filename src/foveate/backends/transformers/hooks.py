@@ -82,6 +82,7 @@ class Hooks:
         if not torch.compiler.is_compiling():
             self.check_thread()
             self.streams.recover()
+            self.refuse_lone_forward(asked)
         if args:
             kwargs = dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
         cache = compat.cache_in(kwargs)
@@ -118,6 +119,15 @@ class Hooks:
             raise FoveateError(
                 "Another thread has this model inside enhance(), where every call is edited: wait "
                 "until it leaves the block, or open the block in the thread that calls the model."
+            )
+
+    def refuse_lone_forward(self, phase: str) -> None:
+        """A method that searches does nothing in a forward, unless it is the one that asks."""
+        searching = self.stack.at("search")
+        if searching and not self.generating and phase != "prefix":
+            raise FoveateError(
+                f"{self.stack.methods[searching[0]].name} chooses tokens by a search of its own, "
+                "which a single forward is no part of: call generate()."
             )
 
     def start(self, kwargs: dict[str, Any], cache: Any, phase: Phase, new: int) -> Context:
