@@ -109,7 +109,7 @@ class OPERA(Method):
             pieces.append(rows.over_heads(rows.x, "max")[:, 0])
         return rows.x
 
-    def columns(self, products: Tensor, shares: Tensor) -> Tensor:
+    def column_scores(self, products: Tensor, shares: Tensor) -> Tensor:
         """Products (..., n) of every column of W, with one more row of it.
 
         Args:
@@ -151,7 +151,7 @@ class OPERA(Method):
             logits = beams.logits
             z, tokens = logits.topk(min(self.candidates, logits.shape[1]))
             shares = _over_sum(beams.look(tokens))
-            tried = self.columns(products[:, None].expand(-1, z.shape[1], -1), shares)
+            tried = self.column_scores(products[:, None].expand(-1, z.shape[1], -1), shares)
             less, columns = self.penalties(tried, shares, image)
             past.note(columns.tolist(), State(answers, sums, products, finished.copy(), choices))
             back = past.back()
@@ -168,7 +168,7 @@ class OPERA(Method):
                 return finished.found[0]
             choices = list(zip(chosen.tokens, chosen.sources, strict=True))
             shares = _over_sum(beams.take(chosen.sources, chosen.tokens))
-            products = self.columns(products[chosen.sources], shares)
+            products = self.column_scores(products[chosen.sources], shares)
 
 
 @dataclass
@@ -176,7 +176,7 @@ class State:
     """The search before a choice.
 
     Attributes:
-        answers: (B, n) int64. sums: (B,), of log-probabilities. products: (B, n), see `columns`.
+        answers: (B, n) int64. sums: (B,), of log-probabilities. products: (B, n), see `column_scores`.
         choices: the (token, beam) pairs that led here.
     """
 

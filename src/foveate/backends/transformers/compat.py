@@ -174,7 +174,7 @@ def is_quantized(cache: Any) -> bool:
     return isinstance(cache, QuantizedCache)
 
 
-def grows(cache: Any) -> bool:
+def renews(cache: Any) -> bool:
     """Whether every update of a cache makes new tensors, so that copies may share the old ones."""
     return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", (None,)))
 

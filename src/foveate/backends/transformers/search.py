@@ -290,7 +290,7 @@ def _run(
         )
     out = compat_parts.read_prompt(model, ids, config, kwargs)
     cache, logits = compat.cache_of(out), out.logits[:, -1].to(ids.device)
-    if not compat.grows(cache):
+    if not compat.renews(cache):
         raise FoveateError(
             f"{method.name} tries tokens and takes them back, which the cache of "
             f"{type(model).__name__} cannot: its layers do not all keep keys and values."
