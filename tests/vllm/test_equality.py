@@ -79,14 +79,26 @@ def test_every_method_gives_the_answers_of_transformers(
             assert apart(ours, theirs) < NEAR, method
 
 
-def test_without_the_plug_in_every_answer_differs(
+def test_every_method_changes_its_answer(
     job: dict[str, Any], reference: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    asked = job | {"out": str(tmp_path / "plain")}
-    environment = {"FOVEATE_VLLM": "off", "VLLM_PLUGINS": ""}
-    (turn,) = answers.run("vllm", asked, VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
+    plain = [one | {"method": ""} for one in job["requests"]]
+    (turn,) = answers.run("transformers", job | {"requests": plain, "out": str(tmp_path / "plain")})
     for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
         assert (apart(ours, theirs) > 0.1) == bool(method), method
+
+
+def test_a_plug_in_that_is_switched_off_refuses_methods(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import SamplingParams
+
+    from foveate.backends.vllm.requests import Requests
+
+    monkeypatch.setenv("FOVEATE_VLLM", "off")
+    Requests.validate_params(SamplingParams())
+    with pytest.raises(ValueError, match="switched off"):
+        Requests.validate_params(SamplingParams(extra_args={"foveate": "clvs"}))
 
 
 def test_several_pictures_grouped_heads_and_positions_of_three_rows(tmp_path: Path) -> None:

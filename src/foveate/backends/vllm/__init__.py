@@ -15,12 +15,14 @@ from __future__ import annotations
 import os
 
 
-def register() -> None:
-    """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`).
+def switched_off() -> bool:
+    """Whether ``FOVEATE_VLLM=off`` in the environment leaves vLLM as it is."""
+    return os.environ.get("FOVEATE_VLLM", "").lower() in ("off", "0")
 
-    ``FOVEATE_VLLM=off`` in the environment leaves vLLM as it is.
-    """
-    if os.environ.get("FOVEATE_VLLM", "").lower() in ("off", "0"):
+
+def register() -> None:
+    """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`)."""
+    if switched_off():
         return
     from . import compat
 

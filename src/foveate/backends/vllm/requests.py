@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
 from ...base.errors import FoveateError
+from . import switched_off
 from .admission import check_text
 from .asked import POSITIONS, asked, visual
 from .plan import Live
@@ -27,6 +28,8 @@ class Requests(LogitsProcessor):
             ValueError: with the sentence to tell.
         """
         try:
+            if switched_off() and asked(sampling_params):
+                raise FoveateError("foveate is switched off here (FOVEATE_VLLM=off).")
             check_text(sampling_params)
         except FoveateError as error:
             raise ValueError(str(error)) from error
