@@ -159,6 +159,7 @@ def slow(cache: Cache, text: str) -> list[Tensor]:
         "pai(alpha=1.0, gamma=1.0)",
         "pai(alpha=1.0, gamma=1.0, boost_first_token=False)",
         "devils(alpha=1.0)",
+        "spin(keep=0.5, scale=0.2)",
         "scalingvis(weight=2.0)",
         "vaf(enhance=1.8, suppress=0.4, layers=(0, 1))",
         "adhh(threshold=0.1, heads=((0, 1), (1, 0), (1, 3)))",
@@ -239,6 +240,8 @@ def test_one_text_stands_for_all_spellings() -> None:
         ("laser", "before it answers"),
         ("adhh(heads='heads.json')", "name no files"),
         ("cli", "vision tower"),
+        ("memvr", "feed-forward"),
+        ("opera", "search"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(text: Any, sentence: str) -> None:

@@ -23,6 +23,7 @@ METHODS = [
     "pai(alpha=1.0, gamma=1.0)",
     "pai(alpha=1.0, gamma=1.0, boost_first_token=False)",
     "devils(alpha=1.0)",
+    "spin(keep=0.5)",
     "tarac(beta=1.5, alpha=0.8)",
     "vaf(enhance=1.8, suppress=0.4)",
     "adhh(threshold=0.3, heads=((2, 0), (2, 1), (5, 3)))",

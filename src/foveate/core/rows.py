@@ -183,6 +183,10 @@ class Rows:
         """(B, H, R, K) pooled over all query heads of the layer, (B, 1, R, K)."""
         return x.amax(1, keepdim=True) if pool == "max" else x.mean(1, keepdim=True)
 
+    def all_heads(self, x: Tensor) -> Tensor:
+        """(B, H, ...) of the rows' heads as (B, all query heads of the layer, ...)."""
+        return x
+
     def these_heads(self, x: Tensor) -> Tensor:
         """Of (B, all query heads of the layer, ...) those that `x` of the rows has, H of them.
 

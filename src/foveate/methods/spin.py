@@ -62,10 +62,11 @@ class SPIN(Method):
 
     def weights(self, rows: Rows) -> Tensor:
         g = rows.seq.scratch["g"] if self.rank_by == "scores" else self.given(rows)
+        g = rows.all_heads(g)
         heads = g.shape[1]
         best = g.topk(int(self.keep * heads), dim=1).indices
         factors = torch.full_like(g, self.scale).scatter(1, best, 1.0)
-        return rows.x * factors[:, :, None, None]
+        return rows.x * rows.these_heads(factors)[:, :, None, None]
 
     def given(self, rows: Rows) -> Tensor:
         """What every head gives the image, (B, H) float32."""

@@ -15,13 +15,14 @@ from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
 from .asked import IMAGES, KEY, acting, asked
 
-# stage -> what it needs that vLLM does not give
-_MISSING = {
+_RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
+_NEEDS = {  # of other stages
     "rewrite": "to read the model's attention before it answers",
     "contrast": "a second stream beside the answer",
     "see": "the states of the vision tower",
     "mlp": "the feed-forward layers",
     "logits": "to change the logits",
+    "search": "a search of its own",
 }
 
 
@@ -73,9 +74,11 @@ def fitting(method: Method) -> Method:
         FoveateError: it cannot.
     """
     permit(method)
-    for stage, what in _MISSING.items():
-        if method.wants(stage):
-            raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
+    needs = [stage for stage in (*_NEEDS, *method.stages) if method.wants(stage)]
+    missing = next((stage for stage in needs if stage not in _RUN), None)
+    if missing is not None:
+        what = _NEEDS.get(missing, f"the stage {missing}")
+        raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
     if method.reads_prompt:
         raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
     return method

@@ -41,10 +41,10 @@ class ServedRows(Rows):
 
     def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
         here = super().over_heads(x, pool)
-        if self.ranks is None:
-            return here
-        everywhere = self.ranks.all_gather(here.contiguous(), dim=1)
-        return super().over_heads(everywhere, pool)  # every rank holds as many heads
+        return super().over_heads(self.all_heads(here), pool)  # every rank holds as many heads
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        return x if self.ranks is None else self.ranks.all_gather(x.contiguous(), dim=1)
 
     def these_heads(self, x: Tensor) -> Tensor:
         if self.ranks is None:
