@@ -185,14 +185,20 @@ def test_a_named_transform_is_that_of_the_registry(name: str) -> None:
 
 def test_only_the_crop_of_llava_is_a_square() -> None:
     for name in SIZES:
-        for transform in ("crop", "rotate", "grey+crop", "crop(side=20)"):
-            image = picture(0, *SIZES[name])
-            stack = as_stack(RITUAL(transform=transform))
-            (chat,) = tiny.vlm(name).rewrite([Chat([image], "red")], stack)
+        vlm, image = tiny.vlm(name), picture(0, *SIZES[name])
+
+        def size(transform: str, vlm: VLM = vlm, image: Image.Image = image) -> tuple[int, int]:
+            (chat,) = vlm.rewrite([Chat([image], "red")], as_stack(RITUAL(transform=transform)))
             assert chat.contrast is not None
-            own = 336 if name == "llava" and transform.endswith("crop") else 20
-            square = own == 336 or "side" in transform
-            assert chat.contrast[0].size == ((own, own) if square else image.size)
+            return chat.contrast[0].size
+
+        assert size("rotate") == image.size
+        assert size("crop") == size("grey+crop") == ((336, 336) if name == "llava" else image.size)
+        if name == "llava":
+            assert size("crop(side=20)") == (20, 20)
+        else:
+            with pytest.raises(FoveateError, match=r"crop.side=20. gives a picture of another"):
+                size("crop(side=20)")
 
 
 # -- many questions --------------------------------------------------------------------------------
