@@ -259,3 +259,15 @@ def test_a_second_owner_of_the_second_stream_is_refused() -> None:
 def test_senseless_parameters_are_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
         tiny.vlm().ask(picture(), "red", RITUAL(**parameters))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_static_cache_and_half_precision(name: str) -> None:
+    model, inputs = models.build(name), models.inputs(name, "mixed", batch=3)
+    method = RITUAL(beta=0.0)
+    dynamic = generate(model, inputs, method)
+    static = generate(model, inputs, method, cache_implementation="static")
+    assert difference(torch.stack(static.logits), torch.stack(dynamic.logits)) < ROUNDING
+    half, dtype = models.build(name, dtype=torch.bfloat16), torch.bfloat16
+    out = generate(half, models.inputs(name, "mixed", batch=3, dtype=dtype), method)
+    assert torch.stack(out.logits).isfinite().all()
