@@ -29,13 +29,14 @@ with their quartiles.
 * published: the same reading done as published code does, with full attention maps
   (`output_attentions`, eager) and without a cache, so that the whole sequence, picture included,
   is run again for every token that is read; then the answer about the method's picture, as above.
+  RITUAL reads nothing: there the two differ by the change of the picture alone.
 * tokens read: per reading pass.
 """
 COLUMNS = [
     *("", "passes", "tokens read", "plain, s", "method, s", "published, s"),
     *("method / plain", "published / method"),
 ]
-METHODS = ("vicrop", "carve(steps=16)", "laser(vat=never)", "laser")
+METHODS = ("vicrop", "carve(steps=16)", "laser(vat=never)", "laser", "agla", "ritual")
 TOKENS = 16
 QUESTION = "is there a red car left of the large house?"
 
@@ -68,7 +69,7 @@ def published(
     vlm: VLM, chat: Chat, chats: list[Chat], stack: tuple[Method, ...], tokens: int
 ) -> None:
     """Read as published code does, then answer about the method's picture."""
-    for text in (chat.text + SHORT, GENERAL + SHORT):
+    for text in (chat.text + SHORT, GENERAL + SHORT) * stack[0].looks_again:
         read_again(vlm, Chat(chat.images, text), min(tokens, steps(stack[0])))
     vlm.answer(chats, stack, tokens)
 

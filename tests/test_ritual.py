@@ -185,14 +185,20 @@ def test_a_named_transform_is_that_of_the_registry(name: str) -> None:
 
 def test_only_the_crop_of_llava_is_a_square() -> None:
     for name in SIZES:
-        for transform in ("crop", "rotate", "grey+crop", "crop(side=20)"):
-            image = picture(0, *SIZES[name])
-            stack = as_stack(RITUAL(transform=transform))
-            (chat,) = tiny.vlm(name).rewrite([Chat([image], "red")], stack)
+        vlm, image = tiny.vlm(name), picture(0, *SIZES[name])
+
+        def size(transform: str, vlm: VLM = vlm, image: Image.Image = image) -> tuple[int, int]:
+            (chat,) = vlm.rewrite([Chat([image], "red")], as_stack(RITUAL(transform=transform)))
             assert chat.contrast is not None
-            own = 336 if name == "llava" and transform.endswith("crop") else 20
-            square = own == 336 or "side" in transform
-            assert chat.contrast[0].size == ((own, own) if square else image.size)
+            return chat.contrast[0].size
+
+        assert size("rotate") == image.size
+        assert size("crop") == size("grey+crop") == ((336, 336) if name == "llava" else image.size)
+        if name == "llava":
+            assert size("crop(side=20)") == (20, 20)
+        else:
+            with pytest.raises(FoveateError, match=r"crop.side=20. gives a picture of another"):
+                size("crop(side=20)")
 
 
 # -- many questions --------------------------------------------------------------------------------
@@ -253,3 +259,15 @@ def test_a_second_owner_of_the_second_stream_is_refused() -> None:
 def test_senseless_parameters_are_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
         tiny.vlm().ask(picture(), "red", RITUAL(**parameters))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_static_cache_and_half_precision(name: str) -> None:
+    model, inputs = models.build(name), models.inputs(name, "mixed", batch=3)
+    method = RITUAL(beta=0.0)
+    dynamic = generate(model, inputs, method)
+    static = generate(model, inputs, method, cache_implementation="static")
+    assert difference(torch.stack(static.logits), torch.stack(dynamic.logits)) < ROUNDING
+    half, dtype = models.build(name, dtype=torch.bfloat16), torch.bfloat16
+    out = generate(half, models.inputs(name, "mixed", batch=3, dtype=dtype), method)
+    assert torch.stack(out.logits).isfinite().all()

@@ -20,8 +20,9 @@ from foveate.core.method import text
 from foveate.evaluation import sweep as sweep_module
 from foveate.evaluation.benchmark import Benchmark, EvalRecord, Sample, parse
 from foveate.evaluation.data import Data
+from foveate.evaluation.points import Point
 from foveate.evaluation.run import Plan
-from foveate.evaluation.sweep import Axis, Point, Sweep, SweepGrid, sweep
+from foveate.evaluation.sweep import Axis, Sweep, SweepGrid, best, sweep
 from foveate.evaluation.yesno import Counts
 from foveate.insight.plots.sweep import show_sweep
 from tests import models
@@ -199,6 +200,10 @@ def test_accuracy_beside_vanilla(swept: Swept, tmp_path: Path) -> None:
     assert (better.low, better.high) == ends
     assert better.apart
     assert found.axes == (Axis("smoothing", (0.5, 0.8), 0.8),)
+    assert found.choice is not None
+    assert (found.choice.method, found.choice.values) == ("clvs", (0.8,))
+    assert found.choice.images + found.choice.held_out_images == 12
+    assert best(found).startswith("Best: clvs, chosen on 12 questions about 6 images")
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written == json.loads(json.dumps(dataclasses.asdict(found)))
 
@@ -285,6 +290,8 @@ def test_a_line_names_its_axes_and_n(swept: Swept, tmp_path: Path) -> None:
         "default, 0.8",
         "n = 24",
         "12 images",
+        ">chosen on half<",
+        "Best: clvs, chosen on",
     ):
         assert said in words
 
@@ -300,7 +307,7 @@ def test_a_map_writes_its_values_in(swept: Swept, tmp_path: Path) -> None:
     found = swept(answers, "smoothing=0.5,0.8", "beta=0.5,0.8")
     words = drawn(found, tmp_path / "map.svg")
     numbers = (">100.00<", ">+50.00*<", ">37.50<", ">-12.50<", ">50.00<", ">+0.00<", "no value")
-    names = (">smoothing<", ">beta<", ">vanilla<", "n = 24")
+    names = (">smoothing<", ">beta<", ">vanilla<", "n = 24", "Dashed: chosen on half")
     for said in (*numbers, *names):
         assert said in words
 
@@ -378,6 +385,7 @@ def test_a_stopped_sweep_goes_on(
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "n = 4 questions" in said
+    assert "No setting is named the best: choosing on one half of the images" in said
     assert "vanilla" in said
     assert (tmp_path / "records.jsonl").read_text().startswith(begun)
     assert (tmp_path / "sweep.json").read_text() == (whole / "sweep.json").read_text()

@@ -67,12 +67,12 @@ def sweep(
 ) -> None:
     """Try values of a method's parameters on a benchmark, against vanilla, and draw the result.
 
-    One parameter gives a line with its interval, two give a map. You may stop it at any time: the
-    same command goes on.
+    One parameter gives a line with its interval, two give a map. Half of the images choose the best
+    setting, the other half checks it. You may stop it at any time: the same command goes on.
     """
     from ..evaluation.benchmark import parse
     from ..evaluation.run import Plan
-    from ..evaluation.sweep import SweepGrid
+    from ..evaluation.sweep import SweepGrid, best
     from ..evaluation.sweep import sweep as run
     from ..insight.plots.style import check_path
     from ..insight.plots.sweep import show_sweep
@@ -111,4 +111,5 @@ def sweep(
     print(f"n = {result.questions} questions about {result.images} images, the same for all")
     for note in result.notes:
         print(note)
+    print(best(result))
     print(f"figure: {figure}, numbers: {out / 'sweep.json'}")

@@ -12,13 +12,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ..backends.transformers.anatomy import anatomy
@@ -29,15 +27,12 @@ from ..core.method import Method, as_stack, text
 from ..vlm.vlm import VLM
 from .ask import as_record, evaluate
 from .benchmark import Benchmark, EvalRecord, image_of
+from .choice import Choice, choice_sentence, choose
 from .merge import Key, gaps, merge, read_runs
+from .points import ACCURACY, ByMethod, Point, Records, fill
 from .run import Plan, Question, Stack, Watch, unwatched
 
-Records = list[EvalRecord]
-ByMethod = dict[str, Records]
-
-ACCURACY = "accuracy"
 MOST = 1_000  # settings in a sweep
-GROUPS = 50  # of images, for the intervals of scores that are not a mean over questions
 UNITS = {"length": "words", "score": "points", "perception": "points", "cognition": "points"}
 NUMBER = r"([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}/{NUMBER}")
@@ -218,39 +213,6 @@ def _numbers(values: Iterable[Any]) -> bool:
 
 
 @dataclass
-class Point:
-    """One setting against vanilla, on the questions that everyone answered.
-
-    Attributes:
-        method: its text form.
-        values: of the parameters, in the order of the axes.
-        value: the metric, None where nothing can be said.
-        difference: from vanilla.
-        low, high: ends of the difference's 95 % bootstrap interval; None for fewer than two images.
-        gained, lost: answers that score higher, and lower, than vanilla's; None for metrics that
-            are not a mean over questions.
-        p: McNemar's exact two-sided p.
-        corrected: p after Holm's correction for all settings.
-    """
-
-    method: str
-    values: tuple[Any, ...]
-    value: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    gained: int | None = None
-    lost: int | None = None
-    p: float | None = None
-    corrected: float | None = None
-
-    @property
-    def apart(self) -> bool:
-        """Whether the interval leaves out vanilla."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
-
-
-@dataclass
 class Sweep:
     """All numbers of a sweep; the content of ``sweep.json``.
 
@@ -261,6 +223,8 @@ class Sweep:
         questions, images: that every number is about.
         vanilla: the plain model's number.
         notes: what a reader must know.
+        choice: the best setting and its check on images that did not choose it; None where
+            `unchosen` says why not.
         revision, commit: of a model from the hub.
     """
 
@@ -277,6 +241,8 @@ class Sweep:
     vanilla: float
     points: list[Point]
     notes: list[str]
+    choice: Choice | None = None
+    unchosen: str = ""
     revision: str | None = None
     commit: str | None = None
 
@@ -313,10 +279,10 @@ def sweep(
         shared = {name: _about(metric, records) for name, records in shared.items()}
     plain = shared.pop("vanilla")
     answered = [point for point in points if point.method in shared]
-    if metric == ACCURACY:
-        vanilla = _fill_accuracy(answered, plain, shared, b)
-    else:
-        vanilla = _fill_score(answered, plain, shared, b, metric)
+    vanilla = fill(answered, plain, shared, b, metric)
+    choice, unchosen = choose(
+        answered, plain, shared, b, metric, tuple(axis.default for axis in axes), plan.seed
+    )
     result = Sweep(
         method=text(grid.stack),
         model=vlm.name,
@@ -331,11 +297,20 @@ def sweep(
         vanilla=vanilla,
         points=points,
         notes=[*gaps(runs), *notes],
+        choice=choice,
+        unchosen=unchosen,
         revision=vlm.revision,
         commit=vlm.commit,
     )
     write_json(plan.out / "sweep.json", dataclasses.asdict(result), "all records are safe")
     return result
+
+
+def best(sweep: Sweep) -> str:
+    """Which setting is the best, in words, with its check; or why none is named."""
+    if sweep.choice is None:
+        return sweep.unchosen
+    return choice_sentence(sweep.choice, sweep.metric, sweep.unit, sweep.digits)
 
 
 def _check_metric(b: Benchmark, metric: str, root: Path | None) -> None:
@@ -381,66 +356,3 @@ def _about(metric: str, records: Records) -> Records:
     """The records of the split in the metric's name; all records where it names none."""
     splits = {r["split"] for r in records if metric.startswith(f"{r['split']}/")}
     return [r for r in records if r["split"] in splits or not splits]
-
-
-def _fill_accuracy(points: list[Point], plain: Records, records: ByMethod, b: Benchmark) -> float:
-    """Fill in every point's mean score of single answers; returns vanilla's."""
-    images = [image_of(record) for record in plain]
-    before = [100 * b.grade(record) for record in plain]
-    for point in points:
-        after = [100 * b.grade(record) for record in records[point.method]]
-        changes = [new - old for new, old in zip(after, before, strict=True)]
-        point.value, point.difference = fmean(after), fmean(changes)
-        point.low, point.high = stats.interval(changes, images) or (None, None)
-        point.gained, point.lost = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-        point.p = stats.mcnemar(point.gained, point.lost)
-    corrected = stats.holm([point.p for point in points if point.p is not None])
-    for point, p in zip(points, corrected, strict=True):
-        point.corrected = p
-    return fmean(before)
-
-
-def _fill_score(
-    points: list[Point], plain: Records, records: ByMethod, b: Benchmark, metric: str
-) -> float:
-    """Fill in every point's score of the benchmark; returns vanilla's."""
-
-    def measure(answers: Records) -> float:
-        return b.score(answers).get(metric, math.nan)
-
-    whole = measure(plain)
-    if math.isnan(whole):
-        raise FoveateError(
-            f"{metric} is not defined for vanilla's {len(plain)} answers: ask more questions, or "
-            "choose another --metric."
-        )
-    parts = _without_each(measure, plain)
-    for point in points:
-        value = measure(records[point.method])
-        if math.isnan(value):
-            continue
-        change = value - whole
-        without = _without_each(measure, records[point.method])
-        left = [new - old for new, old in zip(without, parts, strict=True)]
-        point.value, point.difference = value, change
-        if left and not any(map(math.isnan, left)):
-            middle = fmean(left)
-            pseudo = [change + (len(left) - 1) * (middle - part) for part in left]
-            point.low, point.high = stats.interval(pseudo, range(len(left))) or (None, None)
-    return whole
-
-
-def _without_each(measure: Callable[[Records], float], records: Records) -> list[float]:
-    """The score without one group of images, for each of up to `GROUPS` groups drawn at random.
-
-    How the score changes when a group is missing is what that group contributes: the jackknife's
-    pseudo-values (Tukey 1958). We resample these instead of single questions where a score is not
-    a mean over questions (F1, pairs that must both be right, CHAIR).
-    """
-    images = list(dict.fromkeys(map(image_of, records)))
-    count = min(len(images), GROUPS)
-    if count < 2:
-        return []
-    random.Random(0).shuffle(images)
-    group = {image: number % count for number, image in enumerate(images)}
-    return [measure([r for r in records if group[image_of(r)] != g]) for g in range(count)]

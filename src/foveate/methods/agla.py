@@ -38,11 +38,11 @@ class AGLA(Method):
 
     The default is a departure: R and c come from the model itself and not from a second model. R
     is the attention of the prompt's last row on the picture for the question, divided by the same
-    for a general instruction, in the layer that ViCrop reads. c is the share of the attention that
-    the question moves: half the summed difference of the two maps, each scaled to sum 1. It is 0
-    where the question looks where any question looks, which keeps everything, and 1 where the two
-    looks have nothing in common, which keeps half. Parts of the picture without a token count as
-    least relevant (inferred).
+    for a general instruction, both as ViCrop asks them and in the layer that it reads. c is the
+    share of the attention that the question moves: half the summed difference of the two maps,
+    each scaled to sum 1 (inferred). It is 0 where the question looks where any question looks,
+    which keeps everything, and 1 where the two looks have nothing in common, which keeps half.
+    Parts of the picture without a token count as least relevant (inferred).
 
     LLaVA-1.5 sees the masked picture as a square of 384 pixels, whatever the picture's shape, as
     published. For other models the mask is laid on the picture in its own size, so that the number
@@ -75,7 +75,10 @@ class AGLA(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"qwen2_5_vl": {"layers": (22,)}}
     looks_again: ClassVar[bool] = True
     needs_pixels: ClassVar[bool] = True
-    passes: ClassVar[str] = "the prompt twice: question, and once per image a general instruction"
+    passes: ClassVar[str] = (
+        "the prompt twice: question, and once per image a general instruction; every token once "
+        "more, in one batch"
+    )
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "beta": 0.0}
     example: ClassVar[dict[str, Any]] = {"beta": 0.0}
 

@@ -58,6 +58,7 @@ class RITUAL(Method):
     name: ClassVar[str] = "ritual"
     paper: ClassVar[str] = "2405.17821"
     needs_pixels: ClassVar[bool] = True
+    passes: ClassVar[str] = "every token once more, in one batch"
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "beta": 0.0}
     example: ClassVar[dict[str, Any]] = {"beta": 0.0}
 
@@ -80,6 +81,12 @@ class RITUAL(Method):
             return chats
         side = 336 if fixed_square(vlm) else None
         changed = [self.changed(image, side) for image in chats[0].images]
+        for image, (other, name) in zip(chats[0].images, changed, strict=True):
+            self.require(
+                side is not None or other.size == image.size,
+                f"{name} gives a picture of another size, on which this model's number of image "
+                "tokens depends: choose a transform that keeps the size",
+            )
         contrast = [image for image, _ in changed]  # one list of pictures: they share a prefix
         names = [name for _, name in changed]
         return [

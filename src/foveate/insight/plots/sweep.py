@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...evaluation.sweep import best
 from .style import (
     BLUE,
     INK,
@@ -15,6 +16,7 @@ from .style import (
     PAPER,
     QUIET,
     RED,
+    SERIES,
     Page,
     check_path,
     legend,
@@ -24,7 +26,8 @@ from .style import (
 )
 
 if TYPE_CHECKING:
-    from ...evaluation.sweep import Point, Sweep
+    from ...evaluation.points import Point
+    from ...evaluation.sweep import Sweep
 
 BELOW_ABOVE = "PuOr"  # orange to violet: told apart by everyone
 
@@ -76,6 +79,10 @@ def _line(sweep: Sweep) -> Page:
     elif banded:
         where, low, high = zip(*banded, strict=True)
         panel.vlines(where, low, high, color=BLUE, alpha=0.5, lw=3, label="95 % interval")
+    if sweep.choice is not None:
+        spots = [(at, p.value) for at, p in known if p.method == sweep.choice.method]
+        ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1.6, "zorder": 3}
+        panel.scatter(*zip(*spots, strict=True), s=150, label="chosen on half", **ring)
     default = axis.default_at
     if default is not None:
         panel.axvline(default, color=QUIET, lw=1, ls=":", label=f"default, {_short(axis.default)}")
@@ -112,7 +119,8 @@ def _map(sweep: Sweep) -> Page:
         notes=_caption(
             sweep,
             f"Large: {_measured(sweep)}. Small: its difference from vanilla, with * where the "
-            f"{_interval(sweep)} leaves out 0.{' Framed: the default.' * framed}",
+            f"{_interval(sweep)} leaves out 0.{' Framed: the default.' * framed}"
+            f"{' Dashed: chosen on half of the images.' * (sweep.choice is not None)}",
         ),
     )
     top, tall = page.top(0), rows * high
@@ -133,6 +141,10 @@ def _map(sweep: Sweep) -> Page:
     if framed:
         column, row = (axis.values.index(axis.default) for axis in sweep.axes)
         panel.add_patch(_frame(column, row))
+    if sweep.choice is not None:
+        places = zip(sweep.axes, sweep.choice.values, strict=True)
+        column, row = (axis.values.index(value) for axis, value in places)
+        panel.add_patch(_frame(column, row, dashed=True))
     heads = [_short(value) for value in across.values]
     panel.set_xticks(range(columns), heads)
     panel.set_yticks(range(rows), [_short(value) for value in up.values])
@@ -176,10 +188,15 @@ def _tell(panel: Any, column: int, row: int, sweep: Sweep, point: Point, norm: A
     panel.text(column, row - 0.08, change, va="top", size=8, **style)
 
 
-def _frame(column: int, row: int) -> Any:
+def _frame(column: int, row: int, dashed: bool = False) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, ec=INK, lw=1.8)
+    inset = 0.05 * dashed  # inside another frame
+    corner, wide, high = (column - 0.47 + inset, row - 0.46 + inset), 0.94, 0.92
+    style: dict[str, Any] = {"ec": INK, "lw": 1.8}
+    if dashed:
+        style = {"ec": SERIES[2], "lw": 2.2, "ls": "--"}  # seen on violet, white and orange
+    return Rectangle(corner, wide - 2 * inset, high - 2 * inset, fill=False, **style)
 
 
 def _caption(sweep: Sweep, reading: str) -> str:
@@ -187,8 +204,8 @@ def _caption(sweep: Sweep, reading: str) -> str:
     return (
         f"Model {sweep.model}, {sweep.benchmark}; n = {sweep.questions:,} questions about "
         f"{sweep.images:,} images, the same for vanilla and every setting. {reading} Intervals "
-        "are for each setting alone, not corrected for trying several: confirm the best one on "
-        f"other questions. {' '.join(sweep.notes)}"
+        f"are for each setting alone, not corrected for trying several. {best(sweep)} "
+        f"{' '.join(sweep.notes)}"
     )
 
 
