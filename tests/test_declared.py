@@ -26,6 +26,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("carve", "regions"): 10**9,  # of those that are found anyway
     ("clvs", "stop_every"): 10**9,  # fewer tests
     ("clvs", "top_k"): 10**9,  # at most the vocabulary, over which logits are made anyway
+    ("deco", "top_k"): 10**9,  # at most the vocabulary
     ("laser", "first_layer"): 11,  # the last one
     ("laser", "floor"): 10**9,  # a crop is at most the image
     ("laser", "heads"): 10**9,  # at most those of the model

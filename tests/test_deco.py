@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 from foveate import FoveateError, enhance
 from foveate.backends.transformers.anatomy import anatomy
@@ -116,3 +118,53 @@ def test_at_least_one_token_is_left() -> None:
 def test_senseless_parameters_are_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
         DeCo(**parameters).resolve(anatomy(models.build("llava")))
+
+
+# -- what models do behind their unembedding -------------------------------------------------------
+
+
+class Changed(tf.LlavaForConditionalGeneration):
+    """A LLaVA whose logits are changed at the end, as Gemma 3n, Granite or others do."""
+
+    change: Any = None
+
+    @functools.wraps(tf.LlavaForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = self.change(out.logits)
+        return out
+
+
+def changed(change: Any, cap: float | None = None) -> Any:
+    model: Any = models.build("llava", fresh=True)
+    model.__class__, model.change = Changed, change
+    model.config.text_config.final_logit_softcapping = cap
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "cap"),
+    [
+        (lambda x: 2.0 * torch.tanh(x / 2.0), 2.0),
+        (lambda x: x / 8, None),
+        (lambda x: x * 0.25, 30.0),
+        (lambda x: x, 30.0),
+    ],
+    ids=["cap", "divided", "multiplied", "named but not done"],
+)
+def test_the_models_scaling_or_cap_belongs_to_its_head(change: Any, cap: float | None) -> None:
+    model, inputs = changed(change, cap), models.inputs("llava", batch=3)
+    with torch.no_grad():
+        own = model(**inputs).logits[:, -1]
+        with enhance(model, DeCo(alpha=0.7, layers=(6,), top_p=2.0, top_k=0)):
+            got = model(**inputs).logits[:, -1]
+    assert difference(got, (1 + 0.7 * own.softmax(-1).amax(-1, keepdim=True)) * own) < 1e-5
+
+
+def test_logits_changed_in_another_way_are_refused() -> None:
+    model = changed(lambda x: x.abs())
+    with (
+        pytest.raises(FoveateError, match=r"^Changed changes its logits .* no inner states\.$"),
+        enhance(model, "deco"),
+    ):
+        pass

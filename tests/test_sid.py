@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from foveate import FoveateError, enhance, prefill
 from foveate.backends.transformers.anatomy import anatomy
+from foveate.backends.transformers.attention import _hiding
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.methods.pai import PAI
 from foveate.methods.sid import SID
@@ -104,6 +106,35 @@ def test_the_lowest_layer_decides() -> None:
         found = SID().resolve(gemma)
     assert found.layers == (5,)
     assert found.other_layers(gemma) == ((2,), (5,))
+
+
+def test_the_second_stream_is_read_once_and_hidden_in_every_layer_above(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the prompt, and in decode steps that both streams share."""
+    calls: Counter[str] = Counter()
+    for stage in ("other_row", "other_hidden"):
+        original = getattr(SID, stage)
+
+        def counted(self: SID, *args: Any, _stage: str = stage, _call: Any = original) -> Any:
+            calls[_stage] += 1
+            return _call(self, *args)
+
+        monkeypatch.setattr(SID, stage, counted)
+    model, inputs = models.build("llava"), models.inputs("llava", "mixed", batch=3)
+    generate(model, inputs, SID(keep=2, layers=(3,)), max_new_tokens=4)
+    assert calls == {"other_row": 4, "other_hidden": 3 * 4}
+
+
+def test_hiding_leaves_every_row_something_to_see() -> None:
+    hidden = torch.tensor([[True, False, True], [False, False, False]])[:, None, None]
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    first, second = _hiding(causal, hidden)[:, 0]
+    assert torch.equal(second, causal[0, 0])
+    assert torch.equal(first, torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 0]]).bool())
+    assert torch.equal(_hiding(None, hidden), ~hidden)
+    added = torch.zeros(1, 1, 1, 3)
+    assert torch.equal(_hiding(added, hidden) == 0, ~hidden)
 
 
 def test_a_prefix_cannot_be_filled_ahead() -> None:

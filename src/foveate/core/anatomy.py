@@ -101,6 +101,17 @@ class Anatomy(ABC):
         """Logits (..., V) float32 of residual states (..., D), without the final norm."""
 
     @abstractmethod
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        """What makes the model's own logits (..., V) float32 of states behind the final norm.
+
+        That is `unembed`, and behind it the scaling or soft-cap that some models have. The first
+        call runs the model on one token to see which.
+
+        Raises:
+            FoveateError: where the model does something else behind its unembedding.
+        """
+
+    @abstractmethod
     def norm(self, hidden: Tensor) -> Tensor:
         """Residual states (..., D) after the final norm."""
 

@@ -189,6 +189,7 @@ class Method(Form):
 
     @property
     def edits_attention(self) -> bool:
+        """Whether it edits or reads attention, in either stream."""
         return any(self.wants(s) for s in ("scores", "weights", "other_row", "other_hidden"))
 
     def other_layers(self, anatomy: Anatomy) -> tuple[Iterable[int], Iterable[int]]:

@@ -6,6 +6,7 @@ that is surest of a likely token corrects what the model writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,8 +64,9 @@ class DeCo(Method):
     def wants(self, stage: str) -> bool:
         return super().wants(stage) and (stage != "before" or self.alpha != 0)
 
-    def setup(self, anatomy: Anatomy) -> Anatomy:
-        return anatomy
+    def setup(self, anatomy: Anatomy) -> tuple[Anatomy, Callable[[Tensor], Tensor]] | None:
+        """The anatomy, and what makes logits of normed states."""
+        return (anatomy, anatomy.readout()) if self.wants("before") else None
 
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
         if stream.layer in (self.layers or ()) and seq.phase != "prefix":
@@ -89,9 +91,9 @@ class DeCo(Method):
 
     def correction(self, candidates: Tensor, seq: Sequences) -> Tensor:
         """p* e_j* (B, V) float32 for candidates (B, V) bool."""
-        anatomy, memory, place = seq.plan, seq.memory, candidates.device
+        (anatomy, readout), memory, place = seq.plan, seq.memory, candidates.device
         states = torch.stack([memory[f"entering {j}"].to(place) for j in self.layers or ()])
-        e = anatomy.unembed(anatomy.norm(states)).to(place)  # (J, B, V)
+        e = readout(anatomy.norm(states)).to(place)  # (J, B, V)
         surest = e.softmax(-1).masked_fill(~candidates, 0).amax(-1)  # (J, B)
         p, best = surest.max(0)
         return p[:, None] * e[best, torch.arange(len(best), device=place)]

@@ -6,13 +6,24 @@ show what the language alone would write. One row of one layer is enough to ask 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import Anatomy, Block, Method, Rows, Sequences, Stream, plausible, weighted
+
+
+class Parts(NamedTuple):
+    """What ONLY needs of a model: its depth, the layer that is read, the last one, and the end."""
+
+    depth: int
+    read: Block
+    last: Block
+    norm: Callable[[Tensor], Tensor]
+    readout: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,14 @@ class ONLY(Method):
         idle = self.alpha_pos == 0 and self.alpha_neg == 0
         return super().wants(stage) and (stage == "logits" or not idle)
 
-    def setup(self, anatomy: Anatomy) -> tuple[Anatomy, Block, Block] | None:
-        """The anatomy, the layer that is read and the last one."""
+    def setup(self, anatomy: Anatomy) -> Parts | None:
         if not self.layers:
             return None
-        return anatomy, anatomy.block(self.layers[0]), anatomy.block(anatomy.depth - 1)
+        read, last = anatomy.block(self.layers[0]), anatomy.block(anatomy.depth - 1)
+        return Parts(anatomy.depth, read, last, anatomy.norm, anatomy.readout())
 
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
-        depth = seq.plan[0].depth
+        depth = seq.plan.depth
         if stream.layer >= depth - 1 and seq.phase != "prefix":
             name = "last state" if stream.layer == depth else "before the last layer"
             seq.memory[name] = stream.last[:, None]
@@ -87,7 +98,6 @@ class ONLY(Method):
     # -- the layer that is read --------------------------------------------------------------------
 
     def weights(self, rows: Rows) -> Tensor:
-        _, read, _ = rows.plan
         first = rows.valid.cumsum(1) == 1  # and padding behind it, which has no weight
         image = rows.visual & rows.valid
         text = rows.valid & ~rows.visual & ~first
@@ -99,7 +109,7 @@ class ONLY(Method):
         r = on_text / on_image
         a = torch.where(r < r.mean(1, keepdim=True), 0, a)
         heads = weighted(a, rows.value).transpose(1, 2)  # (B, 1, H, D_v)
-        rows.memory["y"] = read.output(heads.to(rows.value.dtype))
+        rows.memory["y"] = rows.plan.read.output(heads.to(rows.value.dtype))
         return rows.x
 
     # -- the contrast ------------------------------------------------------------------------------
@@ -117,11 +127,11 @@ class ONLY(Method):
 
     def skipped(self, seq: Sequences) -> Tensor:
         """l~ (B, V) float32: what the heads' output says by way of the last layer alone."""
-        anatomy, _, last = seq.plan
+        last, norm = seq.plan.last, seq.plan.norm
         h, h_L = seq.memory["before the last layer"], seq.memory["last state"]
         y = last.norm(seq.memory["y"]) + 0.2 * h
         y = y + last.feed_forward(y)
-        return anatomy.unembed(anatomy.norm(y) + 0.5 * anatomy.norm(h_L))[:, 0]
+        return seq.plan.readout(norm(y) + 0.5 * norm(h_L))[:, 0]
 
 
 def _thinned(a: Tensor, columns: Tensor) -> Tensor:

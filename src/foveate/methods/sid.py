@@ -32,9 +32,10 @@ class SID(Method):
     warpers. A row that would see nothing at all sees what it saw before (inferred).
 
     Attributes:
-        alpha: strength of the contrast, 0 to 100; 0 leaves only the plausibility cut. The value
-            that acts in the authors' code: 0.5.
-        beta: plausibility cut, 0 to 1; 0 cuts nothing, as their greedy decoding does. 0.1 there.
+        alpha: strength of the contrast, 0 to 100; 0 leaves only the plausibility cut. In the
+            authors' code 0.5 acts, whatever their scripts ask for.
+        beta: plausibility cut, 0 to 1; 0 cuts nothing, as in the authors' greedy decoding. With
+            sampling 0.1 acts there.
         keep: how many image tokens of a sample the second stream sees; below 1 a share of them,
             rounded down, and one at least (inferred). Published: 100 on POPE, 50 on CHAIR.
         layers: the lowest of them is f, and all layers from there on hide. Published: 2 to the

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ _kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionar
 class ModelAnatomy(Anatomy):
     """See `anatomy`."""
 
+    model: Any = field(repr=False)
     decoder: nn.Module = field(repr=False)
     head: nn.Module = field(repr=False)
     final: nn.Module | None = field(repr=False)
@@ -28,6 +30,46 @@ class ModelAnatomy(Anatomy):
     def unembed(self, hidden: Tensor) -> Tensor:
         weight: Any = self.head.weight
         return self.head(hidden.to(weight.device)).float()
+
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        if "readout" not in self.kept:
+            self.kept["readout"] = self._behind_the_head()
+        kind, value = self.kept["readout"]
+        if kind == "cap":
+            return lambda hidden: _capped(self.unembed(hidden), value)
+        if kind == "scale":
+            return lambda hidden: self.unembed(hidden) * value
+        return self.unembed
+
+    def _behind_the_head(self) -> tuple[str, float]:
+        """What happens to logits behind the unembedding: ("cap" | "scale" | "nothing", value)."""
+        place = self._place()
+        if place is None:
+            return "nothing", 1.0
+        made: list[Tensor] = []
+        handle = self.head.register_forward_hook(lambda module, args, out: made.append(out))
+        try:
+            with torch.no_grad(), compat.keeping_positions(self.model):
+                given = self.model(input_ids=self._first(place), use_cache=False).logits
+        finally:
+            handle.remove()
+        x, out = made[-1][0, -1].float(), given[0, -1].float().to(made[-1].device)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        scale = float((out @ x) / (x @ x))
+        found: dict[tuple[str, float], Tensor] = {("nothing", 1.0): x, ("scale", scale): x * scale}
+        if cap is not None:
+            found["cap", float(cap)] = _capped(x, cap)
+        apart = {how: float((logits - out).abs().max()) for how, logits in found.items()}
+        allowed = (1e-4 if given.dtype == torch.float32 else 1e-2) * float(out.abs().max())
+        if apart["nothing", 1.0] <= 1e-3 * allowed:  # a scale of nearly 1 may seem to fit better
+            return "nothing", 1.0
+        best = min(apart, key=lambda how: apart[how])
+        if apart[best] <= allowed:
+            return best
+        raise FoveateError(
+            f"{type(self.model).__name__} changes its logits behind the unembedding in a way that "
+            "foveate does not know: use a method that predicts from no inner states."
+        )
 
     def norm(self, hidden: Tensor) -> Tensor:
         if self.final is None:
@@ -66,26 +108,35 @@ class ModelAnatomy(Anatomy):
 
     def first_token(self) -> Tensor | None:
         decoder: Any = self.decoder
-        place = decoder.get_input_embeddings().weight.device
-        if place.type == "meta":
-            if not compat.offloaded(decoder):
-                return None
-            place = torch.device("cpu")  # its hooks bring the weights
+        place = self._place()
+        if place is None:
+            return None
         entering: list[Tensor] = []
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering.append(compat.hidden_in(args, kwargs)[0, 0].float().cpu())
 
         handles = [h.register_forward_pre_hook(look, with_kwargs=True) for h in decoder.layers]
-        bos = decoder.config.bos_token_id
         try:
             with torch.no_grad():
-                ids = torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
-                decoder(ids, use_cache=False)
+                decoder(self._first(place), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return torch.stack(entering)
+
+    def _place(self) -> torch.device | None:
+        """Where token ids go; None for a model without weights."""
+        decoder: Any = self.decoder
+        place = decoder.get_input_embeddings().weight.device
+        if place.type != "meta":
+            return place
+        return torch.device("cpu") if compat.offloaded(decoder) else None  # hooks bring weights
+
+    def _first(self, place: torch.device) -> Tensor:
+        """The BOS token, (1, 1) int64; token 0 where the model names none."""
+        bos = cast(Any, self.decoder).config.bos_token_id
+        return torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
 
 
 def anatomy(model: Any) -> ModelAnatomy:
@@ -109,10 +160,15 @@ def anatomy(model: Any) -> ModelAnatomy:
         dtype=model.dtype,
         device=model.device,
         kept=_kept.setdefault(model, {}),
+        model=model,
         decoder=decoder,
         head=head,
         final=compat.final_norm(decoder),
     )
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
 
 
 def _tower(model: Any) -> Tower | None:
