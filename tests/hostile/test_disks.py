@@ -119,8 +119,8 @@ class Case:
 
 @pytest.mark.parametrize(
     ("name", "tries"),
-    [("draw", 4), ("eval", 6), ("report", 4), ("train", 2)]
-    + [pytest.param(name, 100, marks=pytest.mark.slow) for name in NAMES],
+    [("draw", 4), ("eval", 4), ("report", 2), ("train", 2)]
+    + [pytest.param(name, 40, marks=pytest.mark.slow) for name in NAMES],
 )
 def test_a_disk_that_fails_somewhere(
     name: str, tries: int, model: str, data: Path, tmp_path: Path, run: Run
