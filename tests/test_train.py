@@ -1,5 +1,6 @@
 """The loop survives being killed, packing changes no number, and bad input is refused."""
 
+import errno
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from foveate.pocket import train as training
 from foveate.pocket.exam import evaluate_pocket, format_report
 from foveate.pocket.packed import LanguageLesson
 from foveate.scenes import lessons, questions
+from foveate.training import checkpoints
 from foveate.training import loop as train
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
@@ -74,6 +77,34 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     fresh = fitted(tmp_path / "fresh", seed=1)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert not all(torch.equal(whole[k], fresh[k]) for k in whole)
+
+
+@pytest.mark.parametrize("at", ["safetensors", "json", "rename"])
+def test_a_disk_that_fills_up_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    whole, run = fitted(tmp_path / "whole"), tmp_path / "run"
+    place, name = {
+        "safetensors": (checkpoints, "save_file"),
+        "json": (checkpoints, "write_text"),
+        "rename": (checkpoints, "install"),
+    }[at]
+    usual, calls = getattr(place, name), []
+
+    def full(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        usual(*given)
+
+    monkeypatch.setattr(place, name, full)
+    told = r"step-00000003 cannot be written \(No space left on device\): the checkpoint "
+    told += r"line.step-00000002 is safe; make room and give the same command again"
+    with pytest.raises(FoveateError, match=told):
+        fitted(run, checkpoint_every=0)
+    assert not list(run.glob(".*.part"))
+    resumed = fitted(run, checkpoint_every=0)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from foveate import VLM, FoveateError
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat_parts import image_encoder
 from foveate.backends.transformers.enhance import attach
+from foveate.base.files import owned
 from foveate.methods.cli.method import CLI
 from foveate.methods.cli.module import CrossLayerInjection
 from foveate.pocket import build
@@ -33,6 +34,7 @@ from foveate.training.lesson import Lesson, prepare
 from foveate.training.recipe import Recipe
 from foveate.training.writer import IGNORE, Writer
 from tests import models, tiny
+from tests.hostile.faults import files_of_at_most
 
 pytest.importorskip("accelerate", reason="training needs the extra: train")
 pytestmark = pytest.mark.long
@@ -446,6 +448,27 @@ def test_broken_rows_are_refused_unless_they_may_be_skipped(
     assert "left out" in told[0]
     tune(small, data, out, recipe)  # mended, into the same folder
     assert len(losses(out)) == 1
+
+
+def test_one_training_at_a_time_has_a_folder(data: Path, small: str, tmp_path: Path) -> None:
+    second = pytest.raises(FoveateError, match="Another process is writing")
+    with owned(tmp_path), second:
+        tune(small, data, tmp_path, SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_and_damaged_files_of_a_run(data: Path, small: str, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SHORT, steps=2, checkpoint_every=0.0)
+    full = pytest.raises(
+        FoveateError, match=r"tuning.step-00000001 cannot be written .* there is no checkpoint yet"
+    )
+    with files_of_at_most(100_000), full:
+        tune(small, data, tmp_path, recipe)
+    for name in ("units.json", "run.json"):
+        for content in ("", "[1]", "{", "{}", "[" * 100_000):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(FoveateError, match=rf"{name} is damaged"):
+                tune(small, data, tmp_path, recipe)
 
 
 def test_another_run_in_the_folder_is_refused(data: Path, small: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.errors import FoveateError
 from ..base.files import keep_room, make_folder, write_text, writing
 from . import questions, world
 from .phrases import SUFFIXES
@@ -121,7 +122,12 @@ class Pool:
             for array in arrays:
                 array.flush()
             write_text(note, json.dumps(about))
-        self.pixels, self.owners = (np.load(p, mmap_mode="r") for p in paths)
+        try:
+            self.pixels, self.owners = (np.load(p, mmap_mode="r") for p in paths)
+        except (OSError, ValueError, EOFError) as error:
+            raise FoveateError(
+                f"{self.folder} is damaged ({error}): delete it, and it is drawn again."
+            ) from error
         return self
 
 

@@ -158,7 +158,7 @@ def _tune(
         write_json(out / "units.json", {"units": checked.units, "tokens": checked.tokens})
         write_run(out, settings)
     accelerator.wait_for_everyone()
-    units = read_json(out / "units.json")["units"]
+    units = read_json(out / "units.json", "units")["units"]
 
     size, total = recipe.batch_size, recipe.batch_size * accelerator.num_processes
     steps = recipe.steps

@@ -33,18 +33,18 @@ def begun_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, An
         return None
     if not resume:
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    run = read_json(path)
-    if not alike(run.get("settings"), settings):
-        raise FoveateError(f"The run in {out} {difference(run.get('settings'), settings)}.")
+    run = read_json(path, "settings")
+    if not alike(run["settings"], settings):
+        raise FoveateError(f"The run in {out} {difference(run['settings'], settings)}.")
     return run
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that a run wrote. Raises `FoveateError` where it is damaged."""
+def read_json(path: Path, needed: str) -> dict[str, Any]:
+    """A file that a run wrote. Raises `FoveateError` where it is damaged or lacks `needed`."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+        if not isinstance(content, dict) or needed not in content:
+            raise ValueError(f"it has no {needed}")
     except (OSError, ValueError, RecursionError) as error:
         raise FoveateError(
             f"{path} is damaged ({error}): delete its folder, or give another --out."
