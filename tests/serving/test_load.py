@@ -1,4 +1,4 @@
-"""Many clients at once, some of whom mean harm: no failure, no other answer, no leak, little log."""
+"""Many clients at once, some of whom mean harm: no failure, no other answer, no leak."""
 
 from __future__ import annotations
 
