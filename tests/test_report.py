@@ -533,6 +533,9 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="There is no record in"):
         report([empty], tmp_path / "out")
     (empty / "run.json").write_text("[]")
+    with pytest.raises(FoveateError, match="is no folder of a run"):
+        report([empty], tmp_path / "out")
+    (empty / "run.json").write_text("{}")
     with pytest.raises(FoveateError, match="names no model"):
         report([empty], tmp_path / "out")
     folder = run(tmp_path / "run", rows())

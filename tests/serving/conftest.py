@@ -34,7 +34,11 @@ def scene(number: int) -> Image.Image:
 def data_uri(image: Image.Image) -> str:
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return encoded(stream.getvalue())
+
+
+def encoded(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def question(text: str, *images: Image.Image | str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import socket
@@ -12,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.serving.conftest import data_uri, question, running, scene
+from tests.serving.conftest import data_uri, encoded, question, running, scene
 
 GOOD = {"model": "pocket", "messages": [{"role": "user", "content": "Is there a car?"}]}
 SAID = {"role": "assistant", "content": "no"}
@@ -27,10 +26,6 @@ def image(url):
     return user(
         {"type": "text", "text": "Is it?"}, {"type": "image_url", "image_url": {"url": url}}
     )
-
-
-def encoded(data, kind="image/png"):
-    return f"data:{kind};base64," + base64.b64encode(data).decode()
 
 
 def saved(image, kind):

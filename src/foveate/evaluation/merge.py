@@ -12,7 +12,7 @@ from ..base.errors import FoveateError
 from ..base.journal import damage
 from .benchmark import EvalRecord
 from .environment import told
-from .records import check_record
+from .records import check_record, check_results
 from .run import RECORDS, RESULTS, VERSIONS, key, read_run, run_folders
 
 APART = ("benchmarks", "methods", "shard", "root", "limit")  # answers do not depend on these
@@ -76,9 +76,10 @@ def _read(folder: Path) -> RunFolder:
     environment, problems = {}, {}
     try:
         results = json.loads((folder / RESULTS).read_text("utf-8"))
+        check_results(results)
         problems = {name: b.get("problems", {}) for name, b in results["benchmarks"].items()}
-        environment = dict(results["environment"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        environment = results["environment"]
+    except (OSError, ValueError, RecursionError):
         pass  # derived, and written when a run ends
     records = read_records(folder / RECORDS)
     return RunFolder(folder, settings, records, environment, problems, versions)

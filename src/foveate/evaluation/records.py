@@ -37,6 +37,31 @@ def check_session(row: Any) -> None:
     _check(row, ("started", "seconds"), {"started": (str,), "seconds": _NUMBER})
 
 
+def check_run(content: Any) -> None:
+    """Raise `ValueError`, which says why, for what is no configuration of a run."""
+    types = {"root": (str, _NONE), "limit": (int, _NONE), "shard": (list, _NONE)}
+    _check(content, (), {**types, "model": (str,), "versions": (list,)})
+    match content.get("shard"):
+        case None:
+            pass
+        case [int(number), int(count)] if 0 <= number < count:
+            pass
+        case _:
+            raise ValueError("its shard is none")
+    if not all(isinstance(each, dict) for each in content.get("versions", ())):
+        raise ValueError("its versions are none")
+
+
+def check_results(content: Any) -> None:
+    """Raise `ValueError`, which says why, for what a run does not write when it ends."""
+    parts = ("benchmarks", "environment")
+    _check(content, parts, dict.fromkeys(parts, (dict,)))
+    for benchmark in content["benchmarks"].values():
+        _check(benchmark, (), {"problems": (dict,)})
+        if not all(type(count) is int for count in benchmark.get("problems", {}).values()):
+            raise ValueError("its problems are no counts")
+
+
 def _check(row: Any, needed: tuple[str, ...], types: dict[str, tuple[type, ...]]) -> None:
     if not isinstance(row, dict):
         raise ValueError("it is no JSON object")

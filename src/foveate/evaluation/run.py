@@ -28,7 +28,7 @@ from ..base.journal import Journal, alike, difference, finite, write_json
 from ..core.method import Method, as_stack, text
 from .benchmark import Benchmark, EvalRecord, Problems, Sample, scored
 from .environment import told, versions
-from .records import WRITTEN, check_record, check_session
+from .records import WRITTEN, check_record, check_run, check_session
 
 RECORDS, RUN, RESULTS, SESSIONS = "records.jsonl", "run.json", "results.json", "sessions.jsonl"
 VERSIONS = "versions"  # in run.json
@@ -336,13 +336,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The configuration of a run, and the versions that asked."""
     try:
         content = json.loads((folder / RUN).read_text("utf-8"))
-        shard, limit = content.get("shard"), content.get("limit")
-        number, count = shard or (0, 1)
-        if not 0 <= number < count or not isinstance(limit, (int, type(None))):
-            raise ValueError
-        if not all(isinstance(v, dict) for v in content.get(VERSIONS) or ()):
-            raise ValueError
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        check_run(content)
+    except (OSError, ValueError, RecursionError) as error:
         raise FoveateError(
             f"{folder} is no folder of a run: it has no readable {RUN}; `foveate eval` makes one."
         ) from error

@@ -109,8 +109,8 @@ class Protocol(H11Protocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Stay open for the answer if the request is complete.
 
-        A client that is gone altogether looks the same. It is told so only by what is written to
-        it, so until the answer begins, it gets "102 Processing" now and then.
+        A client that is gone altogether looks the same until something is written to it. So until
+        the answer begins, it gets "100 Continue" now and then, which clients pass over.
         """
         waits = self.cycle is not None and not self.cycle.response_complete
         if not waits or self.cycle.more_body or self.conn.their_state is not h11.DONE:
@@ -124,7 +124,7 @@ class Protocol(H11Protocol):
             return
         if self.conn.their_http_version == b"1.0":  # which knows no such answers
             return
-        sign = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
+        sign = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
         self.transport.write(self.conn.send(sign) or b"")
         self.probing = self.loop.call_later(PROBE_SECONDS, self._probe)
 
