@@ -24,9 +24,10 @@ attention is the row that published implementations of such methods run on.
   also compared with "one plain token + tested layers x one product with the output embeddings".
 * trained: methods with weights of their own (CLI) are measured with fresh ones, which cost what
   trained ones do. They read the vision tower: take a size whose tower is real (0.5b-clip, pocket).
-* ``--method all`` is every method with its default parameters, but CLVS without its stop test, and
-  AD-HH and VAR with heads and dimensions named, as random weights have neither heads that were
-  found to hallucinate nor sinks: 20 heads over all layers, and sinks at a threshold of 1.
+* ``--method all`` is every method with its default parameters, but CLVS without its stop test, ICD
+  with token ids for its text (there is no tokenizer here), and AD-HH and VAR with heads and
+  dimensions named, as random weights have neither heads that were found to hallucinate nor sinks:
+  20 heads over all layers, and sinks at a threshold of 1.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ STAND_INS = {  # of `all`, where defaults need something that random weights do 
     "adhh": "adhh (20 heads)",
     "cli": "cli(seed=0)",
     "clvs": "clvs(stop_threshold=0.0)",
+    "icd": f"icd(prefix={tuple(range(20, 42))}, where='question')",  # as long as the published text
     "var": "var(sink_threshold=1.0, sink_dims=(0, 1))",
 }
 PLAIN, EAGER = "sdpa", "eager"
@@ -334,7 +336,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def _rows(method: str) -> list[str]:
     if method != "all":
         return [text(parse(method))]
-    known = [name for name, cls in methods().items() if "rewrite" not in cls.stages]
+    known = [name for name, cls in methods().items() if not cls.looks_again]
     return [STAND_INS.get(name, name) for name in known]
 
 

@@ -28,6 +28,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("laser", "first_layer"): 11,  # the last one
     ("laser", "floor"): 10**9,  # a crop is at most the image
     ("laser", "heads"): 10**9,  # at most those of the model
+    ("m3id", "first_step"): 10**9,  # a factor
     ("vcd", "noise_step"): 999,  # the last one
     ("vcd", "seed"): 10**9,
     ("vicrop", "window"): 10**9,  # a crop is at most the image

@@ -22,7 +22,8 @@ from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 
 TOKENS = 6
-METHODS = [cls for cls in methods().values() if "rewrite" not in cls.stages] + [Recorder]
+METHODS = [cls for cls in methods().values() if not cls(**cls.example).wants("rewrite")]
+METHODS.append(Recorder)
 
 
 @pytest.fixture(params=METHODS, ids=lambda cls: cls.name)

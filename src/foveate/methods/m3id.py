@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..core import Method, Prompt, Sequences, plausible
 
+_MOST = 80.0  # exp(80) times a difference of log-probabilities is still a float32
+
 
 @dataclass(frozen=True)
 class M3ID(Method):
@@ -29,8 +31,9 @@ class M3ID(Method):
 
     on tokens with at least `beta` times the probability of the likeliest, -inf elsewhere, before
     processors and warpers, so greedy decoding and sampling both use it. g is 0.02 at the first
-    token, 1.7 at the fiftieth and has no bound. Only visual tokens are taken out of the prompt:
-    the text around an image stays as it is. Another turn on the same cache counts on.
+    token, 1.7 at the fiftieth and grows without bound (here until float32 ends). Only visual tokens
+    are taken out of the prompt: the text around an image stays as it is. Another turn on the same
+    cache counts on.
 
     Attributes:
         forgetting: how fast the picture is forgotten, 0 to 1 per token; 0 leaves the model's own
@@ -51,13 +54,13 @@ class M3ID(Method):
     name: ClassVar[str] = "m3id"
     paper: ClassVar[str] = "2403.14003"
     neutral: ClassVar[dict[str, Any]] = {"forgetting": 0.0, "beta": 0.0}
-    example: ClassVar[dict[str, Any]] = {"forgetting": 0.3, "beta": 0.0}
+    example: ClassVar[dict[str, Any]] = {"forgetting": 0.1, "beta": 0.0}
 
     def check(self) -> None:
         self.require(0 <= self.forgetting <= 1, "forgetting must lie between 0 and 1")
         self.require(0 <= self.beta <= 1, "beta must lie between 0 and 1")
         self.require(0 <= self.confidence <= 1, "confidence must lie between 0 and 1")
-        self.require(0 <= self.first_step <= 10_000, "first_step must lie between 0 and 10000")
+        self.require(self.first_step >= 0, "first_step must be 0 or more")
 
     def wants(self, stage: str) -> bool:
         acts = self.forgetting != 0 and self.confidence != 0
@@ -72,7 +75,8 @@ class M3ID(Method):
             q = other.float().log_softmax(-1)
             t = seq.memory.get("tokens", seq.visual.new_zeros(len(p), dtype=torch.float32))
             seq.memory["tokens"] = t + 1
-            g = torch.expm1(self.forgetting * (t + self.first_step))[:, None].to(p.device)
+            grown = (self.forgetting * (t + self.first_step)).clamp(max=_MOST)
+            g = torch.expm1(grown)[:, None].to(p.device)
             out = p + g * (p - q)
             if self.confidence < 1:
                 sure = p.amax(-1, keepdim=True) >= _log(self.confidence)
