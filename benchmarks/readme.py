@@ -32,7 +32,7 @@ def method_table() -> Iterator[list[str]]:
         measured |= _load(file)["sizes"][size]["figures"]
     yield ["method", "what it does", "stages", "rows", "extra passes", "prefill", "decode"]
     for name, cls in methods().items():
-        if "rewrite" in cls.stages:
+        if cls.looks_again:
             continue
         stages = ", ".join(f"`{s}`" for s in _stages(cls))
         rows = cls.rows if {"scores", "weights"} & cls.stages else "none"
@@ -105,7 +105,7 @@ def _passes(cls: type[Method]) -> str:
     if cls.passes or "contrast" not in cls.stages:
         return cls.passes or "none"
     return "every token once more, " + (
-        "in one batch" if cls.needs_pixels else "on a cache of its own"
+        "in one batch" if cls.needs_pixels else "in one batch, after a prompt of its own"
     )
 
 

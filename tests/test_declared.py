@@ -33,6 +33,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("ritual", "seed"): 10**9,
     ("ritual", "transform"): "blur",  # the second stream is there anyway
     ("opera", "window"): 10**9,  # at most the answer, which is read again anyway
+    ("m3id", "first_step"): 10**9,  # a factor
     ("vcd", "noise_step"): 999,  # the last one
     ("vcd", "seed"): 10**9,
     ("vicrop", "window"): 10**9,  # a crop is at most the image

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foveate.methods.cli.files import read_config, read_module
 from safetensors.torch import load_file, save_file
 
 from foveate import VLM, FoveateError
 from foveate.base import headlist
 from foveate.base.journal import Journal
 from foveate.evaluation.merge import read_runs
-from foveate.methods.cli.files import read_config, read_module
 from foveate.pocket import train as pocket
 from foveate.scenes.lessons import Pool
 from tests import tiny

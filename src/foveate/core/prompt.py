@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..base.errors import FoveateError
 
 Pictures = Callable[[dict[str, Tensor]], Iterator[list[Tensor]]]
 """From pixel tensors, by name, to the pictures in them: each a list of its tiles, every tile a
@@ -24,7 +27,7 @@ class Prompt:
         ids: (B, N) int64, or None where the prompt is given as embeddings.
         embeds: (B, N, D), or None.
         pixels: pixel tensors by name; empty where images were encoded before.
-        given: pixel tensors that the chat gives for a second stream, or None.
+        given: the prompt that the chats give a second stream, or None.
         ahead: set it to have this prompt read before the main pass, once and plain: its next-token
             logits are then `Sequences.ahead`. Otherwise it is a second stream that reads the
             answer, too.
@@ -41,7 +44,7 @@ class Prompt:
     ids: Tensor | None
     embeds: Tensor | None
     pixels: dict[str, Tensor]
-    given: dict[str, Tensor] | None
+    given: Prompt | None
     pictures: Pictures = field(repr=False)
     inputs: dict[str, Any] = field(repr=False)
     ahead: bool = False
@@ -54,6 +57,47 @@ class Prompt:
         for tiles in self.pictures(pixels):
             paint(tiles)
         return replace(self, pixels=pixels)
+
+    def rewritten(
+        self, mask: Tensor, visual: Tensor, ids: Tensor, per_token: dict[str, Tensor]
+    ) -> Prompt:
+        """The same pictures in other text: all (B, M), and the rest of what is said per token."""
+        kept = {k: v for k, v in self.inputs.items() if not self._per_token(v)}
+        return replace(self, mask=mask, visual=visual, ids=ids, inputs=kept | per_token)
+
+    def inserted(self, after: Tensor, ids: tuple[int, ...]) -> Prompt:
+        """The prompt with text tokens put in, the same ones into every sample.
+
+        Args:
+            after: (B,) int64, the column that they follow; -1 leaves a sample as it is.
+
+        Raises:
+            FoveateError: the prompt is given as embeddings.
+        """
+        if self.ids is None:
+            raise FoveateError(
+                "Token ids cannot be put into a prompt that is given as embeddings: pass input_ids."
+            )
+        width, new = self.mask.shape[1], len(ids)
+        after = after.to(self.mask.device)[:, None]
+        column = torch.arange(width + new, device=self.mask.device).expand(len(after), -1)
+        put = (column > after) & (column <= after + new)
+        source = torch.where(column > after + new, column - new, column).clamp(max=width - 1)
+        real = put & (after >= 0)  # what a sample does not get is padding in front of it
+        text = column.new_tensor([0, *ids])[(column - after).clamp(0, new) * real]
+
+        def moved(value: Tensor, there: Tensor | int) -> Tensor:
+            return torch.where(put, there, value.gather(1, source))
+
+        return self.rewritten(
+            mask=moved(self.mask, real.to(self.mask.dtype)),
+            visual=moved(self.visual.long(), 0).bool(),
+            ids=moved(self.ids, text),
+            per_token={k: moved(v, 0) for k, v in self.inputs.items() if self._per_token(v)},
+        )
+
+    def _per_token(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == self.mask.shape
 
     def only(self, tokens: Tensor) -> Prompt:
         """The prompt with no other tokens than `tokens` (B, N) bool, padded on the left again.

@@ -182,7 +182,7 @@ class AGLA(Method):
                 "agla masks the picture before the processor, and this prompt came without a "
                 "masked one: use VLM.load(...).ask(image, question, method=...)."
             )
-        return replace(prompt, pixels=prompt.pixels | prompt.given)
+        return prompt.given
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         own = logits.float()

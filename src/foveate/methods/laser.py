@@ -287,9 +287,7 @@ class LASER(Method):
         seq.memory["vat"] = torch.tensor(on, device=visual.device)
 
     def contrast(self, prompt: Prompt, seq: Sequences) -> Prompt | None:
-        if prompt.given is None:
-            return None
-        return replace(prompt, pixels=prompt.pixels | prompt.given)
+        return prompt.given
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         if other is None:

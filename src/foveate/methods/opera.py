@@ -176,7 +176,8 @@ class State:
     """The search before a choice.
 
     Attributes:
-        answers: (B, n) int64. sums: (B,), of log-probabilities. products: (B, n), see `column_scores`.
+        answers: (B, n) int64. sums: (B,), of log-probabilities.
+        products: (B, n), see `column_scores`.
         choices: the (token, beam) pairs that led here.
     """
 

@@ -119,7 +119,7 @@ class RITUAL(Method):
                 "ritual changes the picture before the processor, and this prompt came without a "
                 "changed one: use VLM.load(...).ask(image, question, method=...)."
             )
-        return replace(prompt, pixels=prompt.pixels | prompt.given)
+        return prompt.given
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
         own = logits.float()

@@ -118,7 +118,8 @@ class ViCrop(Method):
         if crop != whole:
             piece = crops.setdefault(crop, image.crop(crop))
             images = self._shown(image, piece)
-            contrast = contrast and self._shown(contrast[0], contrast[0].crop(crop))
+            if isinstance(contrast, list):
+                contrast = self._shown(contrast[0], contrast[0].crop(crop))
 
         def draw() -> list[Panel]:
             frame = fractions(crop, image.size)

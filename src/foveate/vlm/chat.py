@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jinja2
@@ -43,8 +43,9 @@ class Chat:
     system: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     """What a method found out on the way, such as the box it cropped; back on `Answer.chat`."""
-    contrast: list[Image.Image] | None = None
-    """Other pictures of the same sizes, which a method's second stream sees instead."""
+    contrast: list[Image.Image] | Chat | None = None
+    """What a method's second stream sees instead: other pictures of the same sizes, or other
+    text: another chat about `images`."""
     earlier: tuple[Turn, ...] = ()
     """The conversation so far, oldest first: user and assistant in turn, the user first."""
 
@@ -52,6 +53,13 @@ class Chat:
     def kind(self) -> int:
         """Chats of one kind can share a padded batch: some models tile only lone pictures."""
         return len(self.images)
+
+    @property
+    def second(self) -> Chat:
+        """The chat as a method's second stream sees it."""
+        if isinstance(self.contrast, Chat):
+            return replace(self.contrast, images=self.images)
+        return replace(self, images=self.contrast or self.images, contrast=None)
 
     @property
     def asks_yes_or_no(self) -> bool:

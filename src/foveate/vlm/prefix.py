@@ -13,7 +13,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,12 +68,14 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
 
     None where each needs a prompt of its own: a lone chat, chats without images or about several,
     methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`) or that
-    need `generate` (a search), prompts that differ before the image, second streams that see
-    different pictures, a processor whose tokens cannot be told apart.
+    need `generate` (a search), prompts that differ before the image, second streams of
+    other pictures each or of other text, a processor whose tokens cannot be told apart.
     """
     if len(chats) < 2 or not same_images(chats):
         return None
-    if len({tuple(map(id, chat.contrast or ())) for chat in chats}) > 1:
+    if any(isinstance(chat.contrast, Chat) for chat in chats):
+        return None
+    if len({tuple(map(id, cast(Any, chat.contrast) or ())) for chat in chats}) > 1:
         return None
     config = vlm.model.generation_config
     if any(method.wants("search") for method in methods):

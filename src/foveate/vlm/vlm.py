@@ -381,10 +381,7 @@ class VLM:
                 "This thread uses the model with methods already: leave vlm.using() before you ask "
                 "again, or call vlm.model inside it."
             )
-        views = None
-        if any(chat.contrast for chat in chats):
-            other = [replace(chat, images=chat.contrast or chat.images) for chat in chats]
-            views = {k: v for k, v in self.inputs(other).items() if k.startswith("pixel_values")}
+        views = self._second(chats) if any(chat.contrast for chat in chats) else None
         notes = [chat.notes for chat in chats]
         with taken(self._one_at_a_time):
             self._using = threading.get_ident()
@@ -393,6 +390,14 @@ class VLM:
                     yield
             finally:
                 self._using = None
+
+    def _second(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
+        """What is different in the second stream's prompts: their pixels or their tokens."""
+        inputs: dict[str, Any] = dict(self.inputs([chat.second for chat in chats]))
+        if not any(isinstance(chat.contrast, Chat) for chat in chats):
+            return {k: v for k, v in inputs.items() if k.startswith("pixel_values")}
+        shape = inputs["input_ids"].shape
+        return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == shape}
 
     def _pieces(
         self,

@@ -38,7 +38,8 @@ class Context(State):
         other: the second stream, where it has a cache of its own; see `streams.Other`.
         paired: whether the cache has 2B rows, the second half of them the second stream's.
         abreast: whether this forward runs 2B rows, the second half of them on `other`'s cache.
-        contrast: pixels that `Chat.contrast` gives this batch for a second stream, else None.
+        contrast: what `Chat.contrast` gives this batch for a second stream, else None: pixels, or
+            token ids, mask and what else is said per token.
         heartbeat: what the present forward has passed before any graph.
         compiled: whether a part of the present forward is a compiled graph.
         replays: whether a backward pass may run this forward's layers again; see `visit`.

@@ -54,9 +54,9 @@ def enhance(model: Any, *methods: Method | str, image_token_id: int | None = Non
     """
     stack = as_stack(*methods)
     for method in stack:
-        if "rewrite" in method.stages:
+        if method.wants("rewrite"):
             raise FoveateError(
-                f"{method.name} changes the picture before the model sees it, which needs the "
+                f"{method.name} changes the prompt before the model sees it, which needs the "
                 "processor: use VLM.load(...).ask(image, question, method=...)."
             )
     with attach(model, stack, image_token_id):
@@ -76,8 +76,8 @@ def attach(
 
     Args:
         notes: one per prompt, for `Sequences.notes`.
-        contrast: the prompts' pixels for a second stream, as the processor returns them, for
-            `Prompt.given`; only with notes.
+        contrast: for `Prompt.given`, as the processor returns them: the prompts' pixels for a
+            second stream, or its token ids with their mask and types; only with notes.
         plans: method name -> what its `setup` would return, such as a module in training.
     """
     model = compat.unwrapped(model)

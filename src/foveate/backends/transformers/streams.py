@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -88,7 +89,8 @@ class Streams:
 
     def __init__(self, model: Any, stack: Stack, visual: Callable[[dict[str, Any]], Tensor]):
         self.model, self.stack, self.visual = model, stack, visual
-        self.waiting: tuple[Prompt, int] | None = None  # what the second stream reads after this
+        # this piece of prompt, and what the second stream reads after it
+        self.waiting: tuple[Prompt, Prompt] | None = None
         self.undo: Callable[[], None] | None = None  # restores what a forward changes
 
     def recover(self) -> None:
@@ -132,7 +134,7 @@ class Streams:
         if ctx.other is None:
             ctx.other = self.fork(ctx, kwargs, cache, ctx.visual.shape[1] - new)
         ctx.other.aligned &= changed.mask is prompt.mask
-        self.waiting = changed, new if ctx.other.aligned else 0
+        self.waiting = prompt, changed
         return kwargs
 
     def step(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
@@ -171,9 +173,16 @@ class Streams:
         inputs = {k: v for k, v in inputs.items() if k not in pixels}
         visual = ctx.visual[:, -mask.shape[1] :]
         split = functools.partial(pictures, self.model.config, inputs, visual)
-        return Prompt(
-            mask, visual.to(mask.device), ids, embeds, pixels, ctx.contrast, split, inputs
-        )
+        own = Prompt(mask, visual.to(mask.device), ids, embeds, pixels, None, split, inputs)
+        return own if ctx.contrast is None else replace(own, given=self.given(own, ctx.contrast))
+
+    def given(self, own: Prompt, contrast: dict[str, Tensor]) -> Prompt:
+        """The second stream's prompt, from tensors of a processor: other pixels, or other text."""
+        if "input_ids" not in contrast:
+            return replace(own, pixels=own.pixels | contrast)
+        rest = dict(contrast)
+        ids, mask = rest.pop("input_ids"), rest.pop("attention_mask")
+        return own.rewritten(mask, self.visual(contrast), ids, rest)
 
     def twice(
         self, ctx: Context, kwargs: dict[str, Any], pixels: dict[str, Tensor]
@@ -216,8 +225,11 @@ class Streams:
             names = ("input_ids", "inputs_embeds")
             token = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
             return self.run(other, token, other.mask.new_ones(batch, 1), None, self.aside(ctx))
-        (changed, new), self.waiting = cast(Any, self.waiting), None
-        positions = ctx.positions[:, :, -new:] if new else None
+        (own, changed), self.waiting = cast(Any, self.waiting), None
+        there = ctx.positions[:, :, -own.mask.shape[1] :]
+        positions: Tensor | None = there if other.aligned else None
+        if positions is None and len(there) == 3 and bool(changed.visual.any()):
+            positions = carried(own, changed, there, other.position)
         return self.run(other, _inputs(changed), changed.mask, positions, self.aside(ctx))
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
@@ -253,25 +265,16 @@ class Streams:
         """
         if not mask.shape[1]:
             return None
-        model, past = self.model, other.mask.shape[1]
-        ids = inputs.get("input_ids")
         if positions is None:
             positions = (other.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
-            if compat.remembers_positions(model):
+            if compat.remembers_positions(self.model):
                 positions = positions.expand(3, -1, -1)
-                if ids is not None and not past and bool(self.visual(inputs).any()):
-                    positions = None  # other pictures: the model works them out
         other.take(mask)
-        if positions is not None:
-            inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
-        with compat.keeping_positions(model):
+        inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
+        with compat.keeping_positions(self.model):
             out = self.plain(other.cache, inputs | {"attention_mask": other.mask}, aside)
-            if positions is None:
-                deltas = cast(Tensor, compat.kept_positions(model))
-                other.position = past + mask.shape[1] + deltas[:, 0]
-            else:
-                here = torch.where(mask.bool(), positions.amax(0) + 1, 0)
-                other.position = other.position.maximum(here.amax(1))
+        here = torch.where(mask.bool(), positions.amax(0) + 1, 0)
+        other.position = other.position.maximum(here.amax(1))
         return out.logits[:, -1]
 
     def go_ahead(
@@ -316,6 +319,31 @@ class Streams:
         """A forward without methods but the second stream's, on a cache beside the main one."""
         keeps = {"use_cache": cache is not None, "logits_to_keep": 1, "foveate": aside}
         return self.model(**inputs, **compat.passing(self.model, cache), **keeps)
+
+
+def carried(own: Prompt, other: Prompt, positions: Tensor, start: Tensor) -> Tensor:
+    """Positions (3, B, M) under M-RoPE of the same pictures in other text.
+
+    A picture's tokens keep their places relative to its beginning, which moves by as many positions
+    as there is more text before it. Text goes on one by one behind the largest position so far.
+
+    Args:
+        positions: (3, B, N) of the stream's `own` prompt. start: (B,) where `other` begins.
+    """
+    real = own.mask.bool()
+    begins = positions.amin(0).masked_fill(~real, torch.iinfo(torch.long).max).amin(1)
+    positions = (positions - begins[:, None]).masked_fill(~real, -1)
+    texts, other_texts = (
+        (one.mask.bool() & ~one.visual).cumsum(1) for one in (own, other)
+    )  # up to each column
+    seen = other.visual.cumsum(1)
+    order = (~own.visual).int().argsort(dim=1, stable=True)  # visual columns first
+    latest = order.gather(1, (seen - 1).clamp(min=0))  # of the visual tokens up to each column
+    shift = other_texts - texts.gather(1, latest)
+    largest = positions.amax(0).cummax(1).values.gather(1, latest)
+    text = torch.where(seen > 0, largest + shift, other_texts - 1)
+    visual = positions.gather(2, latest.expand(len(positions), -1, -1)) + shift
+    return start[:, None] + torch.where(other.visual, visual, text).clamp(min=0)
 
 
 def piece(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:

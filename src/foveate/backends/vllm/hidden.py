@@ -33,15 +33,15 @@ def ranks() -> Any:
     return group if group.world_size > 1 else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ServedAnatomy(ModelAnatomy):
     """The anatomy of a model that vLLM runs; sizes are those of its configuration."""
 
-    model: Any = field(repr=False, default=None)
-    last: Any = field(repr=False, default=None)
+    served: Any = field(repr=False)
+    last: Any = field(repr=False)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        logits = self.model.compute_logits(hidden)
+        logits = self.served.compute_logits(hidden)
         group = ranks()
         if group is not None and not self.model_gathers:
             logits = group.broadcast(
@@ -76,7 +76,7 @@ class Served:
         decoder = language.model
         plain = self.shape.anatomy
         given = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        self.anatomy = ServedAnatomy(**given, model=model, last=decoder.norm)
+        self.anatomy = ServedAnatomy(**given, served=model, last=decoder.norm)
         self.stacks: dict[str, Stack] = {}
         for number, layer in enumerate(decoder.layers):
             hook = functools.partial(_enter, number)
