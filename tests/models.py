@@ -24,8 +24,10 @@ prompt, and says so through ``batch_num_images``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +158,27 @@ def inputs(
     if pictures and spec.counts:
         out["batch_num_images"] = torch.tensor([len(row_pictures) for _, row_pictures in prompts])
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in out.items()}
+
+
+@functools.cache
+def directions(name: str) -> str:
+    """A safetensors file with random directions for VTI, text and, with a tower, image."""
+    from safetensors.torch import save_file
+
+    model, generator = build(name), torch.Generator().manual_seed(5)
+    text, vision = model.get_decoder().config, getattr(model.config, "vision_config", None)
+    found = {"text": (text.num_hidden_layers, text.hidden_size)}
+    if name in ("llava", "llava_next"):
+        found["image"] = (vision.num_hidden_layers, 17, vision.hidden_size)
+    tensors = {k: torch.randn(size, generator=generator) for k, size in found.items()}
+    path = f"{tempfile.mkdtemp()}/{name}.safetensors"
+    save_file(tensors | {"ignored": torch.ones(1)}, path)
+    return path
+
+
+def ready(method: Any, name: str) -> Any:
+    """The method with what it needs of a family beside its parameters."""
+    return dataclasses.replace(method, path=directions(name)) if method.name == "vti" else method
 
 
 def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:

@@ -100,7 +100,7 @@ def test_every_field_that_opens_a_file_says_so(vlm: VLM, tmp_path: Path) -> None
                 if _opened:
                     opens.add((cls.name, field.name))
                 _opened = None
-    assert opens == says == {("adhh", "heads"), ("cli", "path")}
+    assert opens == says == {("adhh", "heads"), ("cli", "path"), ("vti", "path")}
 
 
 def test_every_field_that_could_be_costly_has_a_limit_or_a_reason() -> None:
@@ -112,7 +112,7 @@ def test_every_field_that_could_be_costly_has_a_limit_or_a_reason() -> None:
         if any(takes(hint, kind) for kind in (int, str, tuple)):
             could.add((cls.name, field.name))
     layers = {(name, "layers") for name in methods()}  # each of the model's counts once
-    files = {("cli", "path")}
+    files = {("cli", "path"), ("vti", "path")}
     assert could - limited - layers - files == HARMLESS.keys()
     assert not limited & HARMLESS.keys()
     assert ("carve", "steps") in limited

@@ -41,6 +41,8 @@ def method(request: pytest.FixtureRequest) -> Method:
             with pytest.raises(FoveateError, match="cli follows the images of"):
                 found.resolve(anatomy(models.build(family)))
             pytest.skip(f"refused: cli does not know how {family} projects its images")
+    if "family" in request.fixturenames:
+        return models.ready(found, request.getfixturevalue("family"))
     return found
 
 

@@ -30,6 +30,7 @@ METHODS: list[Method] = [  # CLI, which knows few families, has such a test of i
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_checkpointing_changes_no_gradient(method: Method, family: str) -> None:
     model = models.build(family, fresh=True)
+    method = models.ready(method, family)
     inputs = models.inputs(family, batch=3)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == models.IMAGE, -100)
     model.train()

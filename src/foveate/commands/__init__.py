@@ -21,7 +21,18 @@ from .common import note
 
 # of the help; commands that are not named here follow by name
 ORDER = (
-    *("ask", "trace", "serve", "methods", "heads", "eval", "sweep", "report", "analyze"),
+    *(
+        "ask",
+        "trace",
+        "serve",
+        "methods",
+        "heads",
+        "directions",
+        "eval",
+        "sweep",
+        "report",
+        "analyze",
+    ),
     *("demo", "draw", "doctor", "train"),
 )
 

@@ -41,6 +41,7 @@ STAGES = (
     "rewrite",
     "contrast",
     "begin",
+    "tower",
     "see",
     "before",
     "scores",
@@ -133,6 +134,14 @@ class Method(Form):
 
     def begin(self, seq: Sequences) -> None:
         """A sequence starts: allocate `seq.memory`."""
+
+    def tower(self, fed: FeedForward, seq: Sequences) -> Tensor:
+        """What the feed-forward of a block of the vision tower returns, in place of ``fed.out``.
+
+        Called for every block, with (images or tiles, patches, D_v) where the decoder's has
+        (B, Q, D); ``fed.layer`` is the block, from 0.
+        """
+        return fed.out
 
     def see(self, vision: Vision, seq: Sequences) -> None:
         """The images of a piece of prompt are encoded, the language model has not begun."""

@@ -109,7 +109,8 @@ def attach(
         if getattr(model, "generate", None) is not None:
             guarded = _guarded(model.generate, hooks, flash=usual.startswith("flash"))
             leaving.enter_context(compat.replaced(model, "generate", guarded))
-        if stack.vision or any(method.needs_pixels for method in stack.methods):
+        needs_pixels = any(method.needs_pixels for method in stack.methods)
+        if stack.vision or stack.at("tower") or needs_pixels:
             expanding = functools.partial(_expanding, visual=hooks.visual)
             leaving.enter_context(compat.pixels_to_the_forward(model, expanding))
         try:

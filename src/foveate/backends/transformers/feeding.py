@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.errors import FoveateError
 from ...core.rows import FeedForward
 from ...core.sequence import Stack
-from . import compat
+from . import compat, compat_parts
 from .context import Context
-from .heartbeat import FEED_FORWARD, astray, note_beside_graphs, note_graph
+from .heartbeat import FEED_FORWARD, astray, lost, note_beside_graphs, note_graph
 
 
 class FeedForwards:
-    """Those of the decoder layers that methods edit there.
+    """Those of the decoder layers and of the vision tower that methods edit there.
 
     Args:
         name: of the attention implementation.
@@ -36,6 +37,8 @@ class FeedForwards:
         self.model, self.name, self.stack, self.context = model, name, stack, context
         # layer that runs -> its context, and the parts of its feed-forward's sum so far
         self.begun: dict[int, tuple[Context | None, list[Tensor]]] = {}
+        self.encoding: Context | None = None  # of the forward that begins, for the tower
+        self.encoded: set[int] = set()  # the vision blocks that have run in it
 
     def install(self) -> Iterator[Any]:
         """Register every hook; yields the handles."""
@@ -47,6 +50,17 @@ class FeedForwards:
             for part in first:
                 yield part.register_forward_hook(functools.partial(self.collect, i))
             yield last.register_forward_hook(functools.partial(self.edit, i), with_kwargs=True)
+
+        if self.stack.at("tower"):
+            for i, block in enumerate(compat_parts.vision_blocks(self.model)):
+                parts = compat.feed_forward(block)
+                if len(parts) != 1:
+                    raise FoveateError(
+                        f"The blocks of the vision tower of {type(self.model).__name__} have no "
+                        "feed-forward module whose output could be edited: leave the tower alone."
+                    )
+                hook = functools.partial(self.encode, i)
+                yield parts[0].register_forward_hook(hook, with_kwargs=True)
 
     def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a decoder layer: note its context, as the feed-forward gets no keywords."""
@@ -95,6 +109,46 @@ class FeedForwards:
         if mine is new or not ctx.paired:
             return mine
         return torch.cat([mine, new[batch:]])
+
+    # -- the vision tower --------------------------------------------------------------------------
+
+    def encode_for(self, ctx: Context | None) -> None:
+        """A forward begins; with None the tower is to run plain."""
+        self.encoding, self.encoded = ctx, set()
+
+    def encode(self, block: int, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        """After the feed-forward of a vision block; of two streams the second's images stay."""
+        ctx = self.encoding
+        if ctx is None:
+            return out
+        self.encoded.add(block)
+        x, own = compat.hidden_in(args, kwargs), _hidden(out)
+        if ctx.paired and len(x) % 2:
+            raise FoveateError(
+                f"The tower of {type(self.model).__name__} reads the images of both streams as "
+                "one: use one method at a time."
+            )
+        count = len(x) // 2 if ctx.paired else len(x)
+        mine = own[:count]
+        for i in self.stack.at("tower"):
+            if ctx.acts(i):
+                fed = FeedForward(x[:count], mine, block, x.new_ones(mine.shape[:2]).bool())
+                mine = self.stack.methods[i].tower(fed, ctx.seen_by(i)).to(own.dtype)
+        edited = torch.cat([mine, own[count:]]) if ctx.paired else mine
+        return (edited, *out[1:]) if isinstance(out, tuple) else edited
+
+    def check_tower(self, ctx: Context) -> None:
+        """Before the decoder reads images: the tower has run, and was edited throughout."""
+        acting, used = [i for i in self.stack.at("tower") if ctx.acts(i)], self.stack.used_blocks
+        encoded, self.encoding = self.encoded, None
+        if acting and not encoded:
+            raise FoveateError(
+                f"{self.stack.methods[acting[0]].name} edits the vision tower, which did not run "
+                "for this prompt: pass pixel_values instead of images that were encoded before."
+            )
+        if acting and not encoded.issuperset(range(used)):
+            missed = min(set(range(used)) - encoded)
+            raise lost(self.model, f"the feed-forward of vision block {missed} was never reached")
 
 
 def _hidden(out: Any) -> Tensor:

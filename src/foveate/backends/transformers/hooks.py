@@ -77,6 +77,7 @@ class Hooks:
     def open(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the top model's forward: find or make the context and pass it on."""
         asked = kwargs.get("foveate", "prompt")
+        self.feedings.encode_for(None)
         if not isinstance(asked, str):  # the second stream, which `run` feeds
             return args, kwargs
         if not torch.compiler.is_compiling():
@@ -111,7 +112,9 @@ class Hooks:
         self.seen, self.given = {}, {}
         if self.stack.vision and ctx.phase != "decode":
             self.given = piece(kwargs, cache) | {"labels": kwargs.get("labels")}
-        return (), self.streams.before(ctx, kwargs, cache)
+        kwargs = self.streams.before(ctx, kwargs, cache)
+        self.feedings.encode_for(ctx)
+        return (), kwargs
 
     def check_thread(self) -> None:
         """Refuse a thread that did not open the block: its call would be edited as well."""
@@ -250,8 +253,10 @@ class Hooks:
             positions = positions.expand(len(ctx.positions), -1, -1)
             positions = torch.cat([ctx.positions, positions.to(ctx.positions.device)], 2)
         ctx.positions = positions
-        if self.stack.vision and ctx.visual[:, -new:].any():
-            self.see(ctx)
+        if (self.stack.vision or self.stack.at("tower")) and ctx.visual[:, -new:].any():
+            self.feedings.check_tower(ctx)
+            if self.stack.vision:
+                self.see(ctx)
         return None
 
     def look(self, k: int, block: Any, args: Any, out: Any) -> None:
