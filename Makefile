@@ -26,6 +26,7 @@ LMMS := $(VENV)/lmms
 SERVE := $(VENV)/serve
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
+PEERS := $(VENV)/peers
 LOCK := $(VENV)/lock
 LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
@@ -35,8 +36,8 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve lint speed lock clean \
-	installed testing
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve lint speed peers \
+	lock clean installed testing
 
 demo: installed
 	$(BIN)/foveate demo --out demo
@@ -77,6 +78,9 @@ lint: testing
 
 speed: testing
 	$(BIN)/python benchmarks/speed.py
+
+peers: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/peers.py
 
 lock:
 	$(PYTHON) -m venv --clear $(LOCK)
@@ -130,4 +134,13 @@ $(SERVE)/.installed: pyproject.toml constraints.txt
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(SERVE)/bin/python -m pip install --quiet $(TORCH)
 	$(SERVE)/bin/python -m pip install $(LOCKED) --editable ".[serve,ray]" --group dev --group page
+	touch $@
+
+# mitigv names torch and, for LLaVA and Qwen, transformers from 5.0 on: the lock's are both.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH)
+	$(PEERS)/bin/python -m pip install $(LOCKED) --editable .
+	$(PEERS)/bin/python -m pip install --quiet --no-deps mitigv==0.1.7
 	touch $@
