@@ -27,6 +27,7 @@ SERVE := $(VENV)/serve
 VLLM := $(VENV)/vllm
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
+PEERS := $(VENV)/peers
 LOCK := $(VENV)/lock
 LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
@@ -36,8 +37,8 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve test-vllm lint speed lock clean \
-	installed testing
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve test-vllm lint speed \
+	peers lock clean installed testing
 
 demo: installed
 	$(BIN)/foveate demo --out demo
@@ -81,6 +82,9 @@ lint: testing
 
 speed: testing
 	$(BIN)/python benchmarks/speed.py
+
+peers: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/peers.py
 
 lock:
 	$(PYTHON) -m venv --clear $(LOCK)
@@ -147,4 +151,13 @@ $(VLLM)/.installed: pyproject.toml tools/torchvision_schemas.py
 	$(VLLM)/bin/python tools/torchvision_schemas.py
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	$(VLLM)/bin/python -m pip install --quiet --group test jinja2 scipy openai
+	touch $@
+
+# mitigv names torch and, for LLaVA and Qwen, transformers from 5.0 on: the lock's are both.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH)
+	$(PEERS)/bin/python -m pip install $(LOCKED) --editable .
+	$(PEERS)/bin/python -m pip install --quiet --no-deps mitigv==0.1.7
 	touch $@
