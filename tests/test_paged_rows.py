@@ -33,6 +33,7 @@ ANATOMY: Any = SimpleNamespace(
     full_layers=tuple(range(DEPTH)),
     placed=True,
     heads=H,
+    tower=None,
     shape={"model_type": "llava", "layers": DEPTH, "attention_heads": H},
     layer_device=lambda layer: torch.device("cpu"),
 )
@@ -161,6 +162,7 @@ def slow(cache: Cache, text: str) -> list[Tensor]:
         "devils(alpha=1.0)",
         "spin(keep=0.5, scale=0.2)",
         "scalingvis(weight=2.0)",
+        "scalingvis(weight=0.3)",
         "vaf(enhance=1.8, suppress=0.4, layers=(0, 1))",
         "adhh(threshold=0.1, heads=((0, 1), (1, 0), (1, 3)))",
         "tarac(beta=1.5, alpha=0.8, layers=(0, 2))",

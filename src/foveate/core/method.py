@@ -88,10 +88,10 @@ class Method(Form):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # model_type prefix -> values of None fields
     neutral: ClassVar[dict[str, Any]] = {}  # parameters that make it the plain model
     example: ClassVar[dict[str, Any]] = {}  # parameters for the test-suite
-    # key columns that its rows need one by one: the image's, or all up to the image's end; an
+    # key columns that its rows need one by one: the image's, all up to the image's end, or all; an
     # engine may show the others as one column, after the image
-    columns: ClassVar[Literal["visual", "through"]] = "visual"
-    remembers: ClassVar[bool] = False  # its memory goes on from token to token
+    columns: ClassVar[Literal["visual", "through", "all"]] = "all"
+    remembers: ClassVar[bool] = True  # its memory may go on from token to token
     reads_prompt: ClassVar[bool] = False  # `before` needs every row of the prompt
     row_sum_one: ClassVar[bool] = True  # edited attention rows still sum to 1
     shares_prefix: ClassVar[bool] = True  # the question does not change image rows

@@ -59,6 +59,7 @@ class ADHH(Method):
         "heads": ((2, 0), (2, 1), (2, 3)),
     }
     columns: ClassVar = "through"
+    remembers: ClassVar[bool] = False
     row_sum_one: ClassVar[bool] = False
 
     def check(self) -> None:

@@ -72,6 +72,7 @@ class CLVS(Method):
     }
     neutral: ClassVar[dict[str, Any]] = {"smoothing": 1.0, "unified_positions": False}
     example: ClassVar[dict[str, Any]] = {"smoothing": 0.6, "stop_threshold": 0.0}
+    remembers: ClassVar[bool] = False  # M is rebuilt, and keys may be moved again
 
     def check(self) -> None:
         if self.mode == "add":
@@ -90,7 +91,7 @@ class CLVS(Method):
         return super().wants(stage) and (stage != "before" or self.stop_threshold > 0)
 
     @property
-    def columns(self) -> Literal["visual", "through"]:  # type: ignore[override]
+    def columns(self) -> Literal["visual", "through", "all"]:  # type: ignore[override]
         return "visual" if self.unified_positions is False else "through"
 
     def setup(self, anatomy: Anatomy) -> tuple[Anatomy, frozenset[int]]:

@@ -32,6 +32,8 @@ class Devils(Method):
     name: ClassVar[str] = "devils"
     paper: ClassVar[str] = "2411.16724"
     paper_layers = (5, ..., 17)
+    columns: ClassVar = "visual"
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
     example: ClassVar[dict[str, Any]] = {"alpha": 1.0}
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..core import FoveateError, Method, Prompt, Sequences, costly, plausible
+from ..core import FoveateError, Method, Prompt, Sequences, away_from, costly
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,4 @@ class ICD(Method):
     # -- the contrast ------------------------------------------------------------------------------
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
-        logits = logits.float()
-        contrasted = logits
-        if other is not None:
-            contrasted = (1 + self.alpha) * logits - self.alpha * other.float()
-        return plausible(contrasted, logits, self.beta)
+        return away_from(other, logits, self.alpha, self.beta)

@@ -50,6 +50,8 @@ class PAI(Method):
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "2407.21771"
     paper_layers = (2, ..., -1)
+    columns: ClassVar = "visual"
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "gamma": 1.0}
     example: ClassVar[dict[str, Any]] = {"alpha": 1.0, "gamma": 1.5, "plausibility": 0.0}
 

@@ -7,7 +7,7 @@ attention over the image sharper (above 1) or broader (below 1) for the token be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,11 +37,17 @@ class ScalingVis(Method):
     name: ClassVar[str] = "scalingvis"
     paper: ClassVar[str] = "2503.01773"
     rows: ClassVar = "prompt"
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"weight": 1.0}
     example: ClassVar[dict[str, Any]] = {"weight": 2.0}
 
     def check(self) -> None:
         self.require(self.weight >= 0, "weight is a factor and must be 0 or more")
+
+    @property
+    def columns(self) -> Literal["visual", "through", "all"]:  # type: ignore[override]
+        # what the rest of a row gains, below 1, would be known to few digits
+        return "visual" if self.weight >= 1 else "all"
 
     def scores(self, rows: Rows) -> Tensor:
         return scaled(rows, self.weight)

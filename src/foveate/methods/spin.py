@@ -40,6 +40,8 @@ class SPIN(Method):
 
     name: ClassVar[str] = "spin"
     paper: ClassVar[str] = "2505.16411"
+    columns: ClassVar = "visual"
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"keep": 1.0}
     example: ClassVar[dict[str, Any]] = {"keep": 0.5, "scale": 0.1}
     row_sum_one: ClassVar[bool] = False

@@ -52,7 +52,7 @@ class TARAC(Method):
     name: ClassVar[str] = "tarac"
     paper: ClassVar[str] = "2504.04099"
     paper_layers = (9, ..., 15)
-    remembers: ClassVar[bool] = True
+    columns: ClassVar = "visual"
     neutral: ClassVar[dict[str, Any]] = {"beta": 0.0}
     example: ClassVar[dict[str, Any]] = {"beta": 1.5, "alpha": 0.8}
 

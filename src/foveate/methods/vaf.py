@@ -46,6 +46,7 @@ class VAF(Method):
     paper: ClassVar[str] = "2503.13107"
     rows: ClassVar = "text"
     columns: ClassVar = "through"
+    remembers: ClassVar[bool] = False
     paper_layers = (9, ..., 14)
     neutral: ClassVar[dict[str, Any]] = {"enhance": 1.0, "suppress": 1.0}
     example: ClassVar[dict[str, Any]] = {"enhance": 1.8, "suppress": 0.4}

@@ -51,6 +51,7 @@ class Group:
         blocks: (B, N) int64, the cache blocks that hold the columns.
         mask: (B, 1, 1, P) bool, the columns that are shown one by one.
         all_blocks, all_mask: (B, M) and (B, 1, 1, M * block size): every column of the row.
+        whole: whether every column is shown one by one.
         state: what the methods see and remember.
         layers: which are edited. done: those that were, so far in this step.
     """
@@ -64,6 +65,7 @@ class Group:
     all_mask: Tensor
     state: State
     layers: frozenset[int]
+    whole: bool
     done: set[int] = field(default_factory=set)
 
 
@@ -135,9 +137,11 @@ def _group(
     position = torch.tensor([row.position for row in asked])
     first = torch.tensor([row.live.first for row in asked])
     last = torch.tensor([row.live.last for row in asked])
-    through = any(stack.methods[i].columns == "through" for i in acting)
-    start = torch.zeros_like(first) if through else first // size
-    count = int((last // size - start).max()) + 1
+    kinds = {stack.methods[i].columns for i in acting}
+    through, whole = "through" in kinds, "all" in kinds
+    start = torch.zeros_like(first) if through or whole else first // size
+    end = position if whole else last
+    count = int((end // size - start).max()) + 1
     within = torch.arange(size)
     columns = ((start[:, None] + torch.arange(count))[..., None] * size + within).flatten(1)
     number = (start[:, None] + torch.arange(count)).clamp(max=table.shape[1] - 1)
@@ -145,8 +149,8 @@ def _group(
     width = int(columns.max()) + 1
     flags = torch.stack([pad(row.live.visual, (0, width))[:width] for row in asked])
     visual = flags.gather(1, columns)
-    shown = columns <= last[:, None] if through else visual
-    whole = int(position.max()) // size + 1
+    shown = columns <= end[:, None] if through or whole else visual
+    length = int(position.max()) // size + 1
     alone = asked[0].live if any(m.remembers for m in stack.methods) else None
     state = alone.state if alone is not None and phase == "decode" else None
     if state is None:
@@ -163,12 +167,13 @@ def _group(
         rows=torch.tensor([row.query for row in asked]),
         blocks=table[request[:, None], number].long(),
         mask=shown[:, None, None],
-        all_blocks=table[request, :whole].long(),
-        all_mask=(torch.arange(whole * size) <= position[:, None])[:, None, None],
+        all_blocks=table[request, :length].long(),
+        all_mask=(torch.arange(length * size) <= position[:, None])[:, None, None],
         state=state,
         layers=frozenset(
             layer for layer, methods in stack.edits.items() if set(methods) & set(acting)
         ),
+        whole=whole,
     )
 
 

@@ -80,27 +80,28 @@ def edit(
     key, value = gather(group.blocks)
     mask = group.mask.to(query.device)
     scores = products(asked, key, scale).masked_fill(~mask, _LOW)
-    # the kernel of CPUs does not return the log of Z, so the keys are read once more
-    everything = products(asked, gather(group.all_blocks)[0], scale)
-    lse = everything.masked_fill(~group.all_mask.to(query.device), _LOW).logsumexp(-1, keepdim=True)
-    weights = (scores - lse).exp()
-    rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=_LEAST)  # (B, H, 1, 1)
-    value_of_rest = (out[rows].unsqueeze(2).float() - weighted(weights, value)) / rest
-    given = ServedRows(
-        torch.cat([scores, rest.log() + lse], -1),
-        layer,
-        asked,
-        pad(key, (0, 0, 0, 1)),
-        value,
-        pad(mask, (0, 1), value=True),
-        scale,
-        state.seen_by(acting[0]),
-        lambda: rotary(scores),
-    )
-    given.ranks = ranks
     share = [Acting(group.stack.methods[i], state.seen_by(i), 1) for i in acting]
-    weights = edited_weights(given, share)
-    new = weighted(weights[..., :-1], value) + weights[..., -1:] * value_of_rest
+
+    def edited(scores: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        first = share[0].seq
+        at = (asked, key, value, mask, scale, first, lambda: rotary(scores))
+        given = ServedRows(scores, layer, *at)
+        given.ranks = ranks
+        return edited_weights(given, share)
+
+    if group.whole:
+        new = weighted(edited(scores, key, mask), value)
+    else:
+        # the kernel of CPUs does not return the log of Z, so the keys are read once more
+        every = products(asked, gather(group.all_blocks)[0], scale)
+        every = every.masked_fill(~group.all_mask.to(query.device), _LOW)
+        lse = every.logsumexp(-1, keepdim=True)
+        plain = (scores - lse).exp()
+        rest = (1 - plain.sum(-1, keepdim=True)).clamp(min=_LEAST)  # (B, H, 1, 1)
+        value_of_rest = (out[rows].unsqueeze(2).float() - weighted(plain, value)) / rest
+        columns = torch.cat([scores, rest.log() + lse], -1)
+        weights = edited(columns, pad(key, (0, 0, 0, 1)), pad(mask, (0, 1), value=True))
+        new = weighted(weights[..., :-1], value) + weights[..., -1:] * value_of_rest
     out[rows] = new.squeeze(2).to(out.dtype)
 
 
