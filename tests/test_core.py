@@ -40,7 +40,12 @@ class Even(Method, register=False):
 def state(*methods: Method, phase: Any = "decode") -> State:
     """Two sequences; the second has no image."""
     anatomy: Any = SimpleNamespace(
-        depth=1, kind="none", layer_kinds=("full_attention",), full_layers=(0,), placed=True
+        depth=1,
+        kind="none",
+        layer_kinds=("full_attention",),
+        full_layers=(0,),
+        placed=True,
+        tower=None,
     )
     visual = torch.zeros(B, 5, dtype=torch.bool)
     visual[0, 1:3] = True
