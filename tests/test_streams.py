@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate import enhance
 from foveate.backends.transformers import compat
 from foveate.backends.transformers.compat import cache_of, passing
+from foveate.backends.transformers.two_rows import multiply
 from foveate.methods.pai import PAI
 from tests import models
 from tests.references.full import difference
@@ -124,6 +125,18 @@ def test_copies_and_chosen_rows_go_on_alone(name: str) -> None:
         assert difference(step(cache, [0, 1, 2], 1), out.logits[2]) < ROUNDING
         fork.batch_repeat_interleave(2)
         assert difference(step(fork, [2, 2, 0, 0], 3), out.logits[4][[2, 2, 0, 0]]) < ROUNDING
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_rows_are_multiplied_as_ever(bias: bool) -> None:
+    layer = torch.nn.Linear(48, 32, bias=bias)
+    for shape in [(2, 1), (1, 2), (2,), (3, 1), (1,)]:
+        for dtype in (torch.float32, torch.float64):
+            x, own = torch.randn(*shape, 48, dtype=dtype), copy.deepcopy(layer).to(dtype)
+            got = multiply(own, x)
+            assert got.is_contiguous()
+            assert got.shape == (*shape, 32)
+            assert torch.allclose(got, own(x), atol=1e-6)
 
 
 def test_an_interrupted_step_leaves_nothing_behind() -> None:
