@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import FoveateError
-from ...core.edit import Acting, edit_rows, masked, products
+from ...core.edit import Acting, edit_rows, masked, products, weighted
 from ...core.rows import Rows
 from . import compat
 from .context import Aside, Context
@@ -173,8 +173,8 @@ def _attention(implementation: str) -> Attention:
         if attention_mask is None and 1 < new < length:  # an empty static cache
             key, value = key[:, :, :new], value[:, :, :new]
         mask = _row_mask(attention_mask, new, key.shape[2], new, query.device)
+        scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
         if layer in stack.other_read:
-            scale = query.shape[3] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
             last, part = query[:, :, -1:], None if mask is None else mask[:, :, -1:]
             x = masked(products(last, key, scale), part).softmax(-1)
             owner.other_row(Rows(x, layer, last, key, value, part, scale, seq))
@@ -182,6 +182,9 @@ def _attention(implementation: str) -> Attention:
         if hidden is None:
             return run(module, query, key, value, attention_mask, **kwargs)[0]
         mask = _hiding(mask, hidden.to(query.device)[:, None, None])
+        if new == 1:  # one row costs less than keys repeated for their groups, as the kernel does
+            x = masked(products(query, key, scale), mask).softmax(-1)
+            return weighted(x, value).to(value.dtype).transpose(1, 2)
         return masking(module, query, key, value, mask, **kwargs)[0]
 
     return attention
