@@ -102,6 +102,7 @@ def pool() -> Iterator[Decoders]:
     pool.close()
 
 
+@pytest.mark.long
 @tries(150)
 @given(files())
 def test_files(pool: Decoders, data: bytes) -> None:

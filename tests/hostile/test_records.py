@@ -159,6 +159,7 @@ def use_hurt(whole: Path, folder: Path, found: list[tuple[str, int, Any, Any]]) 
     use(folder)
 
 
+@pytest.mark.long
 @tries(40)
 @given(found=st.lists(damages(), min_size=1, max_size=2))
 def test_damage(whole: Path, tmp_path: Path, found: Any) -> None:

@@ -142,6 +142,7 @@ def ask(server: tuple[Running, httpx.Client, Log], body: bytes, path: str) -> No
 CHAT = "/v1/chat/completions"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @tries(40)
 @given(bodies())

@@ -104,6 +104,7 @@ def read_everywhere(text: str) -> None:
         read(registry, text)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @tries(150)
 @given(texts)
