@@ -273,6 +273,7 @@ def figures(rows: dict[str, Any], tokens: int) -> dict[str, Any]:
         }
         packages = {
             who: {
+                "first": statistics.median(one for one, _ in pairs),
                 "token": statistics.median(per_token[who]),
                 "answer": statistics.median(whole for _, whole in pairs),
                 "memory": entry["memory"][who],

@@ -23,6 +23,7 @@ from foveate.core.method import Method, methods
 ROOT = Path(__file__).resolve().parent.parent
 # whose costs the table of methods shows; what reads the vision tower is measured with one
 COSTS = {"methods-cpu": "0.5b", "cli-cpu": "0.5b-clip"}
+PEERS = "peers-cpu"
 
 
 def method_table() -> Iterator[list[str]]:
@@ -38,6 +39,8 @@ def method_table() -> Iterator[list[str]]:
         rows = cls.rows if {"scores", "weights"} & cls.stages else "none"
         cost = next((v for row, v in measured.items() if re.match(rf"{name}\b", row)), None)
         ratios = [_ratio(cost, part) if cost else "not measured" for part in ("prefill", "decode")]
+        if "search" in cls.stages:
+            ratios = _searched(name)
         yield [f"`{name}`", _about(cls), stages, rows, _passes(cls), *ratios]
 
 
@@ -111,6 +114,17 @@ def _passes(cls: type[Method]) -> str:
 
 def _ratio(figures: dict[str, Any], part: str) -> str:
     return f"{figures[part]['ratio']['median']:.2f}"
+
+
+def _searched(name: str) -> list[str]:
+    """What a method that searches costs over a plain answer: its first token, and each later one.
+
+    Single forwards do not show it; `benchmarks/peers.py` measures answers.
+    """
+    if not (RESULTS / f"{PEERS}.json").exists():
+        return ["not measured"] * 2
+    entry = _load(PEERS)["sizes"][COSTS["methods-cpu"]]["figures"][name]["packages"]
+    return [f"{entry['foveate'][k] / entry['plain'][k]:.2f}" for k in ("first", "token")]
 
 
 def _load(name: str) -> dict[str, Any]:
