@@ -83,10 +83,12 @@ def test_ask_compares_all_methods_and_says_what_it_leaves_out(run, folder, photo
     assert code == 0
     names = [answer["method"] for answer in json.loads(out)["answers"]]
     assert names[:2] == ["clvs(smoothing=0.5)", "vanilla"]
-    assert names[2:] == sorted(set(methods()) - {"adhh", "cli"})
+    assert names[2:] == sorted(set(methods()) - {"adhh", "cli", "vti"})
     assert "left out: adhh" in err
     assert "left out: cli" in err
+    assert "left out: vti" in err
     assert "foveate heads" in err
+    assert "foveate directions" in err
 
 
 def test_ask_shows_the_attention(run, folder, photo, tmp_path):

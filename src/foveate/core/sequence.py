@@ -38,8 +38,6 @@ class Stack:
         self.plans = tuple(
             plans[m.name] if m.name in plans else m.setup(anatomy) for m in self.methods
         )
-        # vision blocks whose output the model uses; those behind them need not run
-        self.used_blocks = max(anatomy.tower.used) if anatomy.tower else 0
         self.vision = tuple(sorted({k for m in self.methods for k in m.vision_layers or ()}))
         attention = [i for i in range(len(methods)) if i in self.at("scores") + self.at("weights")]
         self.edits = {

@@ -139,16 +139,20 @@ class FeedForwards:
 
     def check_tower(self, ctx: Context) -> None:
         """Before the decoder reads images: the tower has run, and was edited throughout."""
-        acting, used = [i for i in self.stack.at("tower") if ctx.acts(i)], self.stack.used_blocks
+        acting = [i for i in self.stack.at("tower") if ctx.acts(i)]
         encoded, self.encoding = self.encoded, None
         if acting and not encoded:
             raise FoveateError(
                 f"{self.stack.methods[acting[0]].name} edits the vision tower, which did not run "
                 "for this prompt: pass pixel_values instead of images that were encoded before."
             )
-        if acting and not encoded.issuperset(range(used)):
-            missed = min(set(range(used)) - encoded)
-            raise lost(self.model, f"the feed-forward of vision block {missed} was never reached")
+        config, depth = self.model.config, self.model.config.vision_config.num_hidden_layers
+        used = [k if k >= 0 else depth + 1 + k for k in compat_parts.feature_layers(config)]
+        missed = set(range(max(used, default=0))) - encoded  # blocks above need not run
+        if acting and missed:
+            raise lost(
+                self.model, f"the feed-forward of vision block {min(missed)} was never reached"
+            )
 
 
 def _hidden(out: Any) -> Tensor:
