@@ -18,7 +18,7 @@ from typing import Any
 
 from report import RESULTS, between, grid  # beside this file
 
-from foveate.core.method import Method, methods
+from foveate.core.method import STAGES, Method, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose costs the table of methods shows; what reads the vision tower is measured with one
@@ -33,7 +33,7 @@ def method_table() -> Iterator[list[str]]:
         measured |= _load(file)["sizes"][size]["figures"]
     yield ["method", "what it does", "stages", "rows", "extra passes", "prefill", "decode"]
     for name, cls in methods().items():
-        if cls.looks_again:
+        if cls(**cls.example).wants("rewrite"):
             continue
         stages = ", ".join(f"`{s}`" for s in _stages(cls))
         rows = cls.rows if {"scores", "weights"} & cls.stages else "none"
@@ -45,7 +45,7 @@ def method_table() -> Iterator[list[str]]:
 
 
 def look_table() -> Iterator[list[str]]:
-    """Every method that looks again: its extra passes and what an answer costs, at every size."""
+    """Every method that changes the question: its passes and what an answer costs, at every size."""
     costs = ["over a plain answer", "published loop over it"]
     yield ["method", "what it does", "extra passes", "shape", *costs]
     found = [_load(path.stem)["sizes"] for path in sorted(RESULTS.glob("look-*.json"))]
@@ -100,8 +100,7 @@ TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
 
 
 def _stages(cls: type[Method]) -> list[str]:
-    order = ("rewrite", "contrast", "see", "before", "scores", "weights", "logits", "search")
-    return [stage for stage in order if stage in cls.stages]
+    return [stage for stage in STAGES if stage in cls.stages and stage not in ("begin", "rewrite")]
 
 
 def _passes(cls: type[Method]) -> str:
