@@ -228,8 +228,10 @@ class Streams:
         given = {k: v for k, v in tokens.items() if v is not None} | changed.pixels | changed.inputs
         there = ctx.positions[:, :, -own.mask.shape[1] :]
         positions: Tensor | None = there if other.aligned else None
-        if positions is None and len(there) == 3 and bool(changed.visual.any()):
-            positions = carried(own, changed, there, other.position)
+        if positions is None and len(there) == 3 and changed.ids is not None:
+            shown = self.visual(given)
+            if bool(shown.any()):
+                positions = carried(own, replace(changed, visual=shown), there, other.position)
         return self.run(other, given, changed.mask, positions)
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
