@@ -45,7 +45,7 @@ def method_table() -> Iterator[list[str]]:
 
 
 def look_table() -> Iterator[list[str]]:
-    """Every method that changes the question: its passes and what an answer costs, at every size."""
+    """Every method that changes the question: its passes, and what an answer costs."""
     costs = ["over a plain answer", "published loop over it"]
     yield ["method", "what it does", "extra passes", "shape", *costs]
     found = [_load(path.stem)["sizes"] for path in sorted(RESULTS.glob("look-*.json"))]

@@ -36,8 +36,10 @@ import argparse
 import contextlib
 import functools
 import gc
+import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ import looks
 import report
 import torch
 from report import RESULTS, Kind, Say, Table, ratio, spread, timed
+from safetensors.torch import save_file
 from subjects import SIZES, VLMS, Subject
 from torch import Tensor
 from torch.nn.functional import linear
@@ -63,6 +66,7 @@ STAND_INS = {  # of `all`, where defaults need something that random weights do 
     "cli": "cli(seed=0)",
     "clvs": "clvs(stop_threshold=0.0)",
     "icd": f"icd(prefix={tuple(range(20, 42))}, where='question')",  # as long as the published text
+    "vti": "vti (random directions)",
     "var": "var(sink_threshold=1.0, sink_dims=(0, 1))",
 }
 PLAIN, EAGER = "sdpa", "eager"
@@ -81,6 +85,11 @@ def stack(model: Any, name: str) -> tuple[Method, ...]:
         config, heads = model.config.text_config, 20
         depth, across = config.num_hidden_layers, config.num_attention_heads
         name = f"adhh(heads={tuple((i * depth // heads, i % across) for i in range(heads))})"
+    if name == STAND_INS["vti"]:
+        found = anatomy(model)
+        file = Path(tempfile.gettempdir(), f"foveate-{os.getpid()}.safetensors")
+        save_file({"text": torch.randn(found.depth, found.width)}, file)
+        name = f"vti(path={str(file)!r})"
     return parse(name)
 
 

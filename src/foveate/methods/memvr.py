@@ -7,6 +7,7 @@ feed-forward of the layer above is mixed with a retrieval from the image's own f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,8 +82,8 @@ class MemVR(Method):
             )
         return found
 
-    def setup(self, anatomy: Anatomy) -> Anatomy:
-        return anatomy
+    def setup(self, anatomy: Anatomy) -> tuple[Anatomy, Callable[[Tensor], Tensor]]:
+        return anatomy, anatomy.readout()
 
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
         x, layer, memory = stream.x, stream.layer, seq.memory
@@ -92,7 +93,7 @@ class MemVR(Method):
             memory["fired"] = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if layer in self.mlp_layers and seq.phase != "prefix":
             fired = memory["fired"].to(x.device)
-            unsure = self.uncertainty(seq.plan, stream.last).to(x.device) > self.threshold
+            unsure = self.uncertainty(*seq.plan, stream.last).to(x.device) > self.threshold
             memory["fires"], memory["fired"] = unsure & ~fired, fired | unsure
         return x
 
@@ -102,9 +103,11 @@ class MemVR(Method):
         old = seq.memory.get("image")
         seq.memory["image"] = new if old is None else torch.cat([old.to(x.device), new], 1)
 
-    def uncertainty(self, anatomy: Anatomy, last: Tensor) -> Tensor:
+    def uncertainty(
+        self, anatomy: Anatomy, readout: Callable[[Tensor], Tensor], last: Tensor
+    ) -> Tensor:
         """u (B,) float32 of the last row's states (B, D) between two layers."""
-        logits = anatomy.unembed(anatomy.norm(last))
+        logits = readout(anatomy.norm(last))
         log_p = logits.topk(min(_CANDIDATES, logits.shape[-1])).values.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1) / math.log(_CANDIDATES)
 

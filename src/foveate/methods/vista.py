@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,8 +104,8 @@ class VISTA(Method):
         late = tuple(sorted(published_layers(LOGIT_LAYERS, depth) if late is None else set(late)))
         return Method.resolve(dataclasses.replace(self, logit_layers=late), anatomy)
 
-    def setup(self, anatomy: Anatomy) -> Anatomy:
-        return anatomy
+    def setup(self, anatomy: Anatomy) -> tuple[Anatomy, Callable[[Tensor], Tensor]] | None:
+        return (anatomy, anatomy.readout()) if self.wants("logits") else None
 
     # -- the steering ------------------------------------------------------------------------------
 
@@ -148,12 +149,13 @@ class VISTA(Method):
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
         left = stream.layer - 1
         if left in (self.logit_layers or ()) and seq.phase != "prefix":
-            last = stream.last
-            is_last = left == seq.plan.depth - 1
-            seq.memory[f"leaving {left}"] = seq.plan.norm(last) if is_last else last
+            last, (anatomy, _) = stream.last, seq.plan
+            is_last = left == anatomy.depth - 1
+            seq.memory[f"leaving {left}"] = anatomy.norm(last) if is_last else last
         return stream.x
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
+        _, readout = seq.plan
         states = [seq.memory[f"leaving {j}"].to(logits.device) for j in self.logit_layers or ()]
-        late = seq.plan.unembed(torch.stack(states)).to(logits.device).mean(0)
+        late = readout(torch.stack(states)).to(logits.device).mean(0)
         return (1 - self.logit_mix) * logits.float() + self.logit_mix * late

@@ -228,9 +228,12 @@ class Streams:
         (own, changed), self.waiting = cast(Any, self.waiting), None
         there = ctx.positions[:, :, -own.mask.shape[1] :]
         positions: Tensor | None = there if other.aligned else None
-        if positions is None and len(there) == 3 and bool(changed.visual.any()):
-            positions = carried(own, changed, there, other.position)
-        return self.run(other, _inputs(changed), changed.mask, positions, self.aside(ctx))
+        given = _inputs(changed)
+        if positions is None and len(there) == 3 and changed.ids is not None:
+            shown = self.visual(given)
+            if bool(shown.any()):
+                positions = carried(own, replace(changed, visual=shown), there, other.position)
+        return self.run(other, given, changed.mask, positions, self.aside(ctx))
 
     def fork(self, ctx: Context, kwargs: dict[str, Any], cache: Any, filled: int) -> Other:
         """A new second stream; text before the first image is the same in both."""
