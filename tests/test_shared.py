@@ -30,6 +30,7 @@ def chats_about(vlm: VLM, seed: int, system: str | None = None) -> list[Chat]:
 
 
 TRAINED = {"cli": "cli(seed=0, start=0.0, summary=image)"}
+<<<<<<< HEAD
 STACKS = [
     "vanilla",
     *(
@@ -38,6 +39,10 @@ STACKS = [
         if not {"rewrite", "search"} & cls.stages and cls.shares_prefix
     ),
 ]
+=======
+NAMED = [TRAINED.get(name, name) for name, cls in methods().items() if "rewrite" not in cls.stages]
+STACKS = ["vanilla", *(text for text in NAMED if as_stack(text)[0].shares_prefix)]
+>>>>>>> w-mlp
 
 
 @pytest.mark.long
@@ -74,6 +79,9 @@ def test_a_repetition_penalty_is_applied_as_generate_does(
 def test_what_cannot_be_shared_is_not_prepared(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = chats_about(vlm, 5)
     assert prepare(vlm, chats[:1]) is None
+    for alone in set(NAMED) - set(STACKS):
+        assert prepare(vlm, chats, as_stack(alone)) is None
+    assert {"memvr", "vista"} <= set(NAMED) - set(STACKS)
     assert prepare(vlm, [*chats, chats_about(vlm, 6)[0]]) is None
     text = [Chat([], "Is there a car?"), Chat([], "Is it red?")]
     assert prepare(vlm, text) is None
