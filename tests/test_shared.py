@@ -30,19 +30,12 @@ def chats_about(vlm: VLM, seed: int, system: str | None = None) -> list[Chat]:
 
 
 TRAINED = {"cli": "cli(seed=0, start=0.0, summary=image)"}
-<<<<<<< HEAD
-STACKS = [
-    "vanilla",
-    *(
-        TRAINED.get(name, name)
-        for name, cls in methods().items()
-        if not {"rewrite", "search"} & cls.stages and cls.shares_prefix
-    ),
+NAMED = [
+    TRAINED.get(name, name)
+    for name, cls in methods().items()
+    if not {"rewrite", "search"} & cls.stages
 ]
-=======
-NAMED = [TRAINED.get(name, name) for name, cls in methods().items() if "rewrite" not in cls.stages]
 STACKS = ["vanilla", *(text for text in NAMED if as_stack(text)[0].shares_prefix)]
->>>>>>> w-mlp
 
 
 @pytest.mark.long

@@ -93,7 +93,9 @@ class MemVR(Method):
             memory["fired"] = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if layer in self.mlp_layers and seq.phase != "prefix":
             fired = memory["fired"].to(x.device)
-            unsure = self.uncertainty(*seq.plan, stream.last).to(x.device) > self.threshold
+            anatomy, readout = seq.plan
+            u = self.uncertainty(readout(anatomy.norm(stream.last)))
+            unsure = u.to(x.device) > self.threshold
             memory["fires"], memory["fired"] = unsure & ~fired, fired | unsure
         return x
 
@@ -103,11 +105,8 @@ class MemVR(Method):
         old = seq.memory.get("image")
         seq.memory["image"] = new if old is None else torch.cat([old.to(x.device), new], 1)
 
-    def uncertainty(
-        self, anatomy: Anatomy, readout: Callable[[Tensor], Tensor], last: Tensor
-    ) -> Tensor:
-        """u (B,) float32 of the last row's states (B, D) between two layers."""
-        logits = readout(anatomy.norm(last))
+    def uncertainty(self, logits: Tensor) -> Tensor:
+        """u (B,) float32 of logits (B, V)."""
         log_p = logits.topk(min(_CANDIDATES, logits.shape[-1])).values.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1) / math.log(_CANDIDATES)
 
