@@ -61,7 +61,7 @@ class OPERA(Method):
         candidates: tokens tried for each beam. Published: 5; the fast setting: 1.
         scale: factor of the attention in W. Published: 50.
         penalty: factor of the penalty; 0 switches it off. Published: 1.
-        threshold: how often a column may be noted; infinity never goes back. Published: 15; the
+        threshold: how often a column may be noted; 1e9 never goes back. Published: 15; the
             fast setting: 25.
         half_scores: keep column scores in float16, as the published code does: below 3e-8 they
             are 0, above 65504 infinite. False keeps float32.
