@@ -137,7 +137,7 @@ def test_other_types_and_places_are_refused(tmp_path: Path) -> None:
         with pytest.raises(FoveateError, match=rf"no folder .*: `{TYPES[type][0]}` makes one"):
             Artifact.from_pretrained(tmp_path / "none", type)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FoveateError, match="cannot be written"):
+    with pytest.raises(FoveateError, match="cannot be made a folder"):
         vector().save_pretrained(tmp_path / "file" / "folder")
 
 

@@ -42,6 +42,9 @@ def problems(text: str, own: frozenset[str]) -> Iterator[str]:
     """What of a module belongs into compat.py; `own` are private names that foveate defines."""
     yield from (name for name in RENAMED if name in text)
     for node in ast.walk(ast.parse(text)):
+        relative = isinstance(node, ast.ImportFrom) and node.level
+        if relative:  # of our own folder of that name
+            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
             yield f"from {node.module} import"
         elif isinstance(node, ast.Import):
@@ -51,7 +54,8 @@ def problems(text: str, own: frozenset[str]) -> Iterator[str]:
 
 
 def _private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    python = ("_getframe",)
+    return name.startswith("_") and not name.endswith("__") and name not in python
 
 
 def _defined(tree: ast.AST) -> Iterator[str]:

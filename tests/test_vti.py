@@ -174,9 +174,3 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_without_a_path_only_the_pocket_model_has_directions() -> None:
     with pytest.raises(FoveateError, match="vti has no directions for this model"):
         VTI().resolve(anatomy(models.build("llava")))
-
-
-@pytest.mark.parametrize("name", ["alpha_text", "alpha_image"])
-def test_senseless_parameters_are_refused(name: str) -> None:
-    with pytest.raises(FoveateError, match=f"{name} must be finite"):
-        VTI(**{name: float("inf")})

@@ -56,7 +56,7 @@ def commands(model: str, data: Path, out: Path) -> dict[str, list[Any]]:
         "analyze": ["analyze", "decay", "--model", model, "--limit", 2, "--out", out],
         "demo": ["demo", "--model", model, "--out", out],
         "heads": ["heads", "pocket", "--scenes", 4, "--max-new-tokens", 6,
-                  "--out", out / "heads.json"],
+                  "--out", out / "heads"],
         "train": ["train", "cli", "--model", "pocket", "--data", data, "--out", out, "--steps", 2,
                   "--batch-size", 2, "--save-every", 0],
         "report": ["report", out],

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foveate.methods.cli.files import read_config, read_module
 from safetensors.torch import load_file, save_file
 
 from foveate import VLM, FoveateError
-from foveate.base import headlist
+from foveate.base.artifact import HEADS, INJECTION, Artifact, read_config
 from foveate.base.journal import Journal
 from foveate.evaluation.merge import read_runs
 from foveate.pocket import train as pocket
@@ -215,11 +214,12 @@ def test_drawn_pools(bomb: Bomb, tmp_path: Path, name: str) -> None:
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], Any]]] = {
     "an injection's weights": (
-        ("model.safetensors", "pytorch_model.bin"), lambda folder: read_module(str(folder))
+        ("model.safetensors", "pytorch_model.bin"),
+        lambda folder: Artifact.from_pretrained(folder, INJECTION),
     ),
-    "an injection's settings": (("config.json",), lambda folder: read_config(str(folder))),
-    "a list of heads": (
-        ("heads.json",), lambda folder: headlist.read(folder / "heads.json", {})
+    "an injection's settings": (("config.json",), lambda folder: read_config(folder, INJECTION)),
+    "heads": (
+        ("config.json", "model.safetensors"), lambda folder: Artifact.from_pretrained(folder, HEADS)
     ),
     "a run": (("run.json", "records.jsonl", "results.json"), lambda folder: read_runs([folder])),
     "records": (("records.jsonl",), lambda folder: Journal(folder / "records.jsonl", len)),

@@ -198,7 +198,7 @@ def test_the_servers_own_methods_are_asked_for_by_name(vlm, tmp_path):
         both = ask(client, max_tokens=20, model="pocket:clvs+vcd")
     wanted = vlm.ask(scene(3), DESCRIBE, "clvs(smoothing=0.5)+vcd", max_new_tokens=20)
     assert text(both) == wanted.text
-    with pytest.raises(FoveateError, match="there is no folder"):
+    with pytest.raises(FoveateError, match="There is no folder"):
         create_app(vlm, Settings(methods=("cli(path='nowhere')",)))
 
 

@@ -93,8 +93,8 @@ class OPERA(Method):
     def check(self) -> None:
         self.require(self.num_beams >= 1, "num_beams must be 1 or more")
         self.require(self.candidates >= 1, "candidates must be 1 or more")
-        self.require(0 < self.scale < math.inf, "scale must be a number above 0")
-        self.require(0 <= self.penalty < math.inf, "penalty must be 0 or more")
+        self.require(self.scale > 0, "scale must be a number above 0")
+        self.require(self.penalty >= 0, "penalty must be 0 or more")
         self.require(self.threshold >= 0, "threshold must be 0 or more")
         self.require(self.window >= 1, "window must be 1 or more")
         self.require(

@@ -63,7 +63,7 @@ class RITUAL(Method):
     example: ClassVar[dict[str, Any]] = {"beta": 0.0}
 
     def check(self) -> None:
-        self.require(0 <= self.alpha < float("inf"), "alpha must be 0 or more, and finite")
+        self.require(self.alpha >= 0, "alpha must be 0 or more")
         self.require(0 <= self.beta <= 1, "beta must lie between 0 and 1")
         self.require(self.seed >= 0, "seed must be 0 or more")
         if self.transform != "random":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +61,6 @@ class VTI(Method):
     passes: ClassVar[str] = "none; needs directions, made once per model"
     neutral: ClassVar[dict[str, Any]] = {"alpha_text": 0.0, "alpha_image": 0.0}
     example: ClassVar[dict[str, Any]] = {"alpha_text": 6.0}
-
-    def check(self) -> None:
-        self.require(math.isfinite(self.alpha_text), "alpha_text must be finite")
-        self.require(math.isfinite(self.alpha_image), "alpha_image must be finite")
 
     def wants(self, stage: str) -> bool:
         idle = {"mlp": self.alpha_text == 0, "tower": self.alpha_image == 0}

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+
+from ..backends.transformers import compat_parts
 
 Reason = Literal["stop", "length"]
 
@@ -257,7 +258,7 @@ class Take(StoppingCriteria):
         return torch.tensor([row.done for row in self.rows], device=input_ids.device)
 
 
-class Written(BaseStreamer):
+class Written(compat_parts.Streamer):
     """Gives a whole answer to its row. pad: padding token. ends: ids of end tokens."""
 
     def __init__(self, row: PartialAnswer, pad: int, ends: set[int]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...base.errors import FoveateError
 from .compat import CACHE_NAMES
+
+Streamer = transformers.generation.streamers.BaseStreamer  # told of every token by `generate`
 
 # -- decoder layers --------------------------------------------------------------------------------
 
@@ -228,6 +231,16 @@ def pocket_weights() -> dict[str, Any]:
         "^vision_tower": "model.vision_tower.vision_model",
     }
     return {"key_mapping": names}
+
+
+def without_weights(config: Any) -> Any:
+    """A model of a configuration on the meta device, but with true frequencies of its positions."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+    decoder = model.get_decoder()
+    if hasattr(decoder, "rotary_emb"):
+        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
+    return model
 
 
 def shard_by_layer(module: Any, decoder: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...base.form import permit
 from ...core.method import Method
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
+from ..transformers.compat_parts import without_weights
 from .asked import IMAGES, KEY, acting, asked
 
 _RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
@@ -30,13 +30,8 @@ class Shape:
     """A model without weights: what methods ask of one before it runs."""
 
     def __init__(self, config: Any) -> None:
-        from transformers import AutoModelForImageTextToText
-
-        with torch.device("meta"):
-            self.model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+        self.model = without_weights(config)
         self.decoder = self.model.get_decoder()
-        # with true frequencies, for methods that move tokens to other positions
-        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(self.decoder.config)
         self.anatomy: ModelAnatomy = anatomy(self.model)
 
 
