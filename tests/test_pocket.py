@@ -445,7 +445,7 @@ print(model.dtype, processor.decode(out[0, inputs["input_ids"].shape[1]:],
     assert done.stdout.split() in (["torch.float32", "yes"], ["torch.float32", "no"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @shipped
 def test_weights_see() -> None:
     """Far above chance on a few fresh scenes; the card has the real figures."""

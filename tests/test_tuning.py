@@ -257,6 +257,7 @@ def started(program: list[str], processes: int = 1) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_walk_the_curve_of_one(data: Path, small: str, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed.jsonl"  # one process gets only text in some steps
     text = {"conversations": [{"from": "human", "value": "Is red a color?"},

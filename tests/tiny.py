@@ -99,7 +99,9 @@ def vlm(family: str = "llava") -> VLM:
     processor = llava() if family == "llava" else PROCESSORS[family]()
     model = families.build(family, fresh=True)
     if len(processor.tokenizer) > families.VOCAB:  # Idefics3 brings words of its own
-        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+        with torch.random.fork_rng():  # new words are drawn
+            torch.manual_seed(0)
+            model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     return VLM(model, processor, family)
 
 

@@ -141,7 +141,7 @@ def test_a_closed_pool_leaves_no_process(pool):
     assert pool.idle == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_other_clients_wait_a_second_at_most_for_slow_pictures(vlm, monkeypatch):
     """Four clients send pictures that would take for ever."""
     with running(vlm) as server:
