@@ -16,6 +16,8 @@ attention is the row that published implementations of such methods run on.
   on 0.5b-clip a random CLIP-L/336.
 * decode: milliseconds per token of single-token forwards on the filled cache (no tokenizer, no
   sampling; one lookup of the next token).
+  On CPUs linear layers of one or two rows are computed as `VLM` does it, plain and with methods
+  alike (`few_rows.py`): two streams would otherwise cost what the plain model wastes.
 * peak: weights plus the most memory that tensors hold at once during a prefill and two decode
   steps. On CUDA ``max_memory_allocated``. On CPU every allocation and release of PyTorch's
   allocator, as its profiler records them: exact, but without scratch space that BLAS takes for
@@ -58,6 +60,7 @@ import foveate
 from foveate import FoveateError, Method
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
+from foveate.backends.transformers.few_rows import fast_rows
 from foveate.core.method import methods, parse, text
 
 METHODS = ("clvs(stop_threshold=0)", "clvs")
@@ -95,7 +98,13 @@ def stack(model: Any, name: str) -> tuple[Method, ...]:
 
 @contextlib.contextmanager
 def row(model: Any, name: str) -> Iterator[None]:
-    """The model as row `name` runs it."""
+    """The model as row `name` runs it, with small products as `VLM` computes them, plain or not."""
+    with fast_rows(model), _row(model, name):
+        yield
+
+
+@contextlib.contextmanager
+def _row(model: Any, name: str) -> Iterator[None]:
     if name == EAGER:
         decoder = model.get_decoder()
         decoder.set_attn_implementation(EAGER)

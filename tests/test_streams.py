@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate import enhance
 from foveate.backends.transformers import compat
 from foveate.backends.transformers.compat import cache_of, passing
-from foveate.backends.transformers.two_rows import multiply
+from foveate.backends.transformers.few_rows import multiply
 from foveate.methods.pai import PAI
 from tests import models
 from tests.references.full import difference

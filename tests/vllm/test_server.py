@@ -60,8 +60,8 @@ def url(asked: dict[str, Any]) -> Iterator[str]:
             server.wait(60)
 
 
-def post(url: str, request: dict[str, Any], **changed: Any) -> tuple[int, dict[str, Any]]:
-    """Status and body of a chat completion."""
+def body_of(request: dict[str, Any], **changed: Any) -> bytes:
+    """The body of a chat completion."""
     picture = base64.b64encode(Path(request["images"][0]).read_bytes()).decode()
     question = request["prompt"].split("\n", 1)[1].removesuffix(" ASSISTANT:")
     content = [
@@ -80,7 +80,12 @@ def post(url: str, request: dict[str, Any], **changed: Any) -> tuple[int, dict[s
     }
     if request["method"]:
         body["vllm_xargs"] = {"foveate": request["method"]}
-    data = json.dumps(body | changed).encode()
+    return json.dumps(body | changed).encode()
+
+
+def post(url: str, request: dict[str, Any], **changed: Any) -> tuple[int, dict[str, Any]]:
+    """Status and body of a chat completion."""
+    data = body_of(request, **changed)
     asked = urllib.request.Request(
         f"{url}/v1/chat/completions", data, {"content-type": "application/json"}
     )
@@ -140,3 +145,55 @@ def test_streams_several_answers_and_stop_strings(url: str, asked: dict[str, Any
     text = plain["choices"][0]["message"]["content"]
     _, stopped = post(url, one, stop=[text[2:4]])
     assert stopped["choices"][0]["message"]["content"] == text[:2]
+
+
+HOSTILE = [
+    "clvs(" * 5000,
+    "clvs(smoothing=" + "9" * 400 + ")",
+    "clvs(smoothing=[]" * 50,
+    "\ud800",
+    "é" * 4000,
+]
+
+
+def test_hang_ups_and_hostile_texts_spoil_nobodys_answer(url: str, asked: dict[str, Any]) -> None:
+    """Clients that hang up, texts that cannot be read, and 64 clients at once."""
+    (reference,) = answers.run("transformers", asked)
+    requests = asked["requests"]
+    end = time.monotonic() + float(os.environ.get("FOVEATE_LOAD_SECONDS", "20"))
+    wrong: list[str] = []
+
+    def client(number: int) -> int:
+        right = 0
+        while time.monotonic() < end:
+            n = (number + right) % len(requests)
+            if number % 5 == 0:
+                status, body = post(url, requests[n] | {"method": HOSTILE[right % len(HOSTILE)]})
+                if status != 400 or len(body["error"]["message"]) > 1000:
+                    wrong.append(f"{status} {str(body)[:300]}")
+            elif number % 5 == 1:
+                hang_up(url, requests[n])
+            else:
+                status, body = post(url, requests[n])
+                if status != 200 or body["choices"][0]["token_ids"] != reference[n]["tokens"]:
+                    wrong.append(f"{requests[n]['method']} {status} {str(body)[:300]}")
+            right += 1
+        return right
+
+    with ThreadPoolExecutor(64) as clients:
+        assert sum(clients.map(client, range(64))) > 64
+    assert not wrong, wrong[:5]
+    status, body = post(url, requests[1])
+    assert (status, body["choices"][0]["token_ids"]) == (200, reference[1]["tokens"])
+
+
+def hang_up(url: str, request: dict[str, Any]) -> None:
+    """Ask for a long answer and leave before it comes."""
+    host, port = url.removeprefix("http://").split(":")
+    data = body_of(request, max_tokens=300)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\ncontent-type: application/json\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+        time.sleep(0.3)

@@ -31,6 +31,7 @@ from transformers import (
 
 from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
+from ..backends.transformers.few_rows import fast_rows
 from ..backends.transformers.record import Record, Recorder
 from ..base.errors import FoveateError
 from ..base.images import ImageLike, decode_all
@@ -386,7 +387,10 @@ class VLM:
         with taken(self._one_at_a_time):
             self._using = threading.get_ident()
             try:
-                with attach(self.model, methods, notes=notes, contrast=views):
+                with (
+                    fast_rows(self.model),
+                    attach(self.model, methods, notes=notes, contrast=views),
+                ):
                     yield
             finally:
                 self._using = None

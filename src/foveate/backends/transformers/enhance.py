@@ -29,7 +29,6 @@ from .handshake import check_feed_forwards, check_layers, handshake
 from .heartbeat import check_graphs, forget_unfinished, lost
 from .hooks import Hooks
 from .search import search_arguments
-from .two_rows import fast_pairs
 
 _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -107,8 +106,6 @@ def attach(
         for handle in hooks.install():
             leaving.callback(handle.remove)
         leaving.callback(hooks.streams.recover)
-        if stack.owner is not None:
-            leaving.enter_context(fast_pairs(model))
         if getattr(model, "generate", None) is not None:
             guarded = _guarded(model.generate, hooks, flash=usual.startswith("flash"))
             leaving.enter_context(compat.replaced(model, "generate", guarded))

@@ -1,7 +1,8 @@
-"""Linear layers of two rows on the CPU, where one token of two streams is decoded.
+"""Linear layers of one or two rows on the CPU: what decoding a single question is made of.
 
-PyTorch takes about twice as long for two rows as for one, though both have to read the weights
-once, which is what takes the time. The transposed product, weight times rows, takes little longer.
+PyTorch multiplies one row by a matrix more slowly than the memory allows, and two rows take about
+twice as long again, though both have to read the weights once. The transposed product of two rows,
+weight times rows, is the fastest of them, so one row is multiplied twice.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from . import compat
 
 
 @contextmanager
-def fast_pairs(model: Any) -> Iterator[None]:
-    """The language model's linear layers multiply two float32 rows on the CPU as fast as one."""
+def fast_rows(model: Any) -> Iterator[None]:
+    """The language model's linear layers multiply one or two float32 rows as fast as a CPU can.
+
+    Plain and with any method alike: `VLM` answers in this block.
+    """
     parts = [*model.get_decoder().modules(), model.get_output_embeddings()]
     with ExitStack() as leaving:
         for part in parts:
@@ -33,8 +37,10 @@ def fast_pairs(model: Any) -> Iterator[None]:
 def multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     """What the linear layer gives for `x` (..., in)."""
     weight, bias = layer.weight, layer.bias
-    two = x.dtype == weight.dtype == torch.float32 and x.numel() == 2 * weight.shape[1]
-    if not two or x.device.type != "cpu" or torch.compiler.is_compiling():
+    few = 0 < x.numel() <= 2 * weight.shape[1] and x.dtype == weight.dtype == torch.float32
+    if not few or x.device.type != "cpu" or torch.compiler.is_compiling():
         return linear(x, weight, bias)
-    out = (weight @ x.reshape(2, -1).T).T.contiguous().view(*x.shape[:-1], len(weight))
+    rows = x.reshape(-1, weight.shape[1])
+    out = (weight @ rows.expand(2, -1).T).T[: len(rows)]
+    out = out.contiguous().view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
