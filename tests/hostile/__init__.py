@@ -1,7 +1,9 @@
 """What somebody who means harm may send: generators, a class of attack each.
 
-Each runs small in `make test`, and 10,000 times in `make test-slow`.
+Each runs small in `make test`, and 10,000 times in `make test-slow`, or FOVEATE_TRIES times.
 """
+
+import os
 
 from hypothesis import HealthCheck, settings
 
@@ -17,4 +19,5 @@ def tries(count: int) -> settings:
     return settings(max_examples=count, derandomize=True, **_COMMON)
 
 
-MANY = settings(max_examples=10_000, **_COMMON)
+TRIES = int(os.environ.get("FOVEATE_TRIES", "10000"))
+MANY = tries(TRIES)

@@ -23,6 +23,7 @@ from foveate.base.journal import Journal
 from foveate.evaluation.merge import read_records
 from foveate.scenes.export import export
 from tests import tiny
+from tests.hostile import TRIES
 from tests.hostile.faults import REASONS, files_of_at_most, refusing
 
 pytestmark = pytest.mark.long
@@ -120,7 +121,7 @@ class Case:
 @pytest.mark.parametrize(
     ("name", "tries"),
     [("draw", 4), ("eval", 4), ("report", 2), ("train", 2)]
-    + [pytest.param(name, 40, marks=pytest.mark.slow) for name in NAMES],
+    + [pytest.param(name, max(3, TRIES // 250), marks=pytest.mark.slow) for name in NAMES],
 )
 def test_a_disk_that_fails_somewhere(
     name: str, tries: int, model: str, data: Path, tmp_path: Path, run: Run
@@ -253,7 +254,7 @@ def test_lines_are_on_the_disk_within_a_second_of_work(
     assert synced == [100.0, 101.1, 160.0, 160.0]
 
 
-@pytest.mark.parametrize("tries", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [60, pytest.param(TRIES, marks=pytest.mark.slow)])
 def test_rows_survive_disks_that_fill_up(tries: int, tmp_path: Path) -> None:
     """Whatever fits is there in order; what does not is written once there is room."""
     rng = random.Random(tries)

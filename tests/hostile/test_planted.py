@@ -27,6 +27,7 @@ from foveate.evaluation.merge import read_runs
 from foveate.pocket import train as pocket
 from foveate.scenes.lessons import Pool
 from tests import tiny
+from tests.hostile import TRIES
 
 SOURCE = Path(pocket.__file__).parent.parent
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -164,7 +165,7 @@ def damaged(path: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tries", [25, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [25, pytest.param(TRIES // 5, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_one_sentence(tries: int, trained: Path, tmp_path: Path) -> None:
     rng, whole = random.Random(tries), tmp_path / "whole"
     shutil.copytree(trained.parent, whole)
