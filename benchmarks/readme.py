@@ -122,7 +122,7 @@ def _searched(name: str) -> list[str]:
     """
     if not (RESULTS / f"{PEERS}.json").exists():
         return ["not measured"] * 2
-    entry = _load(PEERS)["sizes"][COSTS["methods-cpu"]]["figures"][name]["packages"]
+    entry = _load(PEERS)["sizes"]["pocket"]["figures"][name]["packages"]
     return [f"{entry['foveate'][k] / entry['plain'][k]:.2f}" for k in ("first", "token")]
 
 

@@ -197,7 +197,9 @@ def test_before_the_first_line_of_leaving() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(max(1, 10_000 // TRIES), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "step", [97, pytest.param(max(1, 10_000 // TRIES), marks=pytest.mark.slow)]
+)
 def test_nested_blocks_of_two_models(step: int) -> None:
     cases, (first, second) = [Model(), Model("qwen2_5_vl")], as_stack("clvs+vcd")
 
