@@ -32,6 +32,7 @@ from foveate.core.method import as_stack
 from tests import models, tiny
 from tests.hostile import TRIES
 
+
 STACKS = ["clvs", "vcd", "clvs+vcd", "dola+pai"]
 
 
@@ -40,6 +41,7 @@ def usual() -> Iterator[Any]:
     """Python's own handler; it stands again after every test."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    torch.set_grad_enabled(True)  # an interrupt inside PyTorch's own `no_grad` may leave it off
     now = signal.signal(signal.SIGINT, before)
     assert now is signal.default_int_handler, "a handler was left"
 
