@@ -32,7 +32,6 @@ from foveate.core.method import as_stack
 from tests import models, tiny
 from tests.hostile import TRIES
 
-
 STACKS = ["clvs", "vcd", "clvs+vcd", "dola+pai"]
 
 
