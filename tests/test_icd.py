@@ -89,7 +89,8 @@ def test_tokens_put_in_stand_behind_the_last_visual_one() -> None:
     prompt = seen[0]
     assert prompt.ids is not None
     assert torch.equal(prompt.visual, prompt.ids == models.IMAGE)
-    assert torch.equal(prompt.inputs["mm_token_type_ids"], prompt.visual.long())
+    if "mm_token_type_ids" in prompt.inputs:  # which earlier releases of transformers do not have
+        assert torch.equal(prompt.inputs["mm_token_type_ids"], prompt.visual.long())
     for row in range(3):
         alone = other("qwen2_5_vl", "mixed", row)
         assert prompt.ids[row][prompt.mask[row] == 1].tolist() == alone["input_ids"][0].tolist()
@@ -135,6 +136,10 @@ def test_a_shared_prefix_holds_the_disturbance_of_its_picture(name: str) -> None
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_later_picture_is_disturbed_too(name: str) -> None:
     model, turns = models.build(name), models.conversation(name, "image", alone=True)
+    if name == "qwen2_5_vl" and "mm_token_type_ids" not in turns[0]:
+        pytest.skip(
+            "this transformers needs no token types, by which the reference finds positions"
+        )
     first, token, second = turns[0], turns[1], turns[3]
     cache, got = None, []
     whole: dict[str, Any] = {k: v for k, v in first.items() if k != "attention_mask"}

@@ -48,7 +48,7 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(family: str, kin
         {},
         {"first_step": 0},
         {"forgetting": 0.1, "beta": 0.0, "first_step": 5},
-        {"forgetting": 0.2, "confidence": 0.1},
+        {"forgetting": 0.1, "confidence": 0.1},
         {"forgetting": 0.2, "confidence": 0.0, "beta": 0.3},
         {"forgetting": 0.0},
         {"beta": 1.0},

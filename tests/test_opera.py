@@ -21,6 +21,7 @@ from foveate.vlm.chat import Answer
 from foveate.vlm.prefix import prepare
 from tests import models, tiny
 from tests.references import opera as reference
+from tests.test_engine import beam_error
 
 NEVER = 1e9
 PLAIN = {"penalty": 0.0, "candidates": models.VOCAB, "threshold": NEVER}
@@ -126,6 +127,8 @@ def test_processors_and_end_tokens_act_behind_the_penalty() -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
 def test_without_penalty_and_return_it_is_plain_beam_search(name: str) -> None:
     model, inputs = models.build(name), models.inputs(name, "mixed", batch=3)
+    if beam_error(model, inputs, None) > 5e-5:
+        pytest.skip("this transformers mixes the pictures of a prompt among its beams, without us")
     plain = model.generate(**inputs, max_new_tokens=6, num_beams=5)
     assert torch.equal(generate(model, inputs, OPERA(**PLAIN), max_new_tokens=6).sequences, plain)
 
@@ -228,6 +231,8 @@ class Restricted(LogitsProcessor):
 @pytest.mark.parametrize("other", ["clvs(smoothing=0.3)", "tarac", "dola"])
 def test_other_methods_act_as_in_any_decoding(name: str, other: str) -> None:
     model, inputs = models.build(name), models.inputs(name, "images")
+    if beam_error(model, inputs, None) > 5e-5:
+        pytest.skip("this transformers mixes the pictures of a prompt among its beams, without us")
     beams = {"num_beams": 3, "logits_processor": LogitsProcessorList([Restricted()])}
     plain = generate(model, inputs, other, **beams, output_scores=True)
     method = OPERA(num_beams=3, candidates=3, penalty=0.0, threshold=NEVER)

@@ -108,7 +108,7 @@ def test_the_tower_has_to_run() -> None:
 def test_a_block_that_is_not_reached_is_an_error() -> None:
     model, inputs = models.build("llava", fresh=True), models.inputs("llava")
     method = models.ready(VTI(**BOTH), "llava")
-    mlp = model.model.vision_tower.encoder.layers[0].mlp
+    mlp = reference.blocks_of(model)[0].mlp
     call = mlp.forward
     mlp.__class__ = type("Renamed", (type(mlp),), {"__call__": lambda self, x: call(x)})
     with (

@@ -21,6 +21,12 @@ def turn(x: Tensor, direction: Tensor, strength: float) -> Tensor:
     return y * (norm(x) / norm(y))
 
 
+def blocks_of(model: Any) -> Any:
+    """The blocks of a LLaVA's tower, which transformers before 5.6 keeps one level lower."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
 class VTI(FullMap):
     needs_image = False
 
@@ -54,7 +60,7 @@ class VTI(FullMap):
         text = self.directions["text"]
         places = [(self.decoder.layers[i], text[i], self.in_decoder) for i in self.steered]
         if self.in_tower:
-            blocks = self.model.model.vision_tower.encoder.layers
+            blocks = blocks_of(self.model)
             places += [
                 (block, self.directions["image"][i], self.in_tower)
                 for i, block in enumerate(blocks)
