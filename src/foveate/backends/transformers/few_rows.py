@@ -23,12 +23,15 @@ from . import compat
 def fast_rows(model: Any) -> Iterator[None]:
     """The language model's linear layers multiply one or two float32 rows as fast as a CPU can.
 
-    Plain and with any method alike: `VLM` answers in this block.
+    Plain and with any method alike: `VLM` answers in this block. Layers elsewhere, or of another
+    dtype, are left as they are, and pay nothing.
     """
     parts = [*model.get_decoder().modules(), model.get_output_embeddings()]
     with ExitStack() as leaving:
         for part in parts:
             if type(part) is nn.Linear and "forward" not in vars(part):  # nobody else is in between
+                if part.weight.device.type != "cpu" or part.weight.dtype != torch.float32:
+                    continue
                 forward = functools.partial(multiply, part)
                 leaving.enter_context(compat.replaced(part, "forward", forward))
         yield
