@@ -5,7 +5,7 @@ from ..base.form import costly, file
 from .anatomy import Anatomy, Block
 from .edit import weighted
 from .method import Method, published_layers
-from .plausible import away_from, plausible
+from .plausible import away_from, plausible, together
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
 from .search import Beams, Found
@@ -29,6 +29,7 @@ __all__ = [
     "file",
     "plausible",
     "published_layers",
+    "together",
     "turned",
     "weighted",
 ]

@@ -22,6 +22,18 @@ def plausible(contrasted: Tensor, original: Tensor, share: float) -> Tensor:
     return contrasted.masked_fill(original < least, -math.inf)
 
 
+def together(other: Tensor | None, logits: Tensor, strength: float, share: float) -> Tensor:
+    """Logits with a second stream's beside them: l + strength l', under the cut.
+
+    Args:
+        other: l' (B, V); None where there is no second stream. logits: l (B, V).
+        share: see `plausible`.
+    """
+    logits = logits.float()
+    joined = logits if other is None else logits + strength * other.float()
+    return plausible(joined, logits, share)
+
+
 def away_from(other: Tensor | None, logits: Tensor, strength: float, share: float) -> Tensor:
     """Logits led away from a second stream's: (1 + strength) l - strength l', under the cut.
 

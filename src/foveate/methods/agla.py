@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..core import FoveateError, Method, Prompt, Sequences, costly, plausible
+from ..core import FoveateError, Method, Prompt, Sequences, costly, together
 from ..core.visual import WHOLE, Box
 
 SIDE = 384  # of the square on which maps are compared and pictures are masked
@@ -185,12 +185,9 @@ class AGLA(Method):
         return prompt.given
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
-        own = logits.float()
-        assembled = own
-        if other is not None:
-            local = own if self.first_token_only and seq.phase == "decode" else other.float()
-            assembled = own + self.alpha * local
-        return plausible(assembled, own, self.beta)
+        if other is not None and self.first_token_only and seq.phase == "decode":
+            other = logits
+        return together(other, logits, self.alpha, self.beta)
 
 
 def kept(relevance: np.ndarray, score: float, box: Box = WHOLE) -> np.ndarray:

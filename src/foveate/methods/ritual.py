@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, randint
 
 from ..base.perturb import own_generator, registry
-from ..core import FoveateError, Method, Prompt, Sequences, plausible
+from ..core import FoveateError, Method, Prompt, Sequences, together
 
 SIX = ("flip", "flip(axis='vertical')", "rotate", "jitter", "blur", "crop")
 """The published transforms, as perturbations."""
@@ -122,6 +122,4 @@ class RITUAL(Method):
         return prompt.given
 
     def logits(self, logits: Tensor, other: Tensor | None, seq: Sequences) -> Tensor:
-        own = logits.float()
-        complemented = own if other is None else own + self.alpha * other.float()
-        return plausible(complemented, own, self.beta)
+        return together(other, logits, self.alpha, self.beta)
