@@ -23,6 +23,7 @@ from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy
 from .admission import Shape, shape
 from .asked import acting
+from .watch import step
 
 
 def ranks() -> Any:
@@ -121,13 +122,11 @@ def _enter(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
     """Before decoder layer `number`: methods look at the rows that they edit."""
-    if not is_forward_context_available():
+    groups = step()
+    if not groups or not is_forward_context_available():
         return
-    metadata = get_forward_context().attn_metadata
-    if not isinstance(metadata, dict):
+    if not isinstance(get_forward_context().attn_metadata, dict):  # a run to warm up
         return
-    step = (getattr(one, "foveate", None) for one in metadata.values())
-    groups: Any = next((one for one in step if one is not None), ())
     for group in groups:
         state, rows = group.state, None
         for i in group.stack.at("before"):

@@ -13,6 +13,11 @@ def expect(groups: list[Any]) -> None:
     _step = groups
 
 
+def step() -> list[Any]:
+    """The groups of the step at work; empty where no row is edited."""
+    return _step or []
+
+
 def verify(asked: bool) -> None:
     """A step's forward is over.
 
@@ -24,10 +29,10 @@ def verify(asked: bool) -> None:
             stops: an answer of the plain model under a method's name would be worse.
     """
     global _step
-    step, _step = _step, None
-    if step is None and asked:
+    planned, _step = _step, None
+    if planned is None and asked:
         raise RuntimeError(f"foveate: this step was not planned, {_WHY}")
-    for group in step or ():
+    for group in planned or ():
         missing = sorted(group.layers - group.done)
         if missing:
             raise RuntimeError(
