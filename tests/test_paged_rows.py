@@ -175,7 +175,9 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
     cache = Cache()
     expected = slow(cache, text)
     where = cache.starts, cache.lengths, cache.table, SIZE
-    groups = plan(lives(text), stacks, *where)
+    made = lives(text)
+    plan({1: made[1]}, stacks, [0, 0, 1], [0, 50], cache.table, SIZE)  # its prompt's end, before
+    groups = plan(made, stacks, *where)
     changed = False
     for layer in range(DEPTH):
         out = before = plain(cache, layer)
@@ -188,6 +190,14 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
         changed |= bool((out - before).abs().max() > 1e-2)
     assert changed
     assert all(group.done == group.layers for group in groups)
+
+
+def test_an_answer_whose_memory_is_lost_stops_the_engine() -> None:
+    cache = Cache()
+    where = cache.starts, cache.lengths, cache.table, SIZE
+    with pytest.raises(RuntimeError, match=r"what tarac.* remembers of this answer is lost"):
+        plan({1: lives("tarac")[1]}, stacks, *where)
+    assert plan({1: lives("clvs")[1]}, stacks, *where)
 
 
 def test_a_request_without_a_method_is_in_no_group() -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.vllm.answers transformers JOB.json
     python -m tests.vllm.answers vllm JOB.json
+    python -m tests.vllm.answers storm JOB.json
 
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole
@@ -57,8 +58,8 @@ def requests(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
     return out
 
 
-def run(engine: str, job: dict[str, Any], **environment: str) -> list[list[dict[str, Any]]]:
-    """What an engine answers, in a process of its own: per turn and request."""
+def run(engine: str, job: dict[str, Any], **environment: str) -> Any:
+    """What an engine answers, in a process of its own: per turn and request; or a storm."""
     import torch
 
     file = Path(job["out"]).with_suffix(".json")
@@ -94,7 +95,7 @@ def _transformers(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
         tokens, rows = [], []
         with torch.no_grad(), enhance(model, *filter(None, [asked["method"]])):
             out = model(**inputs, use_cache=True)
-            for _ in range(STEPS):
+            for _ in range(asked.get("steps", STEPS)):
                 rows.append(out.logits[0, -1].float().log_softmax(-1))
                 tokens.append(int(rows[-1].argmax()))
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -160,12 +161,18 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return turns
 
 
+def _storm(job: dict[str, Any]) -> dict[str, Any]:
+    from tests.vllm.storm import storm
+
+    return storm(job)
+
+
 def main() -> None:
     import torch
 
     engine, file = sys.argv[1:]
     job = json.loads(Path(file).read_text())
-    answers = {"transformers": _transformers, "vllm": _vllm}[engine](job)
+    answers = {"transformers": _transformers, "vllm": _vllm, "storm": _storm}[engine](job)
     torch.save(answers, job["out"])
 
 

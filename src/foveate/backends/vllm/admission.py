@@ -13,7 +13,7 @@ from ...core.method import Method
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
 from ..transformers.compat_parts import without_weights
-from .asked import IMAGES, KEY, acting, asked
+from .asked import IMAGES, KEY, LIVES, POSITIONS, acting, asked
 
 _RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
 _NEEDS = {  # of other stages
@@ -117,7 +117,8 @@ def admit(config: Any, request: Any) -> None:
             f"The prompt has no image, so {'+'.join(stack.needs_image)} would do nothing: send an "
             f"image, or leave out {KEY}."
         )
-    params.extra_args = params.extra_args | {KEY: text, IMAGES: images}
+    sent = {k: v for k, v in params.extra_args.items() if k not in (POSITIONS, LIVES)}
+    params.extra_args = sent | {KEY: text, IMAGES: images}
     if any(method.remembers for method in stack.methods):
         # what it remembers of earlier tokens is made by computing them
         params.skip_reading_prefix_cache = True
@@ -126,7 +127,7 @@ def admit(config: Any, request: Any) -> None:
 def _runs(place: Any) -> list[tuple[int, int]]:
     """(first column, length) of the runs of embeddings in a placeholder's range."""
     if place.is_embed is None:
-        return [(place.offset, place.length)]
+        return [(place.offset, place.length)] if place.length else []
     flags = torch.nn.functional.pad(torch.as_tensor(place.is_embed).int().cpu(), (1, 1))
     edges = flags.diff().nonzero()[:, 0].tolist()
     return [

@@ -14,6 +14,7 @@ from ...core.method import Method, parse
 KEY = "foveate"  # a method's text form, from the client
 IMAGES = "foveate images"  # (first column, length) of every run of visual tokens, from admission
 POSITIONS = "foveate positions"  # (3, P) under M-RoPE, from the worker
+LIVES = "foveate lives"  # what the request remembers, from the worker
 
 
 def asked(params: Any) -> str:

@@ -48,6 +48,7 @@ def install() -> None:
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "foveate.backends.vllm.backend.Backend")
     _admission()
+    _beams()
     _block_keys()
     _loading()
     _mrope_positions()
@@ -94,6 +95,35 @@ def _admission() -> None:
         return process_inputs
 
     _replace(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), wrap)
+
+
+def _beams() -> None:
+    """Where the OpenAI server makes a beam search of a client's request, and drops its method."""
+    from types import SimpleNamespace
+
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
+
+    from .asked import asked
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                text = asked(SimpleNamespace(extra_args=self.vllm_xargs))
+                if text:
+                    raise FoveateError(
+                        f"vLLM's beam search asks for every token anew, as a prompt without a "
+                        f"method, so {text} cannot act: leave out use_beam_search."
+                    )
+            except FoveateError as error:
+                raise VLLMValidationError(str(error)) from error
+            return plain(self, *args, **kwargs)
+
+        return to_beam_search_params
+
+    for owner in (ChatCompletionRequest, CompletionRequest):
+        _replace(owner, "to_beam_search_params", ("self", "max_tokens"), wrap)
 
 
 def _refuse_other_devices() -> None:

@@ -153,6 +153,11 @@ def _group(
     length = int(position.max()) // size + 1
     alone = asked[0].live if any(m.remembers for m in stack.methods) else None
     state = alone.state if alone is not None and phase == "decode" else None
+    if alone is not None and phase == "decode" and state is None:
+        raise RuntimeError(
+            f"foveate: what {stack} remembers of this answer is lost, so the rest of it would be "
+            "wrong. The engine stops: use methods that remember nothing, such as clvs."
+        )
     if state is None:
         state = State(stack, visual, phase)
         state.positions = _positions(columns, asked)

@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 from ...base.errors import FoveateError
 from . import switched_off
 from .admission import check_text
-from .asked import POSITIONS, asked, visual
+from .asked import LIVES, POSITIONS, asked, visual
 from .plan import Live
 from .watch import verify
 
@@ -51,15 +51,34 @@ class Requests(LogitsProcessor):
             return
         for row in batch_update.removed:
             ROWS.pop(row, None)
-        for row, params, prompt, _ in batch_update.added:
+        for row, params, prompt, said in batch_update.added:
             ROWS.pop(row, None)
             text = asked(params)
             if text and prompt is not None:
-                places = params.extra_args.get(POSITIONS)
-                ROWS[row] = Live(text, len(prompt), visual(params, len(prompt)), places)
+                ROWS[row] = _live(params, text, len(prompt), said)
         for one, two, kind in batch_update.moved:
             first, second = ROWS.pop(one, None), ROWS.pop(two, None)
             if first is not None:
                 ROWS[two] = first
             if kind == MoveDirectionality.SWAP and second is not None:
                 ROWS[one] = second
+
+
+def _live(params: Any, text: str, prompt: int, said: list[int]) -> Live:
+    """A request that enters the batch, or comes back with what it remembers.
+
+    A running request leaves the batch for every step that has no room for it. Its `Live` stays with
+    its parameters, so both end together. One engine process shares the parameters of all answers
+    of one request (n > 1): there the list of its tokens tells an answer, or how long it is.
+    """
+    lives: list[list[Any]] = params.extra_args.setdefault(LIVES, [])
+    mine = [entry for entry in lives if entry[1] is said]
+    if said and not mine:  # the scheduler made a new list
+        mine = [one for one in lives if len(lives) == 1 or len(one[1]) == len(said)]
+    if len(mine) != 1:
+        places = params.extra_args.get(POSITIONS)
+        mine = [[Live(text, prompt, visual(params, prompt), places), said]]
+        lives += mine
+    mine[0][1] = said
+    live: Live = mine[0][0]
+    return live
