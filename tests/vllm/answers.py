@@ -7,7 +7,8 @@
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole
 vocabulary's log-probabilities (steps, V). With "in order" vLLM answers one request after the other;
-"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request.
+"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request, "lora" is an
+adapter's folder.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def _transformers(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     for asked in job["requests"]:
         pictures = [Image.open(file).convert("RGB") for file in asked["images"]]
         inputs = processor(images=pictures, text=asked["prompt"], return_tensors="pt")
+        for name in job.get("leaves out", ()):
+            inputs.pop(name, None)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         tokens, rows = [], []
         with torch.no_grad(), enhance(model, *filter(None, [asked["method"]])):
@@ -137,6 +140,7 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             )
         )
     turns = []
+    loras = [_adapter(asked.get("lora")) for asked in job["requests"]]
     for _ in range(job.get("turns", 1)):
         answers, done = [], []
         if job.get("in order"):
@@ -145,7 +149,7 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                     llm.reset_prefix_cache()
                 done += llm.generate(prompt, how, use_tqdm=False)
         else:
-            done = llm.generate(prompts, params, use_tqdm=False)
+            done = llm.generate(prompts, params, use_tqdm=False, lora_request=loras)
         for out in done:
             steps = out.outputs[0].logprobs
             rows = [[step[t].logprob for t in range(len(step))] for step in steps]
@@ -159,6 +163,12 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             )
         turns.append(answers)
     return turns
+
+
+def _adapter(folder: str | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return None if folder is None else LoRARequest("adapter", 1, folder)
 
 
 def _storm(job: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from tests.vllm import answers, families
+from tests.vllm import answers
 
 METHODS = [
     "",
@@ -100,30 +100,6 @@ def test_a_plug_in_that_is_switched_off_refuses_methods(
     Requests.validate_params(SamplingParams())
     with pytest.raises(ValueError, match="switched off"):
         Requests.validate_params(SamplingParams(extra_args={"foveate": "clvs"}))
-
-
-def test_several_pictures_grouped_heads_and_positions_of_three_rows(tmp_path: Path) -> None:
-    methods = [
-        "",
-        "clvs(stop_threshold=0, unified_positions=False)",
-        "clvs(stop_threshold=0)",
-        "clvs",
-        "pai(gamma=1.0)",
-        "scalingvis(weight=1.8)",
-        "clvs(stop_threshold=0, unified_positions='visual')",
-        "vaf(enhance=1.8, suppress=0.4, layers=(2, 3))",
-        "tarac(beta=1.5, layers=(1, 3))",
-    ]
-    model = families.qwen2_5_vl(tmp_path / "qwen")
-    asked = families.requests(tmp_path, methods)
-    job = {"model": str(model), "requests": asked, "out": str(tmp_path / "reference")}
-    (reference,) = answers.run("transformers", job)
-    options = {"block_size": 32, "limit_mm_per_prompt": {"image": 2, "video": 0}}
-    job |= {"out": str(tmp_path / "vllm"), "options": options}
-    (turn,) = answers.run("vllm", job, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    for method, ours, theirs in zip(methods, turn, reference, strict=True):
-        assert ours["tokens"] == theirs["tokens"], method
-        assert apart(ours, theirs) < 5e-4, method
 
 
 def test_the_prefix_cache_never_mixes_edited_and_plain_blocks(

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
 from tests.vllm import answers
+from tests.vllm.serving import body_of, post, serving, stream
 
 METHODS = ["", "clvs", "pai(gamma=1.0)", "scalingvis(weight=2.0)", "vaf(enhance=1.8)", "tarac"]
 
@@ -34,72 +27,20 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def reference(asked: dict[str, Any]) -> list[dict[str, Any]]:
+    answered: list[dict[str, Any]] = answers.run("transformers", asked)[0]
+    return answered
+
+
+@pytest.fixture(scope="module")
 def url(asked: dict[str, Any]) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", asked["model"], "--served-model-name", "pocket", "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(2**28)]
-    log = Path(asked["out"]).with_suffix(".log")
-    with log.open("w") as out:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        try:
-            for _ in range(600):
-                assert server.poll() is None, log.read_text()[-4000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
-def body_of(request: dict[str, Any], **changed: Any) -> bytes:
-    """The body of a chat completion."""
-    picture = base64.b64encode(Path(request["images"][0]).read_bytes()).decode()
-    question = request["prompt"].split("\n", 1)[1].removesuffix(" ASSISTANT:")
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-        {"type": "text", "text": question},
-    ]
-    body = {
-        "model": "pocket",
-        "temperature": 0,
-        "max_tokens": answers.STEPS,
-        "logprobs": True,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "add_special_tokens": True,
-        "messages": [{"role": "user", "content": content}],
-    }
-    if request["method"]:
-        body["vllm_xargs"] = {"foveate": request["method"]}
-    return json.dumps(body | changed).encode()
-
-
-def post(url: str, request: dict[str, Any], **changed: Any) -> tuple[int, dict[str, Any]]:
-    """Status and body of a chat completion."""
-    data = body_of(request, **changed)
-    asked = urllib.request.Request(
-        f"{url}/v1/chat/completions", data, {"content-type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(asked, timeout=300) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    with serving(asked["model"], Path(asked["out"]).with_suffix(".log")) as server:
+        yield server.url
 
 
 def test_clients_with_different_methods_get_the_answers_of_transformers(
-    url: str, asked: dict[str, Any]
+    url: str, asked: dict[str, Any], reference: list[dict[str, Any]]
 ) -> None:
-    (reference,) = answers.run("transformers", asked)
     with ThreadPoolExecutor(24) as clients:
         got = list(clients.map(lambda one: post(url, one), asked["requests"]))
     for request, (status, body), expected in zip(asked["requests"], got, reference, strict=True):
@@ -137,63 +78,70 @@ def test_a_method_without_an_image_is_a_bad_request(url: str, asked: dict[str, A
     assert "no image" in body["error"]["message"]
 
 
-def test_streams_several_answers_and_stop_strings(url: str, asked: dict[str, Any]) -> None:
+def test_several_answers_of_one_request(
+    url: str, asked: dict[str, Any], reference: list[dict[str, Any]]
+) -> None:
+    for n in (1, 5):  # clvs, and tarac, which remembers
+        one = asked["requests"][n]
+        _, body = post(url, one, n=3)
+        assert [c["token_ids"] for c in body["choices"]] == 3 * [reference[n]["tokens"]]
+        _, body = post(url, one, n=3, temperature=0.7, seed=1)
+        assert len({tuple(c["token_ids"]) for c in body["choices"]}) > 1
+
+
+def test_streams(url: str, asked: dict[str, Any], reference: list[dict[str, Any]]) -> None:
+    for n, one in enumerate(asked["requests"][:6]):
+        assert stream(url, one) == (reference[n]["tokens"], True)
+
+
+def test_stop_strings(url: str, asked: dict[str, Any]) -> None:
     one = asked["requests"][1]
-    _, body = post(url, one, n=3, temperature=0.7, seed=1)
-    assert len({tuple(c["token_ids"]) for c in body["choices"]}) > 1
-    _, plain = post(url, one)
-    text = plain["choices"][0]["message"]["content"]
+    _, whole = post(url, one)
+    text = whole["choices"][0]["message"]["content"]
     _, stopped = post(url, one, stop=[text[2:4]])
     assert stopped["choices"][0]["message"]["content"] == text[:2]
 
 
-HOSTILE = [
-    "clvs(" * 5000,
-    "clvs(smoothing=" + "9" * 400 + ")",
-    "clvs(smoothing=[]" * 50,
-    "\ud800",
-    "é" * 4000,
-]
+def test_guided_answers_are_drawn_from_the_method_s_logits(
+    url: str, asked: dict[str, Any], reference: list[dict[str, Any]]
+) -> None:
+    for n, one in enumerate(asked["requests"][:6]):
+        guide = {"choice": ["zebra", "quartz"]}
+        status, body = post(url, one, structured_outputs=guide, ignore_eos=False)
+        assert status == 200, body
+        choice = body["choices"][0]
+        assert choice["message"]["content"] in guide["choice"]
+        first = choice["token_ids"][0]
+        said = choice["logprobs"]["content"][0]["logprob"]
+        assert abs(said - float(reference[n]["rows"][0][first])) < 2e-4, one["method"]
 
 
-def test_hang_ups_and_hostile_texts_spoil_nobodys_answer(url: str, asked: dict[str, Any]) -> None:
-    """Clients that hang up, texts that cannot be read, and 64 clients at once."""
-    (reference,) = answers.run("transformers", asked)
-    requests = asked["requests"]
-    end = time.monotonic() + float(os.environ.get("FOVEATE_LOAD_SECONDS", "20"))
-    wrong: list[str] = []
-
-    def client(number: int) -> int:
-        right = 0
-        while time.monotonic() < end:
-            n = (number + right) % len(requests)
-            if number % 5 == 0:
-                status, body = post(url, requests[n] | {"method": HOSTILE[right % len(HOSTILE)]})
-                if status != 400 or len(body["error"]["message"]) > 1000:
-                    wrong.append(f"{status} {str(body)[:300]}")
-            elif number % 5 == 1:
-                hang_up(url, requests[n])
-            else:
-                status, body = post(url, requests[n])
-                if status != 200 or body["choices"][0]["token_ids"] != reference[n]["tokens"]:
-                    wrong.append(f"{requests[n]['method']} {status} {str(body)[:300]}")
-            right += 1
-        return right
-
-    with ThreadPoolExecutor(64) as clients:
-        assert sum(clients.map(client, range(64))) > 64
-    assert not wrong, wrong[:5]
-    status, body = post(url, requests[1])
-    assert (status, body["choices"][0]["token_ids"]) == (200, reference[1]["tokens"])
+def test_a_beam_search_with_a_method_is_a_bad_request(url: str, asked: dict[str, Any]) -> None:
+    beams = {"use_beam_search": True, "n": 2}
+    status, body = post(url, asked["requests"][1], **beams)
+    assert status == 400
+    assert "leave out use_beam_search" in body["error"]["message"]
+    assert post(url, asked["requests"][0], **beams)[0] == 200, "the plain model's"
 
 
-def hang_up(url: str, request: dict[str, Any]) -> None:
-    """Ask for a long answer and leave before it comes."""
-    host, port = url.removeprefix("http://").split(":")
-    data = body_of(request, max_tokens=300)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\ncontent-type: application/json\r\n"
-    )
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-        time.sleep(0.3)
+def test_a_follow_up_without_a_picture(
+    url: str, asked: dict[str, Any], tmp_path: Path, reference: list[dict[str, Any]]
+) -> None:
+    """The picture of the first turn is still in the prompt, and the method acts on it."""
+    one = asked["requests"][1]
+    first = one["prompt"].removeprefix("USER: <image>\n").removesuffix(" ASSISTANT:")
+    turns = [("user", first), ("assistant", "yes"), ("user", "Is there a car?")]
+    image = json.loads(body_of(one))["messages"][0]["content"][0]
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+    messages[0]["content"] = [image, {"type": "text", "text": first}]
+    status, body = post(url, one, messages=messages)
+    assert status == 200, body
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
+    prompt = tokenizer.decode(body["prompt_token_ids"]).replace("<image>" * 144, "<image>")
+    assert prompt.count("<image>") == 1
+    again = {"requests": [one | {"prompt": prompt.removeprefix(tokenizer.bos_token or "")}]}
+    (turn,) = answers.run("transformers", asked | again | {"out": str(tmp_path / "again")})
+    assert turn[0]["ids"] == body["prompt_token_ids"]
+    assert body["choices"][0]["token_ids"] == turn[0]["tokens"]
