@@ -68,18 +68,10 @@ class Trace(Seen):
 
 @dataclass(frozen=True)
 class HalfRecorder(Recorder, register=False):
-    """The recorder in half the memory, and of chosen heads.
-
-    Attributes:
-        chosen: numbers of query heads (0-based) whose mean is kept; None = as `heads` says.
-    """
-
-    chosen: tuple[int, ...] | None = None
+    """The recorder in half the memory."""
 
     def _reduce(self, rows: Rows) -> Tensor:
-        if self.chosen is None:
-            return super()._reduce(rows).half()
-        return rows.x[:, list(self.chosen), -1].mean(1).half()
+        return super()._reduce(rows).half()
 
 
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ def _recorder(vlm: VLM, heads: Heads) -> HalfRecorder:
         raise FoveateError(
             f"Cannot read the heads {heads!r}: give mean, max, or numbers from 0 to {count - 1}."
         )
-    return HalfRecorder(chosen=chosen)
+    return HalfRecorder(heads=chosen)
 
 
 @dataclass(frozen=True)

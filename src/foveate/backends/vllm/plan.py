@@ -24,12 +24,14 @@ class Live:
         visual: (P,) bool, its visual tokens. first, last: the first and last of them.
         positions: (3, P) int64 under M-RoPE, else None.
         state: what its methods remember from token to token.
+        sink: where its readers leave what they find; None without readers.
     """
 
     text: str
     prompt: int
     visual: Tensor
     positions: Tensor | None
+    sink: Any = field(default=None, repr=False)
     state: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
@@ -77,6 +79,11 @@ class _Row:
     request: int
     query: int
     position: int
+
+    @property
+    def step(self) -> int:
+        """Which token it writes; 0 is the prompt's last row."""
+        return self.position - self.live.prompt + 1
 
 
 def plan(
@@ -153,11 +160,12 @@ def _group(
     length = int(position.max()) // size + 1
     alone = asked[0].live if any(m.remembers for m in stack.methods) else None
     state = alone.state if alone is not None and phase == "decode" else None
+    notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
     if state is None:
-        state = State(stack, visual, phase)
+        state = State(stack, visual, phase, notes)
         state.positions = _positions(columns, asked)
     else:
-        state.phase = phase
+        state.phase, state.notes = phase, notes
         state.renew()
     if alone is not None:
         alone.state = state

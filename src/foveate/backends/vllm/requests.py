@@ -11,7 +11,9 @@ from ...base.errors import FoveateError
 from . import switched_off
 from .admission import check_text
 from .asked import POSITIONS, asked, visual
+from .hidden import first_rank
 from .plan import Live
+from .reading import Sink, asked_to_read, joined
 from .watch import verify
 
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process
@@ -43,6 +45,9 @@ class Requests(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """After the forward of a step: every row that was to be edited was."""
         verify(bool(ROWS))
+        for live in ROWS.values():
+            if live.sink:
+                live.sink.write()
         return logits
 
     def update_state(self, batch_update: Any) -> None:
@@ -53,10 +58,13 @@ class Requests(LogitsProcessor):
             ROWS.pop(row, None)
         for row, params, prompt, _ in batch_update.added:
             ROWS.pop(row, None)
-            text = asked(params)
+            readers = asked_to_read(params)
+            text = joined(asked(params), readers)
             if text and prompt is not None:
                 places = params.extra_args.get(POSITIONS)
                 ROWS[row] = Live(text, len(prompt), visual(params, len(prompt)), places)
+                if readers:
+                    ROWS[row].sink = Sink(params, writes=first_rank())
         for one, two, kind in batch_update.moved:
             first, second = ROWS.pop(one, None), ROWS.pop(two, None)
             if first is not None:
