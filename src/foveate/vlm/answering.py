@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..backends.vllm.engine import Stopped
 from ..base.memory import Size, out_of_memory, release
 from ..core.method import Method
 from .chat import Answer, Chat
@@ -151,6 +152,8 @@ class _Call:
 
         def rewrite(rows: list[int]) -> dict[int, Chat | Exception]:
             new = _tried(lambda: self.vlm.rewrite([chats[row] for row in rows], self.methods))
+            if isinstance(new, Stopped):
+                raise new
             if not isinstance(new, Exception):
                 return dict(zip(rows, new, strict=True))
             if len(rows) == 1:
@@ -162,7 +165,11 @@ class _Call:
         return {row: one for new in self.vlm.each(rewrite, groups) for row, one in new.items()}
 
     def asked_at_once(self, vlm: ServedVLM, chats: dict[int, Chat]) -> Results:
-        """Answers of an engine that batches by itself, and where a question fails alone."""
+        """Answers of an engine that batches by itself, and where a question fails alone.
+
+        Raises:
+            Stopped: it answers no more.
+        """
         results = Results()
         rows = [row for row in chats if self.decoding.wanted(row)]
         results |= {row: Unwanted() for row in chats if row not in rows}
@@ -174,6 +181,8 @@ class _Call:
             **(self.decoding.options(rows) if rows else {}),
         )
         for row, answer in zip(rows, answers, strict=True):
+            if isinstance(answer, Stopped):
+                raise answer
             if isinstance(answer, Exception):
                 self.decoding.failed(row, answer)
             results[row] = answer

@@ -123,8 +123,16 @@ class ServedVLM(VLM):
         Raises:
             FoveateError: says which engine can.
         """
-        self._fitting(methods)
+        self.check(methods)
         yield
+
+    def check(self, methods: tuple[Method, ...]) -> None:
+        """Whether vLLM, and what runs here before it, can run these methods.
+
+        Raises:
+            FoveateError: says which engine can.
+        """
+        self._fitting(methods)
 
     def rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
         self._fitting(methods)

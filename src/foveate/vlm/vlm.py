@@ -121,6 +121,11 @@ class VLM:
         """Which model this is, for files of results: "model", "revision" and "commit"."""
         return {"model": self.name, "revision": self.revision, "commit": self.commit}
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what answers, beside foveate and transformers."""
+        return {}
+
     def ask(
         self,
         image: ImageLike | list[ImageLike] | None,

@@ -6,7 +6,6 @@ whatever is waiting at a time goes through the model together.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import shutil
@@ -23,6 +22,7 @@ from ...base.errors import FoveateError
 from ...core.method import Method, text
 from . import compat
 from .asked import KEY
+from .orphans import FRONT
 from .reading import FOLDER, READ, as_text, collect
 
 
@@ -62,8 +62,12 @@ class Produced:
     notes: list[dict[str, Any]]
 
 
+class Stopped(FoveateError):
+    """vLLM answers no more."""
+
+
 class Engine:
-    """A running vLLM. Its first request starts it, in a thread of its own.
+    """A running vLLM. Its first request starts it, in a thread of its own; it starts once.
 
     Args:
         model: a folder or a hub name. options: of `vllm.LLM`.
@@ -81,48 +85,52 @@ class Engine:
             queue.SimpleQueue()
         )
         self._thread: threading.Thread | None = None
+        self._failure: Stopped | None = None
         self._lock = threading.Lock()
 
     def submit(self, request: Request) -> Future[Produced]:
         """The answer to a request, when it comes.
 
-        The future raises `FoveateError` where the request is refused or vLLM stops.
+        The future raises `FoveateError` where the request is refused, `Stopped` where vLLM stops.
         """
         answer: Future[Produced] = Future()
         with self._lock:
+            if self._failure is not None:
+                answer.set_exception(self._failure)
+                return answer
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="foveate-vllm", daemon=True)
                 self._thread.start()
-        self._inbox.put((request, answer))
+            self._inbox.put((request, answer))
         return answer
 
     def close(self) -> None:
-        """Stop the engine. Whatever is not answered then fails."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._inbox.put(None)
-            thread.join()
+        """Stop the engine for good. Whatever is not answered then fails."""
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     # -- in the engine's thread --------------------------------------------------------------------
 
     def _run(self) -> None:
         self._asked: dict[str, tuple[Request, Future[Produced], Path]] = {}
+        llm = None
         try:
             llm = self._start()
             while self._take_in(llm):
                 for output in llm.llm_engine.step():
                     if output.finished:
                         self._finish(output)
-            failure = FoveateError("vLLM was stopped before it had answered.")
+            failure = Stopped("vLLM was stopped before it had answered.")
         except Exception as error:
-            failure = error if isinstance(error, FoveateError) else _sentence(error)
+            failure = _sentence(error)
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         with self._lock:
-            self._thread = None
-        waiting = [answer for _, answer, _ in self._asked.values()]
-        with contextlib.suppress(queue.Empty):
-            while True:
-                left = self._inbox.get_nowait()
+            self._failure = failure
+            waiting = [answer for _, answer, _ in self._asked.values()]
+            while not self._inbox.empty():
+                left = self._inbox.get()
                 waiting += [left[1]] if left else []
         for answer in waiting:
             answer.set_exception(failure)
@@ -133,7 +141,8 @@ class Engine:
         shared = Path("/dev/shm")  # memory, where there is one
         place = shared if os.access(shared, os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="foveate-readings-", dir=place))
-        os.environ[FOLDER] = str(self.folder)  # workers are started with it
+        os.environ[FOLDER] = str(self.folder)  # its processes are started with these
+        os.environ[FRONT] = str(os.getpid())
         # this thread is not the program's first: its copy must not be another's in the middle
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         from vllm import LLM
@@ -190,6 +199,7 @@ def _add(llm: Any, request: Request, name: str) -> str:
     return number.partition("-")[0]  # vLLM makes it unique inside by a suffix
 
 
-def _sentence(error: Exception) -> FoveateError:
+def _sentence(error: Exception) -> Stopped:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return FoveateError(f"vLLM has stopped ({type(error).__name__}: {lines[-1].strip()}).")
+    reason = lines[-1].strip().rstrip(".")
+    return Stopped(f"vLLM has stopped ({type(error).__name__}: {reason}): its log says more.")

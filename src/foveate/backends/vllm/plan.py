@@ -115,7 +115,7 @@ def plan(
             acting = tuple(
                 i
                 for i, method in enumerate(stack.methods)
-                if method.edits_attention and _edits(method, live, position)
+                if _acts(method) and _edits(method, live, position)
             )
             if acting:
                 query = starts[number] + position - (length - new)
@@ -126,6 +126,11 @@ def plan(
         _group(stacks(text), acting, cast(Phase, phase), asked, table, size)
         for (text, acting, phase, _), asked in wanted.items()
     ]
+
+
+def _acts(method: Method) -> bool:
+    """Whether a method edits rows, or is a reader of what enters the layers."""
+    return method.edits_attention or (method.wants("before") and not method.wants("logits"))
 
 
 def _edits(method: Method, live: Live, position: int) -> bool:
