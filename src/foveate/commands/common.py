@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -33,6 +35,28 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help="Load as float32, bfloat16, float16 or auto.")
+]
+
+
+class Engine(StrEnum):
+    """What answers: this process, or vLLM."""
+
+    PLAIN, VLLM = "plain", "vllm"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="Answer in this process (plain), or with vLLM (vllm).")
+]
+TensorParallelOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With vllm: spread the model over so many GPUs. Default: 1."),
+]
+VllmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vllm",
+        help="Tell vLLM max_model_len=4096, enforce_eager=True, ...; repeat it.",
+    ),
 ]
 # of runs over benchmarks
 DataRootOption = Annotated[
@@ -75,11 +99,62 @@ def load(name: str, **options: Any) -> VLM:
     return VLM.load(name, **options)
 
 
+def load_with(
+    engine: str,
+    name: str,
+    tensor_parallel: int | None,
+    options: list[str] | None,
+    device: str | None,
+    **more: Any,
+) -> VLM:
+    """A model in this process, or one that vLLM runs, which starts with the first question.
+
+    Args:
+        options: of vLLM, texts such as ``max_model_len=4096``.
+    """
+    if engine != Engine.VLLM:
+        only_with_vllm(tensor_parallel, options)
+        return load(name, device=device, **more)
+    from ..vlm.served import ServedVLM
+
+    if device is not None:
+        raise FoveateError("vLLM chooses its device itself: leave out --device.")
+    if "LOCAL_RANK" in os.environ:
+        raise FoveateError(
+            "vLLM starts its own processes: give --tensor-parallel, or --shard i/n to several "
+            "commands, instead of torchrun."
+        )
+    given: dict[str, Any] = {}
+    for text in options or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise FoveateError(f"Cannot read --vllm {text!r}: write it like max_model_len=4096.")
+        try:
+            given[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[key] = value
+    if tensor_parallel is not None:
+        given["tensor_parallel_size"] = tensor_parallel
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    quiet()
+    return ServedVLM.load(name, **more, **given)
+
+
+def only_with_vllm(tensor_parallel: int | None, options: list[str] | None) -> None:
+    """Refuse what is about vLLM, beside another engine."""
+    if tensor_parallel is not None or options:
+        raise FoveateError("--tensor-parallel and --vllm are about --engine vllm: add it.")
+
+
 def serves(model: Any, stack: tuple[Any, ...]) -> bool:
-    """Whether the methods work on this model; prints why not."""
+    """Whether the methods work on this model, or on a `ServedVLM`; prints why not."""
     from ..backends.transformers.anatomy import anatomy
+    from ..vlm.served import ServedVLM
 
     try:
+        if isinstance(model, ServedVLM):
+            model.check(stack)
+            return True
         for method in stack:
             method.resolve(anatomy(model))
     except FoveateError as error:

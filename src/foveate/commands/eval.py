@@ -27,8 +27,11 @@ from .common import (
     ResumeOption,
     RevisionOption,
     ShardOption,
-    load,
+    TensorParallelOption,
+    VllmOption,
+    load_with,
     new_table,
+    only_with_vllm,
     own_card,
     print_table,
     read_batch_size,
@@ -42,9 +45,9 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """What answers the questions: this process, or workers of Ray Data."""
+    """What answers the questions: this process, workers of Ray Data, or vLLM."""
 
-    PLAIN, RAY = "plain", "ray"
+    PLAIN, RAY, VLLM = "plain", "ray", "vllm"
 
 
 @app.command("eval")
@@ -77,7 +80,10 @@ def evaluate(
         bool, typer.Option("--one-by-one", help="Ask every question alone, which is slow.")
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="Answer in this process (plain) or on workers of Ray Data (ray).")
+        Engine,
+        typer.Option(
+            help="Answer here (plain), on workers of Ray Data (ray), or with vLLM (vllm)."
+        ),
     ] = Engine.PLAIN,
     workers: Annotated[
         int | None,
@@ -91,6 +97,8 @@ def evaluate(
         float | None,
         typer.Option(min=0, help="Give each worker so many GPUs, also 0.5. Default: 1 if any."),
     ] = None,
+    tensor_parallel: TensorParallelOption = None,
+    vllm: VllmOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -114,7 +122,10 @@ def evaluate(
         shard=read_shard(shard), seed=seed, share=not one_by_one, resume=resume,
     )  # fmt: skip
     run: Callable[..., dict[str, Any]]
+    if engine is not Engine.RAY and (workers or cpus is not None or gpus is not None):
+        raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
     if engine is Engine.RAY:
+        only_with_vllm(tensor_parallel, vllm)
         from ..bridges.ray import evaluate as answer
         from ..vlm.loading import outline
         from ..vlm.vlm import VLM
@@ -123,13 +134,17 @@ def evaluate(
         gpus = 0.0 if device == "cpu" and gpus is None else gpus
         run = functools.partial(answer, load=vlm, workers=workers, cpus=cpus, gpus=gpus)
         whole = outline(model, revision) if "all" in chosen else None
-    elif workers or cpus is not None or gpus is not None:
-        raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
     else:
         from ..evaluation.ask import evaluate as answer_here
 
-        loaded = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
-        run, whole = functools.partial(answer_here, vlm=loaded), loaded.model
+        if engine is Engine.VLLM and one_by_one:
+            raise FoveateError("vLLM batches by itself: leave out --one-by-one.")
+        place = device or (own_card(shard) if engine is Engine.PLAIN else None)
+        loaded = load_with(
+            engine, model, tensor_parallel, vllm, place, revision=revision, dtype=dtype
+        )
+        run = functools.partial(answer_here, vlm=loaded)
+        whole = loaded if engine is Engine.VLLM else loaded.model
     if "all" in chosen:
         known = [(), *((cls(),) for cls in methods().values())]
         stacks += [stack for stack in known if stack not in stacks and serves(whole, stack)]

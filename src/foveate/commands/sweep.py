@@ -16,13 +16,17 @@ from .common import (
     DeviceOption,
     DrawnOption,
     DtypeOption,
+    Engine,
+    EngineOption,
     LimitOption,
     ModelOption,
     ResumeOption,
     RevisionOption,
     ShardOption,
+    TensorParallelOption,
+    VllmOption,
     brief,
-    load,
+    load_with,
     new_table,
     own_card,
     print_table,
@@ -61,6 +65,9 @@ def sweep(
     shard: ShardOption = None,
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
+    engine: EngineOption = Engine.PLAIN,
+    tensor_parallel: TensorParallelOption = None,
+    vllm: VllmOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -87,7 +94,8 @@ def sweep(
     )  # fmt: skip
     figure = figure or make_folder(out) / "sweep.png"
     check_path(figure)
-    vlm = load(model, revision=revision, device=device or own_card(shard), dtype=dtype)
+    place = device or (own_card(shard) if engine is Engine.PLAIN else None)
+    vlm = load_with(engine, model, tensor_parallel, vllm, place, revision=revision, dtype=dtype)
     with stoppable() as watch:
         result = run(grid, plan, vlm, metric=metric, watch=watch)
     show_sweep(result, figure)

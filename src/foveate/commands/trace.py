@@ -15,9 +15,13 @@ from .common import (
     SIDE_BY_SIDE,
     DeviceOption,
     DtypeOption,
+    Engine,
+    EngineOption,
     ModelOption,
     RevisionOption,
-    load,
+    TensorParallelOption,
+    VllmOption,
+    load_with,
     new_table,
     print_table,
     read_picture,
@@ -74,6 +78,9 @@ def trace(
         int, typer.Option(min=1, help="End answers after so many tokens.")
     ] = 32,
     system: Annotated[str | None, typer.Option(help="Ask with this system prompt.")] = None,
+    engine: EngineOption = Engine.PLAIN,
+    tensor_parallel: TensorParallelOption = None,
+    vllm: VllmOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -97,7 +104,7 @@ def trace(
 
         folder = make_folder(out or Path("trace"))
         check_path(folder / "strip.png")
-    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    vlm = load_with(engine, model, tensor_parallel, vllm, device, revision=revision, dtype=dtype)
     if layers:
         _print_layers(vlm, picture, question, system)
     if folder is None:

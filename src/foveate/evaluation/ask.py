@@ -5,13 +5,16 @@
 
 A run that was killed goes on where it stopped, and ends with the records of an undisturbed one
 (`foveate.evaluation.run`). Questions about one image share its prefix (`foveate.vlm.prefix`).
+A `ServedVLM` is asked about many images at a time; its records are kept as they come in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import queue
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from ..base.memory import Size, out_of_memory
 from ..core.method import Method
 from ..vlm.answering import answer_all, process_ahead
 from ..vlm.chat import Answer, Chat
+from ..vlm.served import ServedVLM
 from ..vlm.vlm import VLM
 from .benchmark import EvalRecord
 from .environment import environment
@@ -32,6 +36,9 @@ from .run import Plan, Question, Run, Stack, Watch, read_stacks, unwatched
 from .sampled import Drawing, Sampled
 
 __all__ = ["Asker", "Plan", "evaluate"]
+
+SERVED = 256
+"""Questions that vLLM has at a time, where nobody says how many."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,12 +56,11 @@ def evaluate(plan: Plan, vlm: VLM, watch: Watch = unwatched) -> dict[str, Any]:
     """
     asker = Asker(vlm, plan.methods, batch_size=plan.batch_size, share=plan.share)
     torch.manual_seed(plan.seed)
-    with Run(plan, vlm.source, asker.dtype, watch) as run:
-        jobs = run.jobs(asker.size.most)
-        for job, loaded in zip(jobs, _ahead(jobs, asker.load), strict=True):
-            for name in run.missing(job):
-                run.keep(asker.answer(loaded, name))
-        return run.finish(environment(vlm.model.device))
+    with Run(plan, vlm.source, asker.dtype, watch, vlm.versions) as run:
+        answers = _at_once if isinstance(vlm, ServedVLM) else _in_turn
+        for records in answers(run, asker):
+            run.keep(records)
+        return run.finish(environment(vlm.device) | vlm.versions)
 
 
 @dataclass
@@ -92,7 +98,8 @@ class Asker:
         share: bool = True,
     ) -> None:
         self.vlm, self.share, self.stacks = vlm, share, read_stacks(methods)
-        self.size = Size(batch_size or (64 if vlm.model.device.type != "cpu" else 32))
+        default = 32 if vlm.device.type == "cpu" else 64
+        self.size = Size(batch_size or (SERVED if isinstance(vlm, ServedVLM) else default))
         for stack in self.stacks.values():
             with vlm.using(stack):  # refusals come before the first question
                 pass
@@ -194,6 +201,55 @@ def as_record(
     record["probability"], record["tokens"] = answer.probability, len(answer.tokens)
     record["notes"] = {k: v for k, v in answer.chat.notes.items() if isinstance(v, kinds)}
     return record
+
+
+def _in_turn(run: Run, asker: Asker) -> Iterator[list[EvalRecord]]:
+    """The records that a run lacks, job by job."""
+    jobs = run.jobs(asker.size.most)
+    for job, loaded in zip(jobs, _ahead(jobs, asker.load), strict=True):
+        for name in run.missing(job):
+            yield asker.answer(loaded, name)
+
+
+def _at_once(run: Run, asker: Asker) -> Iterator[list[EvalRecord]]:
+    """The records that a run lacks, as they come in, from an engine that batches by itself.
+
+    It has `asker.size` questions or more at a time, in order. Each job is a thread, which waits.
+
+    Raises:
+        Stopped: the engine answers no more.
+    """
+    came: queue.SimpleQueue[list[EvalRecord] | int | BaseException] = queue.SimpleQueue()
+
+    def work(job: list[Question], names: list[str]) -> None:
+        try:
+            loaded = asker.load(job)
+            for name in names:
+                came.put(asker.answer(loaded, name))
+        except BaseException as error:
+            came.put(error)
+        came.put(len(job))
+
+    jobs, asked, most = deque(run.jobs(1)), 0, asker.size.most
+    pool = ThreadPoolExecutor(most, "foveate-asking")
+    try:
+        while jobs or asked:
+            while jobs and asked < most:
+                job = jobs.popleft()
+                pool.submit(work, job, run.missing(job))
+                asked += len(job)
+            found = came.get()
+            if isinstance(found, BaseException):
+                raise found
+            if isinstance(found, int):
+                asked -= found
+            else:
+                yield found
+    except BaseException:
+        asker.vlm.engine.close()  # type: ignore[attr-defined]  # so that no thread waits on
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ahead(jobs: list[T], load: Callable[[T], R]) -> Iterator[R]:

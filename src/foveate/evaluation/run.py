@@ -144,14 +144,21 @@ class Run:
         source: the model, as `VLM.source` says it.
         dtype: of the model.
         watch: called with (questions done, of how many, what was asked).
+        engine: versions of what answers, beside foveate and transformers.
 
     Raises:
         FoveateError: missing data, a folder that cannot be used, or that holds another run.
     """
 
     def __init__(
-        self, plan: Plan, source: Mapping[str, str | None], dtype: str, watch: Watch = unwatched
+        self,
+        plan: Plan,
+        source: Mapping[str, Any],
+        dtype: str,
+        watch: Watch = unwatched,
+        engine: Mapping[str, str] | None = None,
     ) -> None:
+        self.versions = versions() | dict(engine or {})
         self.plan, self.watch, self.methods = plan, watch, list(plan.stacks)
         names = [str(b) for b in plan.benchmarks]
         self.problems = {name: Problems() for name in names}
@@ -295,22 +302,23 @@ class Run:
             raise FoveateError(
                 f"{self.folder} holds records of an unknown run: give another --out."
             )
-        begun = self.configuration | {VERSIONS: [versions()]}
+        begun = self.configuration | {VERSIONS: [self.versions]}
         write_json(self.folder / RUN, begun, "nothing is lost")
 
     def _note_versions(self) -> None:
         """Say that other versions answered before, and note ours beside them."""
-        unknown = dict.fromkeys(versions(), "unknown")
+        ours = self.versions
+        unknown = dict.fromkeys(ours, "unknown")
         before = read_run(self.folder).get(VERSIONS) or [unknown] * bool(self.journal.rows)
-        if versions() in before:
+        if ours in before:
             return
         if before:
             warnings.warn(
-                f"{self.folder} was begun by {told(before)} and goes on with {told([versions()])}: "
+                f"{self.folder} was begun by {told(before)} and goes on with {told([ours])}: "
                 "answers may differ.",
                 stacklevel=4,
             )
-        write_json(self.folder / RUN, self.configuration | {VERSIONS: [*before, versions()]})
+        write_json(self.folder / RUN, self.configuration | {VERSIONS: [*before, ours]})
 
     def _compare(self) -> None:
         """Check that the records answer the questions that the data hold now."""

@@ -44,8 +44,14 @@ class Drawing(Decoding):
     def __init__(self, method: Sampled, questions: list[str]) -> None:
         self.method, self.questions = method, questions
 
+    def seeds(self, rows: list[int]) -> list[int]:
+        return [self._seed([self.questions[row]]) for row in rows]
+
     def options(self, rows: list[int]) -> dict[str, Any]:
-        asked = repr((self.method.seed, self.method.temperature, [self.questions[i] for i in rows]))
-        torch.manual_seed(zlib.crc32(asked.encode()))
+        torch.manual_seed(self._seed([self.questions[row] for row in rows]))
         temperature = self.method.temperature
         return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+    def _seed(self, questions: list[str]) -> int:
+        asked = repr((self.method.seed, self.method.temperature, questions))
+        return zlib.crc32(asked.encode())

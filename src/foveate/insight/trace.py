@@ -68,26 +68,18 @@ class Trace(Seen):
 
 @dataclass(frozen=True)
 class HalfRecorder(Recorder, register=False):
-    """The recorder in half the memory, and of chosen heads.
-
-    Attributes:
-        chosen: numbers of query heads (0-based) whose mean is kept; None = as `heads` says.
-    """
-
-    chosen: tuple[int, ...] | None = None
+    """The recorder in half the memory."""
 
     def _reduce(self, rows: Rows) -> Tensor:
-        if self.chosen is None:
-            return super()._reduce(rows).half()
-        return rows.x[:, list(self.chosen), -1].mean(1).half()
+        return super()._reduce(rows).half()
 
 
 @dataclass(frozen=True)
 class Uncertainty(Method, register=False):
     """Reads CLVS's uncertainty after every layer, and where CLVS stopped; changes nothing.
 
-    Leaves ``notes["uncertainty"]`` on the first prompt's chat: per token and layer a pair of u,
-    0-d float32, and whether the CLVS of the stack, if there is one, rests from there on.
+    Leaves ``notes["uncertainty"]`` on the chat: per token and layer a pair of u, 0-d float32, and
+    whether the CLVS of the stack, if there is one, rests from there on.
 
     Attributes:
         top_k, final_norm: as CLVS's.
@@ -104,12 +96,13 @@ class Uncertainty(Method, register=False):
 
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
         if stream.layer > 0:
-            steps = seq.notes[0].setdefault("uncertainty", [])
-            if stream.layer == 1:
-                steps.append([])
             clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
-            u = clvs.uncertainty(stream.last[:1], seq.plan)[0]
-            steps[-1].append((u, seq.rests(CLVS)))
+            uncertainty = clvs.uncertainty(stream.last, seq.plan)
+            for u, notes in zip(uncertainty, seq.notes, strict=True):
+                steps = notes.setdefault("uncertainty", [])
+                if stream.layer == 1:
+                    steps.append([])
+                steps[-1].append((u, seq.rests(CLVS)))
         return stream.x
 
 
@@ -184,7 +177,7 @@ def _recorder(vlm: VLM, heads: Heads) -> HalfRecorder:
         raise FoveateError(
             f"Cannot read the heads {heads!r}: give mean, max, or numbers from 0 to {count - 1}."
         )
-    return HalfRecorder(chosen=chosen)
+    return HalfRecorder(heads=chosen)
 
 
 @dataclass(frozen=True)
@@ -229,7 +222,7 @@ def _trace_one(
     steps = range(len(record.values))
     # a search tries tokens in between, and decodes its answer last
     uncertainty = [read[0], *read[len(read) - len(steps) + 1 :]]
-    attention = torch.stack([record.image(step)[0].cpu() for step in steps])
+    attention = torch.stack([record.image(step)[0].half().cpu() for step in steps])
     parts = [_part(chat, index, original.images[0]) for index in range(len(chat.images))]
     known = [part for part in parts if part is not None]
     share = None

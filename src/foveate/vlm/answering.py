@@ -5,7 +5,7 @@
 
 Methods rewrite the questions. Questions about one image share its prefix (`foveate.vlm.prefix`),
 others form left-padded batches. Where memory is short, fewer are asked at a time
-(`foveate.base.memory`).
+(`foveate.base.memory`). vLLM gets all questions at once, and does all this by itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..backends.vllm.engine import Stopped
 from ..base.memory import Size, out_of_memory, release
 from ..core.method import Method
 from .chat import Answer, Chat
 from .prefix import Prompts, ask_together, prepare, same_images
+from .served import ServedVLM
 from .vlm import VLM
 
 T = TypeVar("T")
@@ -39,6 +41,10 @@ class Decoding:
     def options(self, rows: list[int]) -> dict[str, Any]:
         """Further arguments of `generate` for these rows; asked for at every attempt."""
         return {}
+
+    def seeds(self, rows: list[int]) -> list[int] | None:
+        """What each row's draws start from, in an engine where every answer has its own."""
+        return None
 
     def failed(self, row: int, error: Exception) -> None:
         """Called as soon as a question has failed for good, while others are still asked."""
@@ -75,6 +81,9 @@ def answer_all(
     rewritten = call.rewritten(chats)
     ready = {row: chat for row, chat in rewritten.items() if isinstance(chat, Chat)}
     answers: Results = {row: e for row, e in rewritten.items() if isinstance(e, Exception)}
+    if isinstance(vlm, ServedVLM):
+        answers |= call.asked_at_once(vlm, ready)
+        return [answers[row] for row in range(len(chats))]
     batches: dict[Hashable, list[int]] = {}  # of questions that share nothing
     for rows in _grouped(ready, lambda row: (shares and _images(ready[row])) or row):
         prompts = call.prepared([ready[row] for row in rows])
@@ -96,6 +105,9 @@ def process_ahead(vlm: VLM, chats: Sequence[Chat], stacks: Iterable[tuple[Method
     stack rewrites the chats or lets the question change image rows. May run in another thread
     while the model answers.
     """
+
+    if isinstance(vlm, ServedVLM):  # which processes images itself
+        return
 
     def plain(method: Method) -> bool:
         return method.shares_prefix and (method.is_neutral or not method.wants("rewrite"))
@@ -133,25 +145,48 @@ class _Call:
 
     def rewritten(self, chats: Sequence[Chat]) -> dict[int, Chat | Exception]:
         """Chats as the methods want them asked."""
-        rewritten: dict[int, Chat | Exception] = {}
 
         def conversation(row: int) -> Hashable:
             chat = chats[row]
             return (_images(chat), chat.system, chat.earlier) if chat.images else row
 
-        waiting = list(_grouped(range(len(chats)), conversation))
-        while waiting:
-            rows = waiting.pop(0)
-            group = [chats[row] for row in rows]
-            new = _tried(lambda: self.vlm.rewrite(group, self.methods))  # noqa: B023
+        def rewrite(rows: list[int]) -> dict[int, Chat | Exception]:
+            new = _tried(lambda: self.vlm.rewrite([chats[row] for row in rows], self.methods))
+            if isinstance(new, Stopped):
+                raise new
             if not isinstance(new, Exception):
-                rewritten |= dict(zip(rows, new, strict=True))
-            elif len(rows) == 1:
+                return dict(zip(rows, new, strict=True))
+            if len(rows) == 1:
                 self.decoding.failed(rows[0], new)
-                rewritten[rows[0]] = new
-            else:
-                waiting[:0] = [[row] for row in rows]
-        return rewritten
+                return {rows[0]: new}
+            return {row: one for each in rows for row, one in rewrite([each]).items()}
+
+        groups = list(_grouped(range(len(chats)), conversation))
+        return {row: one for new in self.vlm.each(rewrite, groups) for row, one in new.items()}
+
+    def asked_at_once(self, vlm: ServedVLM, chats: dict[int, Chat]) -> Results:
+        """Answers of an engine that batches by itself, and where a question fails alone.
+
+        Raises:
+            Stopped: it answers no more.
+        """
+        results = Results()
+        rows = [row for row in chats if self.decoding.wanted(row)]
+        results |= {row: Unwanted() for row in chats if row not in rows}
+        answers = vlm.answer_each(
+            [chats[row] for row in rows],
+            self.methods,
+            self.limit,
+            seeds=self.decoding.seeds(rows),
+            **(self.decoding.options(rows) if rows else {}),
+        )
+        for row, answer in zip(rows, answers, strict=True):
+            if isinstance(answer, Stopped):
+                raise answer
+            if isinstance(answer, Exception):
+                self.decoding.failed(row, answer)
+            results[row] = answer
+        return results
 
     def asked(
         self, rows: list[int], chats: dict[int, Chat], prompts: Prompts | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,10 @@ def load(
     common = _options(offline, revision)
     with _one_sentence(name):
         _config(name, source, common)
-        processor = transformers.AutoProcessor.from_pretrained(source, **common)
-        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-            raise FoveateError(
-                f"{name} comes without a processor for images: save the model's processor with it."
-            )
+        processor = _processor(name, source, common)
         model, info = MODELS.from_pretrained(
             source,
-            dtype=_dtype(dtype, place),
+            dtype=as_dtype(dtype, place),
             device_map=device_map,
             attn_implementation=attn,
             output_loading_info=True,
@@ -74,11 +72,55 @@ def load(
     return model, processor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        source: a folder, or the hub's name. config, generation: as transformers reads them.
+    """
+
+    source: str
+    config: Any
+    generation: Any
+    processor: Any
+
+
+def parts(name: str, revision: str | None = None) -> Parts:
+    """A model without its weights, for an engine that loads them. Raises as `load`."""
+    source, offline = _locate(name, revision)
+    common = _options(offline, revision)
+    with _one_sentence(name):
+        config = _config(name, source, common)
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(source, **common)
+        except OSError:  # the model comes without such a file
+            generation = transformers.GenerationConfig.from_model_config(config)
+        return Parts(source, config, generation, _processor(name, source, common))
+
+
 def outline(name: str, revision: str | None = None) -> Any:
     """The model's modules without any weights (on the meta device), to see how it is built."""
     source, offline = _locate(name, revision, weights=False)
     with _one_sentence(name), torch.device("meta"):
         return MODELS.from_config(_config(name, source, _options(offline, revision)))
+
+
+def pocket_for_vllm(folder: Path) -> Path:
+    """Write the pocket model, its tower's weights under the names that vLLM knows."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in WEIGHTS.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    weights = {
+        k.replace(old, new, 1) if k.startswith(old) else k: v
+        for k, v in load_file(WEIGHTS / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def commit(name: str, revision: str | None = None) -> str | None:
@@ -101,6 +143,15 @@ def _config(name: str, source: str, options: dict[str, Any]) -> Any:
     if not compat_parts.is_vision_language(config):
         raise FoveateError(f"{name} ({config.model_type}) is not a vision-language model: {HINT}.")
     return config
+
+
+def _processor(name: str, source: str, options: dict[str, Any]) -> Any:
+    processor = transformers.AutoProcessor.from_pretrained(source, **options)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise FoveateError(
+            f"{name} comes without a processor for images: save the model's processor with it."
+        )
+    return processor
 
 
 def _locate(name: str, revision: str | None = None, weights: bool = True) -> tuple[str, bool]:
@@ -188,7 +239,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     return place
 
 
-def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype | str:
+def as_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype | str:
+    """A dtype, or "auto" for the checkpoint's; without one, that of a device."""
     if dtype is None:
         return torch.bfloat16 if place.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype) or dtype == "auto":

@@ -189,12 +189,13 @@ def kept(vlm: VLM, image: Image.Image, key: tuple[Any, ...], make: Callable[[], 
     """
     store = vlm.readings
     place = (key, image.size, image.mode, hashlib.sha256(image.tobytes()).digest())
-    if place not in store:
-        store[place] = make()
-        while len(store) > _KEPT:
-            store.popitem(last=False)
-    store.move_to_end(place)
-    return store[place]
+    value = store.pop(place, None)
+    if value is None:
+        value = make()
+    store[place] = value  # the latest used last; other threads may take readings out meanwhile
+    while len(store) > _KEPT:
+        store.popitem(last=False)
+    return value
 
 
 def _light(reading: Reading) -> Reading:

@@ -31,7 +31,7 @@ from .vlm import VLM
 from .watch import Probabilities
 
 # settings of a checkpoint that only `generate` applies, and their idle values
-_PROCESSORS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+PROCESSORS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("no_repeat_ngram_size", (None, 0)),
     ("encoder_repetition_penalty", (None, 1.0)),
     ("bad_words_ids", (None,)),
@@ -67,7 +67,7 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     """Chats about the same images as a shared prefix and suffixes.
 
     None where each needs a prompt of its own: a lone chat, chats without images or about several,
-    methods or settings of the checkpoint that rule it out (`shares_prefix`, `_PROCESSORS`) or that
+    methods or settings of the checkpoint that rule it out (`shares_prefix`, `PROCESSORS`) or that
     need `generate` (a search), prompts that differ before the image, second streams of
     other pictures each or of other text, a processor whose tokens cannot be told apart.
     """
@@ -81,7 +81,7 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     if any(method.wants("search") for method in methods):
         return None
     if not all(method.shares_prefix for method in methods) or not all(
-        getattr(config, name, None) in idle for name, idle in _PROCESSORS
+        getattr(config, name, None) in idle for name, idle in PROCESSORS
     ):
         return None
     start = time.perf_counter()

@@ -14,10 +14,10 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -45,6 +45,9 @@ from .watch import Probabilities, Stop
 
 Methods = str | Method | Sequence[str | Method] | None
 """Nothing, one method, or several, as text ("clvs(smoothing=0.7)+vcd") or as objects."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _PROCESSED = 8  # chats whose `inputs` are kept
 
@@ -114,9 +117,14 @@ class VLM:
         return cls(model, processor, str(name), revision, commit(str(name), revision))
 
     @property
-    def source(self) -> dict[str, str | None]:
+    def source(self) -> dict[str, Any]:
         """Which model this is, for files of results: "model", "revision" and "commit"."""
         return {"model": self.name, "revision": self.revision, "commit": self.commit}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what answers, beside foveate and transformers."""
+        return {}
 
     def ask(
         self,
@@ -173,14 +181,22 @@ class VLM:
         options = self._options(max_new_tokens, generation)
         return self._pieces(chats, self.inputs(chats), methods, options)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
     def inputs(self, chats: list[Chat]) -> BatchFeature:
         """Chats as one left-padded batch of tensors on the model's device: `model(**inputs)`."""
+        return self._tensors(chats).to(self.model.device, dtype=self.model.dtype)
+
+    def _tensors(self, chats: list[Chat]) -> BatchFeature:
         texts = [self.prompt(chat) for chat in chats]
         images = [chat.images for chat in chats]
         bos = self.tokenizer.bos_token  # most templates write it themselves
         try:
             with self.tokenizing:
-                batch = self.processor(
+                return self.processor(
                     text=texts,
                     images=images if any(images) else None,
                     padding=True,
@@ -190,7 +206,6 @@ class VLM:
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise FoveateError(f"This model's processor refuses the input: {reason}.") from error
-        return batch.to(self.model.device, dtype=self.model.dtype)
 
     def prompt(self, chat: Chat) -> str:
         """The chat in the model's own template, up to where the answer begins."""
@@ -259,7 +274,8 @@ class VLM:
         if not order:
             return []
         start = time.perf_counter()
-        groups = {key: self.rewrite(group, methods) for key, group in groups.items()}
+        new = self.each(lambda group: self.rewrite(group, methods), list(groups.values()))
+        groups = dict(zip(groups, new, strict=True))
         rewritten = time.perf_counter() - start
         chats = [groups[key][index] for key, index in order]
         return self.answer(chats, methods, max_new_tokens, rewritten=rewritten, **generation)
@@ -350,6 +366,10 @@ class VLM:
             if method.wants("rewrite") and not method.is_neutral:
                 chats = method.resolve(anatomy(self.model)).rewrite(vlm, chats)
         return chats
+
+    def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`work`, which may ask this model, on every item, in order."""
+        return [work(item) for item in items]
 
     def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
         if max_new_tokens < 1:

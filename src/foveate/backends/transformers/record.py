@@ -23,12 +23,13 @@ class Recorder(Method, register=False):
         record = Recorder.read(out)
 
     Attributes:
-        heads: "mean" or "max" over query heads, or "all".
+        heads: "mean" or "max" over query heads, the mean over those of these numbers (0-based), or
+            "all".
         steps: which rows to keep, 0 = the prompt's last row; None = all.
         layers: None = every full-attention layer.
     """
 
-    heads: Literal["mean", "max", "all"] = "mean"
+    heads: Literal["mean", "max", "all"] | tuple[int, ...] = "mean"
     steps: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "recorder"
@@ -48,7 +49,10 @@ class Recorder(Method, register=False):
     def _reduce(self, rows: Rows) -> Tensor:
         """What is kept of the last row: (B, K), or (B, H, K) of all heads."""
         last = rows.x[:, :, -1:]
-        return (last if self.heads == "all" else rows.over_heads(last, self.heads)[:, 0])[..., 0, :]
+        if self.heads == "mean" or self.heads == "max":
+            return rows.over_heads(last, self.heads)[:, 0, 0]
+        last = rows.all_heads(last)[:, :, 0]
+        return last if self.heads == "all" else last[:, list(self.heads)].mean(1)
 
     @staticmethod
     def read(out: Any) -> Record:

@@ -24,7 +24,8 @@ def register() -> None:
     """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`)."""
     if switched_off():
         return
-    from . import compat
+    from . import compat, orphans
 
     compat.check_version()
     compat.install()
+    orphans.follow()

@@ -14,6 +14,7 @@ from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
 from ..transformers.compat_parts import without_weights
 from .asked import IMAGES, KEY, LIVES, POSITIONS, acting, asked
+from .reading import apart, asked_to_read, joined
 
 _RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
 _NEEDS = {  # of other stages
@@ -46,14 +47,15 @@ def shape(config: Any) -> Shape:
 
 
 @functools.lru_cache(1024)
-def _checked(text: str, model: Shape) -> Stack:
+def checked(text: str, model: Shape) -> Stack:
     """The methods of a text, resolved for the model.
 
     Raises:
         FoveateError: one of them cannot run here.
     """
-    stack = Stack(model.anatomy, tuple(map(fitting, acting(text))))
-    for method in stack.methods:
+    methods, readers = apart(text)
+    stack = Stack(model.anatomy, (*map(fitting, acting(methods)), *readers))
+    for method in stack.methods[: -len(readers) or None]:
         if method.wants("before") and not method.edits_attention:
             raise FoveateError(f"{method.name} {_ELSEWHERE}.")
     return stack
@@ -62,15 +64,19 @@ def _checked(text: str, model: Shape) -> Stack:
 _ELSEWHERE = "does not run inside vLLM: use foveate serve, or foveate with transformers"
 
 
-def fitting(method: Method) -> Method:
+def fitting(method: Method, ahead: bool = False) -> Method:
     """The method itself, where vLLM can run it.
+
+    Args:
+        ahead: whether a front end has run the stage `rewrite`.
 
     Raises:
         FoveateError: it cannot.
     """
     permit(method)
+    run = _RUN | {"rewrite"} if ahead else _RUN
     needs = [stage for stage in (*_NEEDS, *method.stages) if method.wants(stage)]
-    missing = next((stage for stage in needs if stage not in _RUN), None)
+    missing = next((stage for stage in needs if stage not in run), None)
     if missing is not None:
         what = _NEEDS.get(missing, f"the stage {missing}")
         raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
@@ -99,10 +105,12 @@ def admit(config: Any, request: Any) -> None:
         FoveateError: it cannot.
     """
     params = request.sampling_params
-    if params is None or not asked(params):
+    if params is None:
         return
-    text = asked(params)
-    stack = _checked(text, shape(config))
+    text, readers = asked(params), asked_to_read(params)
+    if not text and not readers:
+        return
+    stack = checked(joined(text, readers), shape(config))
     if request.prompt_token_ids is None:
         raise FoveateError(
             f"{text} acts on image tokens, which a prompt of embeddings does not show: send text."
@@ -118,7 +126,7 @@ def admit(config: Any, request: Any) -> None:
             f"image, or leave out {KEY}."
         )
     sent = {k: v for k, v in params.extra_args.items() if k not in (POSITIONS, LIVES)}
-    params.extra_args = sent | {KEY: text, IMAGES: images}
+    params.extra_args = sent | {IMAGES: images} | ({KEY: text} if text else {})
     if any(method.remembers for method in stack.methods):
         # what it remembers of earlier tokens is made by computing them
         params.skip_reading_prefix_cache = True

@@ -42,6 +42,14 @@ def check_version() -> None:
         )
 
 
+def refuse_switched_off() -> None:
+    """Refuse to start an engine where ``FOVEATE_VLLM=off`` leaves vLLM as it is."""
+    from . import switched_off
+
+    if switched_off():
+        raise FoveateError("foveate is switched off in vLLM here: unset FOVEATE_VLLM.")
+
+
 def install() -> None:
     """Put foveate into this process."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -80,13 +88,14 @@ def _admission() -> None:
 
     from .admission import admit
     from .asked import asked
+    from .reading import asked_to_read
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = plain(self, *args, **kwargs)
             try:
-                if asked(request.sampling_params):
-                    _refuse_other_devices()
+                if asked(request.sampling_params) or asked_to_read(request.sampling_params):
+                    refuse_other_devices()
                 admit(self.vllm_config.model_config.hf_config, request)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
@@ -126,10 +135,18 @@ def _beams() -> None:
         _replace(owner, "to_beam_search_params", ("self", "max_tokens"), wrap)
 
 
-def _refuse_other_devices() -> None:
+def on_cpus() -> bool:
+    """Whether vLLM computes on CPUs here."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    return bool(current_platform.is_cpu())
+
+
+def refuse_other_devices() -> None:
+    """Refuse methods and readers where vLLM does not compute on CPUs."""
+    from vllm.platforms import current_platform
+
+    if not on_cpus():
         raise FoveateError(
             f"foveate's methods run in vLLM on CPUs only so far, and this is "
             f"{current_platform.device_name}: ask without a method, or use foveate serve."

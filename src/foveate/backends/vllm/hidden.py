@@ -23,6 +23,7 @@ from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy
 from .admission import Shape, shape
 from .asked import acting
+from .reading import apart
 from .watch import step
 
 
@@ -32,6 +33,12 @@ def ranks() -> Any:
 
     group = get_tp_group()
     return group if group.world_size > 1 else None
+
+
+def first_rank() -> bool:
+    """Whether this is the first of the processes that share the heads."""
+    group = ranks()
+    return group is None or group.rank_in_group == 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,13 +89,15 @@ class Served:
         for number, layer in enumerate(decoder.layers):
             hook = functools.partial(_enter, number)
             layer.register_forward_pre_hook(hook, with_kwargs=True)
+        decoder.norm.register_forward_pre_hook(functools.partial(_end, plain.depth))
 
     def stack(self, text: str) -> Stack:
         """The methods of a text, set up for the model."""
         if text not in self.stacks:
             if len(self.stacks) >= 1024:
                 self.stacks.pop(next(iter(self.stacks)))
-            self.stacks[text] = Stack(self.anatomy, acting(text))
+            methods, readers = apart(text)
+            self.stacks[text] = Stack(self.anatomy, (*acting(methods), *readers))
         return self.stacks[text]
 
 
@@ -120,8 +129,14 @@ def _enter(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     torch.ops.vllm.foveate_before(hidden, residual, number)
 
 
+def _end(depth: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """After the last layer, where the residual stream comes along; methods call the norm, too."""
+    if len(args) > 1 and args[1] is not None:
+        torch.ops.vllm.foveate_before(args[0], args[1], depth)
+
+
 def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
-    """Before decoder layer `number`: methods look at the rows that they edit."""
+    """Before decoder layer `number`, or the final norm: methods look at the rows they edit."""
     groups = step()
     if not groups or not is_forward_context_available():
         return

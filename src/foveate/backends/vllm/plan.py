@@ -24,12 +24,14 @@ class Live:
         visual: (P,) bool, its visual tokens. first, last: the first and last of them.
         positions: (3, P) int64 under M-RoPE, else None.
         state: what its methods remember from token to token.
+        sink: where its readers leave what they find; None without readers.
     """
 
     text: str
     prompt: int
     visual: Tensor
     positions: Tensor | None
+    sink: Any = field(default=None, repr=False)
     state: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
@@ -78,6 +80,11 @@ class _Row:
     query: int
     position: int
 
+    @property
+    def step(self) -> int:
+        """Which token it writes; 0 is the prompt's last row."""
+        return self.position - self.live.prompt + 1
+
 
 def plan(
     rows: dict[int, Live],
@@ -108,7 +115,7 @@ def plan(
             acting = tuple(
                 i
                 for i, method in enumerate(stack.methods)
-                if method.edits_attention and _edits(method, live, position)
+                if _acts(method) and _edits(method, live, position)
             )
             if acting:
                 query = starts[number] + position - (length - new)
@@ -119,6 +126,11 @@ def plan(
         _group(stacks(text), acting, cast(Phase, phase), asked, table, size)
         for (text, acting, phase, _), asked in wanted.items()
     ]
+
+
+def _acts(method: Method) -> bool:
+    """Whether a method edits rows, or is a reader of what enters the layers."""
+    return method.edits_attention or (method.wants("before") and not method.wants("logits"))
 
 
 def _edits(method: Method, live: Live, position: int) -> bool:
@@ -158,11 +170,12 @@ def _group(
             f"foveate: what {stack} remembers of this answer is lost, so the rest of it would be "
             "wrong. The engine stops: use methods that remember nothing, such as clvs."
         )
+    notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
     if state is None:
-        state = State(stack, visual, phase)
+        state = State(stack, visual, phase, notes)
         state.positions = _positions(columns, asked)
     else:
-        state.phase = phase
+        state.phase, state.notes = phase, notes
         state.renew()
     if alone is not None:
         alone.state = state

@@ -11,7 +11,9 @@ from ...base.errors import FoveateError
 from . import switched_off
 from .admission import check_text
 from .asked import LIVES, POSITIONS, asked, visual
+from .hidden import first_rank
 from .plan import Live
+from .reading import Sink, asked_to_read, joined
 from .watch import verify
 
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process
@@ -43,6 +45,9 @@ class Requests(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """After the forward of a step: every row that was to be edited was."""
         verify(bool(ROWS))
+        for live in ROWS.values():
+            if live.sink:
+                live.sink.write()
         return logits
 
     def update_state(self, batch_update: Any) -> None:
@@ -53,7 +58,7 @@ class Requests(LogitsProcessor):
             ROWS.pop(row, None)
         for row, params, prompt, said in batch_update.added:
             ROWS.pop(row, None)
-            text = asked(params)
+            text = joined(asked(params), asked_to_read(params))
             if text and prompt is not None:
                 ROWS[row] = _live(params, text, len(prompt), said)
         for one, two, kind in batch_update.moved:
@@ -78,6 +83,8 @@ def _live(params: Any, text: str, prompt: int, said: list[int]) -> Live:
     if len(mine) != 1:
         places = params.extra_args.get(POSITIONS)
         mine = [[Live(text, prompt, visual(params, prompt), places), said]]
+        if asked_to_read(params):
+            mine[0][0].sink = Sink(params, writes=first_rank())
         lives += mine
     mine[0][1] = said
     live: Live = mine[0][0]
