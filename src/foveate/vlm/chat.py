@@ -71,18 +71,18 @@ class Answer:
     """What a model said to one chat."""
 
     text: str
-    tokens: tuple[str, ...]
+    tokens: tuple[str, ...] = field(repr=False)
     """The produced tokens, without the end token."""
-    probabilities: tuple[float, ...]
+    probabilities: tuple[float, ...] = field(repr=False)
     """The probability of each token when it was chosen, before temperature; empty with beams."""
     yes: float | None
     """P(yes) / (P(yes) + P(no)), all spellings, at the first token; None for other questions."""
-    timings: dict[str, float]
+    timings: dict[str, float] = field(repr=False)
     """Wall-clock seconds spent on `rewrite`, `prepare` and `generate`; a batch's divided by its
     size."""
-    chat: Chat
+    chat: Chat = field(repr=False)
     """The prompt as the model saw it, after the methods' `rewrite`."""
-    record: Record | None = None
+    record: Record | None = field(default=None, repr=False)
     """What a `Recorder` among the methods kept."""
 
     @property
