@@ -16,9 +16,11 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    PluginOption,
     Progress,
     RevisionOption,
     load,
+    load_plugins,
 )
 
 
@@ -56,6 +58,7 @@ def analyze(
             help="Write NAME.png, .json and .md, and the rows they come from, to this folder."
         ),
     ] = Path("."),
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -67,6 +70,7 @@ def analyze(
     from ..insight.analysis import parse, run, stacks
     from ..insight.truth import coco_pictures, pocket_pictures
 
+    load_plugins(plugin)
     if name.partition("(")[0].strip() == "sweep":
         raise FoveateError(
             "Figures over a parameter (CLVS, Figures 7 and 8) are drawn by `foveate sweep`: see "

@@ -15,9 +15,11 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    PluginOption,
     RevisionOption,
     draw,
     load,
+    load_plugins,
     new_table,
     print_table,
     read_picture,
@@ -55,6 +57,7 @@ def ask(
         int, typer.Option(help="Stop an answer after this many tokens.")
     ] = 64,
     system: Annotated[str | None, typer.Option(help="Put this system prompt first.")] = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -65,6 +68,7 @@ def ask(
     """
     from ..core.method import as_stack, methods, text
 
+    load_plugins(plugin)
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:

@@ -34,6 +34,12 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option(help="Load as float32, bfloat16, float16 or auto.")
 ]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Use the methods that this Python file of yours defines, too. Repeat it for more."
+    ),
+]
 # of runs over benchmarks
 DataRootOption = Annotated[
     Path | None, typer.Option(help="Read data sets from this folder; default: from the hub.")
@@ -66,6 +72,15 @@ def quiet() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def load_plugins(files: list[Path] | None) -> None:
+    """Make known what the user's own files define."""
+    if files:
+        from ..base.plugins import load_file
+
+        for file in files:
+            load_file(file)
 
 
 def load(name: str, **options: Any) -> VLM:

@@ -24,10 +24,12 @@ from .common import (
     DtypeOption,
     LimitOption,
     ModelOption,
+    PluginOption,
     ResumeOption,
     RevisionOption,
     ShardOption,
     load,
+    load_plugins,
     new_table,
     own_card,
     print_table,
@@ -91,6 +93,7 @@ def evaluate(
         float | None,
         typer.Option(min=0, help="Give each worker so many GPUs, also 0.5. Default: 1 if any."),
     ] = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -104,6 +107,7 @@ def evaluate(
     from ..evaluation.run import Plan
     from ..evaluation.sampled import Sampled
 
+    load_plugins(plugin)
     benchmarks = [b for given in bench for b in parse(given)]
     chosen = method or list(SIDE_BY_SIDE)
     stacks = [as_stack(m) for m in chosen if m != "all"]
@@ -115,6 +119,11 @@ def evaluate(
     )  # fmt: skip
     run: Callable[..., dict[str, Any]]
     if engine is Engine.RAY:
+        if plugin:
+            raise FoveateError(
+                "Workers do not see the file of --plugin: install it as a package with an entry "
+                "point (foveate.methods), or leave out --engine ray."
+            )
         from ..bridges.ray import evaluate as answer
         from ..vlm.loading import outline
         from ..vlm.vlm import VLM

@@ -18,11 +18,13 @@ from .common import (
     DtypeOption,
     LimitOption,
     ModelOption,
+    PluginOption,
     ResumeOption,
     RevisionOption,
     ShardOption,
     brief,
     load,
+    load_plugins,
     new_table,
     own_card,
     print_table,
@@ -61,6 +63,7 @@ def sweep(
     shard: ShardOption = None,
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -77,6 +80,7 @@ def sweep(
     from ..insight.plots.style import check_path
     from ..insight.plots.sweep import show_sweep
 
+    load_plugins(plugin)
     grid, benchmarks = SweepGrid.read(method, over), parse(bench)
     if len(benchmarks) > 1:
         raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")

@@ -16,8 +16,10 @@ from .common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    PluginOption,
     RevisionOption,
     load,
+    load_plugins,
     new_table,
     print_table,
     read_picture,
@@ -74,6 +76,7 @@ def trace(
         int, typer.Option(min=1, help="End answers after so many tokens.")
     ] = 32,
     system: Annotated[str | None, typer.Option(help="Ask with this system prompt.")] = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -85,6 +88,7 @@ def trace(
     """
     from ..insight.target import known, read
 
+    load_plugins(plugin)
     if "all" in (method or ()):
         raise FoveateError("There is no room to trace all methods: name those to compare.")
     if not question.strip():
