@@ -65,6 +65,33 @@ def _wait_for(lock: Any) -> None:
         pass
 
 
+class Stop(AbstractContextManager["Stop"]):
+    """Inside the block the first Ctrl-C only sets `asked`; a second one ends at once.
+
+    For loops that finish a step and save it before they stop. Outside of the main thread Ctrl-C
+    does what it always does.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.said, self.asked = said, False
+        self.usual: Any = None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.usual = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.usual is not None:
+            signal.signal(signal.SIGINT, self.usual)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"\nfoveate: {self.said}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+
 class _Handler:
     """Stands before the usual handler of SIGINT while blocks are open."""
 

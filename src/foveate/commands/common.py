@@ -40,6 +40,10 @@ PluginOption = Annotated[
         help="Use the methods that this Python file of yours defines, too. Repeat it for more."
     ),
 ]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Write over what an earlier run left there.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 # of runs over benchmarks
 DataRootOption = Annotated[
     Path | None, typer.Option(help="Read data sets from this folder; default: from the hub.")
@@ -72,6 +76,20 @@ def quiet() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def hint(what: str) -> None:
+    """Say what people do next."""
+    print(f"next: {what}")
+
+
+def refuse_to_replace(file: Path, what: str, force: bool) -> None:
+    """Refuse a folder in which an earlier run has left `file`, unless that may be lost."""
+    if file.exists() and not force:
+        raise FoveateError(
+            f"{file.parent} already holds {what}: give another --out, or --force to write over "
+            "them."
+        )
 
 
 def load_plugins(files: list[Path] | None) -> None:
@@ -139,13 +157,15 @@ def read_batch_size(text: str) -> int | None:
 
 
 @contextmanager
-def stoppable(unit: str = "questions") -> Iterator[Progress]:
-    """A `Progress`; Ctrl-C ends the command with a note that the same command goes on."""
+def stoppable(
+    unit: str = "questions", told: str = "stopped; the same command goes on from here"
+) -> Iterator[Progress]:
+    """A `Progress`; Ctrl-C ends the command with what is `told`."""
     try:
         with Progress(unit) as watch:
             yield watch
     except KeyboardInterrupt:
-        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"foveate: {told}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

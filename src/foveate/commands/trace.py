@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,14 +16,18 @@ from .common import (
     SIDE_BY_SIDE,
     DeviceOption,
     DtypeOption,
+    ForceOption,
+    JsonOption,
     ModelOption,
     PluginOption,
     RevisionOption,
+    hint,
     load,
     load_plugins,
     new_table,
     print_table,
     read_picture,
+    refuse_to_replace,
     said,
 )
 
@@ -75,6 +80,8 @@ def trace(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End answers after so many tokens.")
     ] = 32,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
     system: Annotated[str | None, typer.Option(help="Ask with this system prompt.")] = None,
     plugin: PluginOption = None,
     revision: RevisionOption = None,
@@ -99,11 +106,13 @@ def trace(
     if out is not None or not layers:
         from ..insight.plots.style import check_path
 
-        folder = make_folder(out or Path("trace"))
+        folder = out or Path("trace")
+        refuse_to_replace(folder / "trace.json", "a trace", force)
+        make_folder(folder)
         check_path(folder / "strip.png")
     vlm = load(model, revision=revision, device=device, dtype=dtype)
     if layers:
-        _print_layers(vlm, picture, question, system)
+        _print_layers(_layers(vlm, picture, question, system), as_json and folder is None)
     if folder is None:
         return
     from ..insight.trace import trace as run
@@ -119,11 +128,15 @@ def trace(
         system=system,
         watch=lambda what: print(f"foveate: {what}", file=sys.stderr, flush=True),
     )
-    _print_trace(traced, max_new_tokens)
     written = traced.save(folder)
+    if as_json:
+        print((folder / "trace.json").read_text("utf-8"))
+        return
+    _print_trace(traced, max_new_tokens)
     print("\n".join(f"{path.stem}: {path}" for path in written if path.suffix == ".png"))
     print(f"numbers: {folder / 'trace.json'}, {folder / 'trace.npz'}")
     print(f"page: {folder / 'index.html'}")
+    hint(f"open {folder / 'index.html'} in a browser and step through layers and tokens")
 
 
 def _heads(given: str) -> Heads:
@@ -137,19 +150,26 @@ def _heads(given: str) -> Heads:
         ) from None
 
 
-def _print_layers(vlm: VLM, picture: object, question: str, system: str | None) -> None:
+def _layers(vlm: VLM, picture: object, question: str, system: str | None) -> dict[str, Any]:
     """VAQ of every layer, eq. (5) of LASER, and the layer that it chooses."""
     from ..methods.laser import LASER
 
     chat = vlm.chat([picture], question, system)  # type: ignore[list-item]
     notes = vlm.rewrite([chat], (LASER(vat="never"),))[0].notes
+    return {"layers": list(notes["layers"]), "vaq": list(notes["vaq"]), "chosen": notes["layer"]}
+
+
+def _print_layers(notes: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(notes))
+        return
     most = max(notes["vaq"]) or 1.0
     table = new_table("layer", "VAQ", "", "")
     for layer, value in zip(notes["layers"], notes["vaq"], strict=True):
-        mark = "chosen" if layer == notes["layer"] else ""
+        mark = "chosen" if layer == notes["chosen"] else ""
         table.add_row(str(layer), f"{value:.4f}", "▇" * round(BAR * value / most), mark)
     print_table(table)
-    if notes["layer"] is None:
+    if notes["chosen"] is None:
         print("The question changes nothing: no layer is chosen.")
 
 
