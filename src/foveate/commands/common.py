@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +72,45 @@ def note(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def quiet() -> None:
-    """Turn off transformers' progress bars where stderr is not a terminal."""
+    """Turn off transformers' progress bars; downloads keep theirs on a terminal."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+def share_cores() -> None:
+    """Compute with as many threads as cores are idle, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for each other after every operation, so one that does not get its core holds up
+    all of them.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
+        return
+    cores, busy = os.cpu_count() or 1, running_threads()
+    free = max(1, round(torch.get_num_threads() * (1 - busy / cores)))
+    if free < torch.get_num_threads():
+        torch.set_num_threads(free)
+        note(
+            f"the machine is busy ({busy} threads run on {cores} cores), so this computes with "
+            f"{free}: set OMP_NUM_THREADS to choose"
+        )
+
+
+def running_threads() -> int:
+    """How many threads of others want a core now, the least of a few looks; 0 where unknown."""
+    try:
+        looks = []
+        for _ in range(3):
+            looks.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)
+            time.sleep(0.02)
+        return max(0, min(looks))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def hint(what: str) -> None:
@@ -105,7 +140,19 @@ def load(name: str, **options: Any) -> VLM:
     from ..vlm.vlm import VLM
 
     quiet()
+    share_cores()
     return VLM.load(name, **options)
+
+
+def note_unknown_words(vlm: VLM, text: str) -> None:
+    """Name the words that the pocket model has not learnt; others spell words in pieces."""
+    from ..vlm.chat import unknown_words
+
+    if unknown := unknown_words(vlm.tokenizer, text):
+        note(
+            f"{vlm.name} does not know {', '.join(unknown)}: it reads a gap there. It knows simple "
+            "English about its drawn scenes"
+        )
 
 
 def serves(model: Any, stack: tuple[Any, ...]) -> bool:

@@ -16,6 +16,7 @@ from .common import (
     DeviceOption,
     DrawnOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     ModelOption,
     PluginOption,
@@ -63,6 +64,7 @@ def sweep(
     shard: ShardOption = None,
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
+    as_json: JsonOption = False,
     plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
@@ -95,6 +97,9 @@ def sweep(
     with stoppable() as watch:
         result = run(grid, plan, vlm, metric=metric, watch=watch)
     show_sweep(result, figure)
+    if as_json:
+        print((out / "sweep.json").read_text("utf-8"))
+        return
     names = [axis.parameter for axis in result.axes]
     table = new_table(*names, f"{metric}, {result.unit}", "difference", "95 % interval", "p (Holm)")
     table.title, table.title_justify = f"{result.method}, {result.model}, {bench}", "left"

@@ -25,6 +25,7 @@ from .common import (
     load,
     load_plugins,
     new_table,
+    note_unknown_words,
     print_table,
     read_picture,
     refuse_to_replace,
@@ -111,6 +112,8 @@ def trace(
         make_folder(folder)
         check_path(folder / "strip.png")
     vlm = load(model, revision=revision, device=device, dtype=dtype)
+    if vlm.name == "pocket":
+        note_unknown_words(vlm, question)
     if layers:
         _print_layers(_layers(vlm, picture, question, system), as_json and folder is None)
     if folder is None:

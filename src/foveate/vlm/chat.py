@@ -102,6 +102,19 @@ class Answer:
         return math.exp(sum(logs) / len(logs))
 
 
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text for which a tokenizer has no tokens, each once, in order."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    words = [
+        text[start:end].strip()
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        if token == tokenizer.unk_token_id
+    ]
+    return list(dict.fromkeys(filter(None, words)))
+
+
 def render(chat: Chat, processor: Any, model: str) -> str:
     """The chat in the processor's own template, up to where the answer begins.
 
