@@ -16,7 +16,7 @@ from PIL import Image
 from foveate import commands
 from foveate.backends.transformers import compat
 from foveate.base import __version__
-from foveate.commands import doctor
+from foveate.commands import common, doctor
 from foveate.core.method import methods
 from foveate.families.layout import Grid
 from foveate.insight.plots.attention import AttentionRow, show_attention
@@ -89,6 +89,37 @@ def test_ask_compares_all_methods_and_says_what_it_leaves_out(run, folder, photo
     assert "left out: vti" in err
     assert "foveate heads" in err
     assert "foveate directions" in err
+
+
+def test_words_that_the_pocket_model_does_not_know_are_named(run):
+    asked = ("ask", "demo", "Ist das Auto rot?", "--max-new-tokens", 1, "--method", "vanilla")
+    code, _, err = run(*asked, "--json")
+    assert code == 0
+    assert err.startswith("foveate: note: pocket does not know Ist, das, Auto, rot: ")
+    assert run("ask", "demo", "Is there a Car?", *asked[3:], "--json")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("running", "threads"), [(0, 8), (2, 6), (7, 1), (30, 1)], ids=["idle", "some", "full", "over"]
+)
+def test_a_busy_machine_gets_fewer_threads(monkeypatch, capsys, running, threads):
+    chosen = [8]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "running_threads", lambda: running)
+    common.share_cores()
+    assert chosen[-1] == threads
+    assert ("OMP_NUM_THREADS" in capsys.readouterr().err) == (threads < 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    common.share_cores()
+    assert len(chosen) <= 2
+
+
+def test_running_threads_are_counted_or_none():
+    assert common.running_threads() >= 0
 
 
 def test_ask_shows_the_attention(run, folder, photo, tmp_path):
@@ -234,6 +265,10 @@ def test_draw(run, tmp_path):
     assert [json.loads(row)["scene"]["seed"] - questions.FIRST_HELD_OUT for row in rows] == [5, 6]
     (tmp_path / "file").touch()
     assert "cannot be made" in one_sentence(run("draw", 1, "--out", tmp_path / "file"))
+    again = ("draw", 1, "--out", tmp_path / "scenes", "--seed", 7)
+    assert "already holds scenes: give another --out, or --force" in one_sentence(run(*again))
+    assert run(*again, "--force")[0] == 0
+    assert len((tmp_path / "scenes" / "scenes.jsonl").read_text().splitlines()) == 1
     assert run("draw", 0, "--out", tmp_path)[0] == 2
     assert run("draw", 1, "--out", tmp_path, "--habit", "sometimes")[0] == 2
 
@@ -272,6 +307,15 @@ def test_version_and_usage(run):
     code, _, err = run("frobnicate")
     assert code == 2
     assert "No such command" in err
+
+
+def test_help_shows_whole_summaries_and_completion(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "..." not in out.replace("[ARGS]...", "")
+    assert "--install-completion" in out
+    words = " ".join(out.split())
+    assert "Ask one question about an image, with every method given, and compare the" in words
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():

@@ -63,7 +63,7 @@ def test_every_source_gives_the_same_picture(kind, tmp_path):
 
 
 def test_none_one_and_several():
-    assert decode_all(None) == []
+    assert decode_all([]) == []
     assert len(decode_all(halves())) == 1
     assert [image.size for image in decode_all([halves(), np.zeros((9, 12))])] == [
         (32, 16),

@@ -656,14 +656,14 @@ def test_a_uniform_image_and_panoramas_get_a_defined_crop(small: VLM) -> None:
 
 def test_no_image_and_several(small: VLM) -> None:
     with pytest.warns(UserWarning, match="no image, so laser does nothing"):
-        assert small.ask(None, "red", "laser").text == small.ask(None, "red").text
+        assert small.ask([], "red", "laser").text == small.ask([], "red").text
     with pytest.raises(FoveateError, match="one image, and this prompt has 2"):
         small.ask([picture(0), picture(1)], "red", "laser")
 
 
 @pytest.mark.filterwarnings("ignore:The prompt has no image")
 def test_a_batch_mixes_prompts_with_and_without_images(small: VLM) -> None:
-    pairs = [(picture(0), ASKED[0]), (None, "w30 w31"), (picture(1), "red")]
+    pairs = [(picture(0), ASKED[0]), ([], "w30 w31"), (picture(1), "red")]
     together = small.batch(pairs, SMALL, max_new_tokens=5)
     for (image, question), answer in zip(pairs, together, strict=True):
         assert answer.tokens == small.ask(image, question, SMALL, max_new_tokens=5).tokens

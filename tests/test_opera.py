@@ -384,7 +384,7 @@ def test_it_answers_through_the_front_door() -> None:
     assert said.probabilities == ()
     pieces = list(vlm.stream(picture, "is there a cat", "opera", max_new_tokens=12))
     assert "".join(pieces).strip() == said.text
-    pairs = [(picture, "is there a cat"), ([picture] * 2, "a red cat ?"), (None, "is there")]
+    pairs = [(picture, "is there a cat"), ([picture] * 2, "a red cat ?"), ([], "is there")]
     batch = vlm.batch(pairs, "opera", max_new_tokens=12)
     assert [a.text for a in batch] == [
         vlm.ask(*pair, "opera", max_new_tokens=12).text for pair in pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from foveate import Method
 from foveate.base.errors import FoveateError
+from foveate.base.plugins import load_file
 from foveate.commands import main
 from foveate.core import method
 from foveate.evaluation import benchmark
@@ -100,6 +102,7 @@ def test_a_broken_method_is_one_warning(install: Any, what: str) -> None:
     ("group", "arguments"),
     [
         ("foveate.methods", ["methods"]),
+        ("foveate.methods", ["doctor", "--model", "pocket"]),
         ("foveate.benchmarks", ["eval", "nowhere", "--out", "x"]),
         ("foveate.analyses", ["analyze", "nowhere"]),
     ],
@@ -160,3 +163,59 @@ def test_classes_made_later_are_found(install: Any) -> None:
         name: ClassVar[str] = "goodplug"
 
     assert isinstance(method.parse("goodplug")[0], Good)
+
+
+# -- a file of one's own ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Python file with a method; what it makes known is forgotten afterwards."""
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "classes", dict(registry.all()))
+    path = tmp_path / "my_method.py"
+    path.write_text(GOOD + "    def logits(self, logits, other, seq): return -logits\n")
+    yield path
+    sys.modules.pop("foveate_plugin_my_method", None)
+
+
+def test_a_file_of_ones_own_gives_its_methods(own: Path, run: Any) -> None:
+    asked = ("ask", "demo", "Is there a car?", "--method", "goodplug(strength=0.25)", "--json")
+    assert "There is no method 'goodplug'" in run(*asked)[2]
+    code, out, err = run(*asked, "--plugin", own)
+    assert (code, err) == (0, "")
+    (answer,) = json.loads(out)["answers"]
+    assert answer["method"] == "goodplug(strength=0.25)"
+    assert not answer["answer"].startswith(("yes", "no")), "logits are turned round"
+
+
+@pytest.mark.parametrize("command", ["eval", "sweep", "trace", "serve", "analyze"])
+def test_other_commands_take_it_too(own: Path, command: str, run: Any) -> None:
+    needed = {
+        "eval": ("pocket", "--out", "x"),
+        "sweep": ("clvs", "--over", "smoothing=1", "--bench", "pocket", "--out", "x"),
+        "trace": ("demo", "red"),
+        "analyze": ("decay",),
+    }.get(command, ())
+    own.write_text("1 / 0")
+    code, _, err = run(command, *needed, "--plugin", own)
+    assert code == 2
+    assert err == (
+        f"foveate: The plug-in {own}, line 1, raises ZeroDivisionError: division by zero.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = (", "line 1, raises SyntaxError"),
+        ("x = 1", "defines nothing that has a name"),
+        (METHOD.format(cls="Bad", name="badplug", hint="Flaot"), "Flaot"),
+        (METHOD.format(cls="Bad", name="clvs", hint="float"), "is taken by"),
+        (None, "give a Python file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(own: Path, source: Any, says: str) -> None:
+    own.unlink() if source is None else own.write_text(source)
+    with pytest.raises(FoveateError, match=says):
+        load_file(own)

@@ -79,6 +79,24 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert not all(torch.equal(whole[k], fresh[k]) for k in whole)
 
 
+def test_ctrl_c_saves_what_was_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, run = fitted(tmp_path / "whole"), tmp_path / "run"
+
+    def interrupted(step: int) -> dict[str, Tensor]:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return line_batches(step)
+
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(run, interrupted)
+    assert signal.getsignal(signal.SIGINT) is usual
+    assert "saving after this step" in capsys.readouterr().err
+    assert train.latest(run, "line") is not None
+    resumed = fitted(run)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
 @pytest.mark.parametrize("at", ["safetensors", "json", "rename"])
 def test_a_disk_that_fills_up_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str

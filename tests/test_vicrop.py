@@ -277,7 +277,7 @@ def test_a_uniform_image_and_a_panorama_get_a_defined_crop(small: VLM) -> None:
 
 def test_no_image_and_several(small: VLM) -> None:
     with pytest.warns(UserWarning, match="no image, so vicrop does nothing"):
-        assert small.ask(None, "red", "vicrop").text == small.ask(None, "red").text
+        assert small.ask([], "red", "vicrop").text == small.ask([], "red").text
     with pytest.raises(FoveateError, match="one image, and this prompt has 2"):
         small.ask([picture(0), picture(1)], "red", "vicrop")
 

@@ -66,7 +66,7 @@ def test_a_batch_says_what_single_questions_say(vlm, method):
 
 
 def test_a_batch_mixes_prompts_with_and_without_images(vlm):
-    pairs = [PAIRS[0], (None, "w30 w31 w32"), PAIRS[1]]
+    pairs = [PAIRS[0], ([], "w30 w31 w32"), PAIRS[1]]
     for (image, question), answer in zip(pairs, vlm.batch(pairs, max_new_tokens=4), strict=True):
         same(answer, vlm.ask(image, question, max_new_tokens=4))
     assert vlm.batch([]) == []
@@ -77,7 +77,7 @@ def test_a_batch_mixes_prompts_with_and_without_images(vlm):
 @pytest.mark.parametrize("method", [None, "clvs"])
 def test_other_families_come_through_the_same_door(family, method):
     vlm = tiny.vlm(family)
-    pairs = [*PAIRS, (None, "w30 w31")]
+    pairs = [*PAIRS, ([], "w30 w31")]
     for (image, question), answer in zip(
         pairs, vlm.batch(pairs, method, max_new_tokens=4), strict=True
     ):

@@ -42,7 +42,7 @@ def test_a_message_is_asked_with_the_method(bridge: Any, tmp_path: Path) -> None
     plain = bridge.Foveate("pocket", max_new_tokens=4, device="cpu")
     assert plain.generate_inner(message) != answer.text
     assert plain.generate_inner(message[1:]) == (
-        plain.vlm.ask(None, "\n".join(QUESTION), max_new_tokens=4).text
+        plain.vlm.ask([], "\n".join(QUESTION), max_new_tokens=4).text
     )
     with pytest.raises(FoveateError, match="toy has a picture after text"):
         plain.generate_inner(message[::-1], "toy")

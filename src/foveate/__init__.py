@@ -41,6 +41,10 @@ _home = {  # imported when first asked for
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _home:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -298,7 +298,7 @@ def test_marks_before_the_text_and_questions_without_pictures(
         ]
     )
     assert marked.text == plain.text
-    assert without.text == model.vlm.ask(None, question, max_new_tokens=4).text
+    assert without.text == model.vlm.ask([], question, max_new_tokens=4).text
     with pytest.raises(FoveateError, match="stands for an image"):
         model.generate_until([instance("What is in <image>?", limit, rows[0]["image"])])
 

@@ -56,13 +56,13 @@ def test_an_answer_is_that_of_the_model(client, vlm, method):
 def test_without_a_picture(client, vlm):
     messages = [{"role": "user", "content": "Is there a car?"}]
     answer = client.chat.completions.create(model="pocket", messages=messages, max_tokens=5)
-    assert text(answer) == vlm.ask(None, "Is there a car?", max_new_tokens=5).text
+    assert text(answer) == vlm.ask([], "Is there a car?", max_new_tokens=5).text
 
 
 def test_a_system_text(client, vlm):
     messages = [{"role": "system", "content": "zebra"}, {"role": "user", "content": "a car"}]
     answer = client.chat.completions.create(model="pocket", messages=messages, max_tokens=5)
-    offline = vlm.ask(None, "a car", system="zebra", max_new_tokens=5)
+    offline = vlm.ask([], "a car", system="zebra", max_new_tokens=5)
     assert text(answer) == offline.text
     assert answer.usage.prompt_tokens == vlm.inputs([offline.chat])["input_ids"].shape[1]
 

@@ -17,9 +17,9 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from .errors import FoveateError
 
@@ -43,6 +43,23 @@ class Form:
     """A frozen dataclass whose fields are its parameters."""
 
     name: ClassVar[str] = ""
+
+    def __new__(cls, *given: Any, **values: Any) -> Self:
+        """Refuse parameters without a name, and names that the class does not have."""
+        if given or values:
+            known = [f.name for f, _ in parameters(cls)]
+            called = cls.name or cls.__qualname__
+            if given:
+                raise FoveateError(
+                    f"{called} takes its parameters by name: write "
+                    f"{cls.__qualname__}({known[0] if known else 'name'}={shown(given[0])})."
+                )
+            for key in values:
+                if key not in known:
+                    raise FoveateError(
+                        f"{called} has no parameter {shown(key)}{nearest(key, known)}."
+                    )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for f, hint in parameters(type(self)):
@@ -170,24 +187,22 @@ class Registry:
                     raise
 
     def get(self, name: str) -> type[Any]:
-        """The class called `name`; unknown names are refused with the nearest one."""
+        """The class called `name`, in any case; others are refused with the nearest name."""
         known = self.all()
-        if name in self.reserved:
+        if name in known:
+            return known[name]
+        if name.lower() in self.reserved:
             raise FoveateError(f"{name!r} cannot be used here: name one {self.kind}.")
-        if name not in known:
+        alike = [other for other in known if other.lower() == name.lower()]
+        if len(alike) != 1:
             raise FoveateError(
-                f"There is no {self.kind} {shown(name)}{_nearest(name, [*known, *self.reserved])}."
+                f"There is no {self.kind} {shown(name)}{nearest(name, [*known, *self.reserved])}."
             )
-        return known[name]
+        return known[alike[0]]
 
     def build(self, name: str, values: dict[str, Any]) -> Any:
-        """An instance; unknown parameters are refused with the nearest one."""
-        cls = self.get(name)
-        known = [f.name for f, _ in parameters(cls)]
-        for key in values:
-            if key not in known:
-                raise FoveateError(f"{name} has no parameter {shown(key)}{_nearest(key, known)}.")
-        return cls(**values)
+        """An instance of the class called `name`."""
+        return self.get(name)(**values)
 
     def parse(self, text: str) -> tuple[Any, ...]:
         """Instances from ``"one(parameter=value)+another"``, in this order.
@@ -284,10 +299,12 @@ def load_plugins(group: str, admit: Callable[[Any], None]) -> None:
             )
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(_short(word), known, n=1)
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What to say after an unknown name: the nearest known one in any case, else all of them."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(_short(word).lower(), by_lower, n=1)
     if close:
-        return f" (did you mean {close[0]!r}?)"
+        return f" (did you mean {by_lower[close[0]]!r}?)"
     return f"; there are {_short(', '.join(known), 180)}"
 
 

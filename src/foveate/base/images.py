@@ -84,10 +84,13 @@ def decode(source: ImageLike) -> Image.Image:
     )
 
 
-def decode_all(sources: ImageLike | list[ImageLike] | None) -> list[Image.Image]:
-    """One image or a list of images, decoded; `None` is no image at all."""
+def decode_all(sources: ImageLike | list[ImageLike]) -> list[Image.Image]:
+    """One image or a list of images, decoded; an empty list is no image at all.
+
+    Raises `FoveateError` as `decode` does, and for None, which is more often a mistake than a wish.
+    """
     if sources is None:
-        return []
+        raise FoveateError("There is no image, but None: give one, or [] to ask without any.")
     return [decode(s) for s in (sources if isinstance(sources, (list, tuple)) else [sources])]
 
 

@@ -16,6 +16,7 @@ import functools
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType, TracebackType
@@ -41,7 +42,7 @@ def whole(make: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Whole(managed(*args, **kwargs))
+        return _Whole(make.__name__, managed(*args, **kwargs))
 
     return made
 
@@ -62,6 +63,33 @@ def _wait_for(lock: Any) -> None:
     """Wait until nobody holds a lock, without keeping it."""
     with lock:
         pass
+
+
+class Stop(AbstractContextManager["Stop"]):
+    """Inside the block the first Ctrl-C only sets `asked`; a second one ends at once.
+
+    For loops that finish a step and save it before they stop. Outside of the main thread Ctrl-C
+    does what it always does.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.said, self.asked = said, False
+        self.usual: Any = None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.usual = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.usual is not None:
+            signal.signal(signal.SIGINT, self.usual)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"\nfoveate: {self.said}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
 
 class _Handler:
@@ -120,11 +148,24 @@ def _remove(handler: _Handler | None, frame: FrameType | None) -> None:
 
 
 class _Whole(AbstractContextManager[T], Generic[T]):
-    def __init__(self, inner: AbstractContextManager[T]) -> None:
-        self.inner = inner
+    def __init__(self, name: str, inner: AbstractContextManager[T]) -> None:
+        self.name, self.inner = name, inner
         self.handler: _Handler | None = None
+        self.used = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}(...), which acts inside a block: with {self.name}(...): ...>"
+
+    def __del__(self) -> None:
+        if not self.used:
+            warnings.warn(
+                f"{self.name}(...) has done nothing, because no block was opened: write "
+                f"`with {self.name}(...):` and work inside it.",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> T:
+        self.used = True
         outside, entered = sys._getframe().f_back, False
         self.handler = _install()
         try:

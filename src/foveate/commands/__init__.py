@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -39,7 +40,6 @@ ORDER = (
 app = typer.Typer(
     help="Ask a vision-language model about an image, plain and with visual-attention methods.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -82,6 +82,9 @@ def _register() -> None:
     names = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
     for name in dict.fromkeys((*ORDER, *names)):
         importlib.import_module(f"{__name__}.{name}")
+    for command in app.registered_commands:  # whole first paragraphs in the list of commands
+        about = inspect.getdoc(command.callback) or ""
+        command.short_help = " ".join(about.partition("\n\n")[0].split())
 
 
 _register()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,15 @@ from . import app
 from .common import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
+    PluginOption,
     Progress,
     RevisionOption,
     load,
+    load_plugins,
+    new_table,
+    print_table,
 )
 
 
@@ -56,6 +61,8 @@ def analyze(
             help="Write NAME.png, .json and .md, and the rows they come from, to this folder."
         ),
     ] = Path("."),
+    as_json: JsonOption = False,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -67,6 +74,7 @@ def analyze(
     from ..insight.analysis import parse, run, stacks
     from ..insight.truth import coco_pictures, pocket_pictures
 
+    load_plugins(plugin)
     if name.partition("(")[0].strip() == "sweep":
         raise FoveateError(
             "Figures over a parameter (CLVS, Figures 7 and 8) are drawn by `foveate sweep`: see "
@@ -99,5 +107,41 @@ def analyze(
     except KeyboardInterrupt:
         print("foveate: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(content["caption"])
-    print(f"figure: {out / analysis.name}.png, numbers: {out / analysis.name}.json")
+    if as_json:
+        print((out / f"{analysis.name}.json").read_text("utf-8"))
+        return
+    columns = by_layer(content["numbers"])
+    if columns:
+        table = new_table("layer", *columns)
+        table.title, table.title_justify = f"{analysis.title}, {vlm.name}", "left"
+        for place, layer in enumerate(content["numbers"]["layers"]):
+            values = (column[place] for column in columns.values())
+            table.add_row(str(layer), *("" if v is None else f"{v:.3g}" for v in values))
+        print_table(table)
+    else:
+        print(content["caption"])
+    print(", ".join(f"{what}: {out / analysis.name}.{end}" for what, end in WRITTEN.items()))
+
+
+WRITTEN = {"figure": "png", "numbers": "json", "what it shows": "md"}
+
+
+def by_layer(numbers: dict[str, Any]) -> dict[str, list[float | None]]:
+    """What an analysis has counted in every layer, by name: means, where there are intervals."""
+    depth, found = len(numbers.get("layers", ())), dict[str, list[float | None]]()
+
+    def walk(value: Any, names: tuple[str, ...]) -> None:
+        if isinstance(value, dict):
+            if "mean" in value:
+                value = {"": value["mean"]}
+            for name, part in value.items():
+                walk(part, (*names, *filter(None, [name])))
+        elif isinstance(value, list) and len(value) == depth and names != ("layers",):
+            if all(isinstance(row, list) for row in value):  # a value for each head
+                value = [max((v for v in row if v is not None), default=None) for row in value]
+                names = (*names, "largest of heads")
+            if all(v is None or isinstance(v, (int, float)) for v in value):
+                found[" ".join(name for name in names if name != "methods")] = value
+
+    walk(numbers, ())
+    return found

@@ -14,11 +14,16 @@ from .common import (
     SIDE_BY_SIDE,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
+    PluginOption,
     RevisionOption,
     draw,
+    hint,
     load,
+    load_plugins,
     new_table,
+    note_unknown_words,
     print_table,
     read_picture,
     rounded,
@@ -50,11 +55,12 @@ def ask(
             "again, draw the steps from the picture to the one they asked about."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
     max_new_tokens: Annotated[
         int, typer.Option(help="Stop an answer after this many tokens.")
     ] = 64,
     system: Annotated[str | None, typer.Option(help="Put this system prompt first.")] = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -65,6 +71,7 @@ def ask(
     """
     from ..core.method import as_stack, methods, text
 
+    load_plugins(plugin)
     if not question.strip():
         raise FoveateError("The question is empty: ask something about the image.")
     if show:
@@ -73,8 +80,11 @@ def ask(
         check_path(show)
     picture = read_picture(image)
     chosen = method or list(SIDE_BY_SIDE)
+    chosen = ["all" if m.lower() == "all" else m for m in chosen]
     stacks = [as_stack(m) for m in chosen if m != "all"]
     vlm = load(model, revision=revision, device=device, dtype=dtype)
+    if vlm.name == "pocket":
+        note_unknown_words(vlm, question)
     if "all" in chosen:
         known = [(), *((cls(),) for cls in methods().values())]
         stacks += [stack for stack in known if stack not in stacks and serves(vlm.model, stack)]
@@ -97,7 +107,10 @@ def ask(
     else:
         table = new_table("method", "answer", "probability", "seconds")
         table.caption_justify = "left"
-        table.caption = "Probability: of yes against no; of other answers, the mean per token."
+        table.caption = (
+            "Probability is of the answer: of a yes or no, against the other; of other answers, "
+            "the geometric mean over tokens."
+        )
         for name, answer in zip(names, answers, strict=True):
             table.add_row(name, answer.text, rounded(answer.probability), f"{answer.seconds:.2f}")
         print_table(table)
@@ -110,6 +123,8 @@ def ask(
         draw(vlm, question, drawn, show)
         if not as_json:
             print(f"picture: {show}")
+    elif not as_json:
+        hint("--show FILE.png draws where the model looks; foveate trace shows it by token")
 
 
 def _as_dict(name: str, answer: Answer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -58,6 +59,16 @@ VllmOption = Annotated[
         help="Tell vLLM max_model_len=4096, enforce_eager=True, ...; repeat it.",
     ),
 ]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Use the methods that this Python file of yours defines, too. Repeat it for more."
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Write over what an earlier run left there.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 # of runs over benchmarks
 DataRootOption = Annotated[
     Path | None, typer.Option(help="Read data sets from this folder; default: from the hub.")
@@ -85,17 +96,75 @@ def note(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def quiet() -> None:
-    """Turn off transformers' progress bars where stderr is not a terminal."""
+    """Turn off transformers' progress bars; downloads keep theirs on a terminal."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+def share_cores() -> None:
+    """Compute with as many threads as cores are idle, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for each other after every operation, so one that does not get its core holds up
+    all of them.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
+        return
+    cores, busy = os.cpu_count() or 1, running_threads()
+    free = max(1, round(torch.get_num_threads() * (1 - busy / cores)))
+    if free < torch.get_num_threads():
+        torch.set_num_threads(free)
+        note(
+            f"the machine is busy ({busy} threads run on {cores} cores), so this computes with "
+            f"{free}: set OMP_NUM_THREADS to choose"
+        )
+
+
+def running_threads() -> int:
+    """How many threads of others want a core now, the least of a few looks; 0 where unknown."""
+    try:
+        looks = []
+        for _ in range(3):
+            looks.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)
+            time.sleep(0.02)
+        return max(0, min(looks))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def hint(what: str) -> None:
+    """Say what people do next."""
+    print(f"next: {what}")
+
+
+def refuse_to_replace(file: Path, what: str, force: bool) -> None:
+    """Refuse a folder in which an earlier run has left `file`, unless that may be lost."""
+    if file.exists() and not force:
+        raise FoveateError(
+            f"{file.parent} already holds {what}: give another --out, or --force to write over "
+            "them."
+        )
+
+
+def load_plugins(files: list[Path] | None) -> None:
+    """Make known what the user's own files define."""
+    if files:
+        from ..base.plugins import load_file
+
+        for file in files:
+            load_file(file)
 
 
 def load(name: str, **options: Any) -> VLM:
     from ..vlm.vlm import VLM
 
     quiet()
+    share_cores()
     return VLM.load(name, **options)
 
 
@@ -144,6 +213,17 @@ def only_with_vllm(tensor_parallel: int | None, options: list[str] | None) -> No
     """Refuse what is about vLLM, beside another engine."""
     if tensor_parallel is not None or options:
         raise FoveateError("--tensor-parallel and --vllm are about --engine vllm: add it.")
+
+
+def note_unknown_words(vlm: VLM, text: str) -> None:
+    """Name the words that the pocket model has not learnt; others spell words in pieces."""
+    from ..vlm.chat import unknown_words
+
+    if unknown := unknown_words(vlm.tokenizer, text):
+        note(
+            f"{vlm.name} does not know {', '.join(unknown)}: it reads a gap there. It knows simple "
+            "English about its drawn scenes"
+        )
 
 
 def serves(model: Any, stack: tuple[Any, ...]) -> bool:
@@ -199,13 +279,15 @@ def read_batch_size(text: str) -> int | None:
 
 
 @contextmanager
-def stoppable(unit: str = "questions") -> Iterator[Progress]:
-    """A `Progress`; Ctrl-C ends the command with a note that the same command goes on."""
+def stoppable(
+    unit: str = "questions", told: str = "stopped; the same command goes on from here"
+) -> Iterator[Progress]:
+    """A `Progress`; Ctrl-C ends the command with what is `told`."""
     try:
         with Progress(unit) as watch:
             yield watch
     except KeyboardInterrupt:
-        print("foveate: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"foveate: {told}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

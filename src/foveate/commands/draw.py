@@ -10,6 +10,7 @@ import typer
 
 from ..base.files import make_folder
 from . import app
+from .common import ForceOption, hint, refuse_to_replace, stoppable
 
 
 class Habit(StrEnum):
@@ -29,11 +30,17 @@ def draw(
     size: Annotated[
         int, typer.Option(min=32, max=4096, help="Make pictures with sides of this many pixels.")
     ] = 768,
+    force: ForceOption = False,
 ) -> None:
-    """Draw scenes, with masks, questions and ground truth, for experiments of your own.
-
-    conversations.jsonl is for foveate train cli --data.
-    """
+    """Draw scenes, with masks, questions and ground truth, for experiments of your own."""
     from ..scenes.export import export
 
-    print(f"{number} scenes: {export(number, make_folder(out), seed, habit.value, size)}")
+    refuse_to_replace(out / "scenes.jsonl", "scenes", force)
+    with stoppable("scenes", "stopped; the scenes' lists are not written yet") as watch:
+        export(
+            number, make_folder(out), seed, habit.value, size,
+            watch=lambda done, total: watch(done, total, habit.value),
+        )  # fmt: skip
+    print(f"{number} scenes: {out}")
+    hint(f'foveate ask {out}/images/000000.png "Is there a car in the image?" --method all')
+    hint(f"foveate train cli --data {out}/conversations.jsonl --out runs/cli")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -22,13 +23,17 @@ from .common import (
     DeviceOption,
     DrawnOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     ModelOption,
+    PluginOption,
     ResumeOption,
     RevisionOption,
     ShardOption,
     TensorParallelOption,
     VllmOption,
+    hint,
+    load_plugins,
     load_with,
     new_table,
     only_with_vllm,
@@ -42,6 +47,9 @@ from .common import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+WIDTH, COLUMN = 80, 12  # characters of a table, and of a method's column in it
 
 
 class Engine(StrEnum):
@@ -76,6 +84,9 @@ def evaluate(
     shard: ShardOption = None,
     seed: DrawnOption = 0,
     resume: ResumeOption = True,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add these methods to the finished run in --out.")
+    ] = False,
     one_by_one: Annotated[
         bool, typer.Option("--one-by-one", help="Ask every question alone, which is slow.")
     ] = False,
@@ -99,6 +110,8 @@ def evaluate(
     ] = None,
     tensor_parallel: TensorParallelOption = None,
     vllm: VllmOption = None,
+    as_json: JsonOption = False,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -112,20 +125,26 @@ def evaluate(
     from ..evaluation.run import Plan
     from ..evaluation.sampled import Sampled
 
+    load_plugins(plugin)
     benchmarks = [b for given in bench for b in parse(given)]
-    chosen = method or list(SIDE_BY_SIDE)
+    chosen = ["all" if m.lower() == "all" else m for m in method or SIDE_BY_SIDE]
     stacks = [as_stack(m) for m in chosen if m != "all"]
     stacks += [(Sampled(temperature=value, seed=seed),) for value in temperature or ()]
     plan = Plan(
         benchmarks, stacks, out,
         root=data_root, limit=limit, batch_size=read_batch_size(batch_size),
-        shard=read_shard(shard), seed=seed, share=not one_by_one, resume=resume,
+        shard=read_shard(shard), seed=seed, share=not one_by_one, resume=resume, add=add,
     )  # fmt: skip
     run: Callable[..., dict[str, Any]]
     if engine is not Engine.RAY and (workers or cpus is not None or gpus is not None):
         raise FoveateError("--workers, --cpus and --gpus are about --engine ray: add it.")
     if engine is Engine.RAY:
         only_with_vllm(tensor_parallel, vllm)
+        if plugin:
+            raise FoveateError(
+                "Workers do not see the file of --plugin: install it as a package with an entry "
+                "point (foveate.methods), or leave out --engine ray."
+            )
         from ..bridges.ray import evaluate as answer
         from ..vlm.loading import outline
         from ..vlm.vlm import VLM
@@ -151,22 +170,45 @@ def evaluate(
         plan = replace(plan, methods=stacks)
     with stoppable() as watch, contextlib.redirect_stdout(sys.stderr):  # Ray prints, too
         results = run(plan, watch=watch)
+    if as_json:
+        print(json.dumps(results))
+        return
     for b in benchmarks:
         _print_scores(b, results["benchmarks"][str(b)]["methods"])
-    print(f"results: {plan.folder / 'results.json'}; more: foveate report {out}")
+    print(f"results: {plan.folder / 'results.json'}")
+    hint(f"foveate report {out} tests the differences and writes report.html")
+    hint("the same command with --add --method ... adds a method to this run")
 
 
 def _print_scores(b: Any, entries: dict[str, Any]) -> None:
-    """Print the benchmark's table and notes for every method."""
+    """Print the benchmark's scores with a column for every method, and the notes."""
+    tables: dict[str, dict[tuple[str, str], str]] = {}
     for name, entry in entries.items():
         if entry["scores"]:
             scores = {k: nan if v is None else v for k, v in entry["scores"].items()}
             heads, rows = b.table(scores)
-            table = new_table(*heads)
-            table.title, table.title_justify = f"{b}, {name}", "left"
-            for cells in rows:
-                table.add_row(*(_shown(cell, b.digits) for cell in cells))
-            print_table(table)
+            tables[name] = {
+                (row[0], head): _shown(cell, b.digits)
+                for row in rows
+                for head, cell in zip(heads[1:], row[1:], strict=True)
+            }
+    places = dict.fromkeys(p for cells in tables.values() for p, cell in cells.items() if cell)
+    taken = sum(max((len(p[i]) for p in places), default=0) + 3 for i in (0, 1))
+    fitting = max(2, (WIDTH - taken) // COLUMN)
+    first, *others = tables or [""]
+    for start in range(0, max(1, len(others)), fitting - 1):
+        names = [first, *others[start : start + fitting - 1]]
+        if not places:
+            break
+        table = new_table("", "", *names)
+        table.title, table.title_justify = str(b), "left"
+        before = None
+        for place in places:
+            cells = (tables[name].get(place, "") for name in names)
+            table.add_row(place[0] if place[0] != before else "", place[1], *cells)
+            before = place[0]
+        print_table(table)
+    for name, entry in entries.items():
         for line in entry["notes"]:
             print(f"{b}, {name}: {line}")
 

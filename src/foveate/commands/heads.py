@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from . import app
 from .common import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     Progress,
     RevisionOption,
     load,
@@ -70,6 +72,7 @@ def heads(
             min=1, help="Run so many heads times tokens per forward; more need more memory."
         ),
     ] = 256,
+    as_json: JsonOption = False,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -112,9 +115,14 @@ def heads(
             command=shlex.join(command),
             watch=watch,
         )
+    scores = found.tensors["scores"]
+    ranked = [(at, head, float(scores[at, head])) for at, head in found.tensors["heads"].tolist()]
+    if as_json:
+        entries = [dict(zip(("layer", "head", "score"), one, strict=True)) for one in ranked]
+        print(json.dumps({"heads": entries, "made": found.made, "folder": str(path)}))
+        return
     table = new_table("layer", "head", "score")
-    for layer, head in found.tensors["heads"].tolist():
-        score = float(found.tensors["scores"][layer, head])
+    for layer, head, score in ranked:
         table.add_row(str(layer), str(head), f"{score:+.4f}")
     print_table(table)
     print(f"{found.made['images']} captions: {counted(found.made)}")

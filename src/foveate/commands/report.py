@@ -11,6 +11,7 @@ import typer
 from ..base.errors import FoveateError
 from ..base.files import write_text
 from . import app
+from .common import JsonOption, hint
 
 if TYPE_CHECKING:
     from ..evaluation.results import Section
@@ -31,6 +32,7 @@ def report(
     ] = None,
     images: Annotated[bool, typer.Option(help="Show pictures of examples.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed the bootstrap with this number.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Merge runs and tell what every method gains and loses, and whether that is significant."""
     from ..evaluation.results import SAFE, sentence
@@ -43,6 +45,9 @@ def report(
     sections = write(runs, out, root=data_root, images=images, seed=seed)
     figures = _draw_lengths(sections, out)
     write_text(out / "report.html", html(sections), SAFE)
+    if as_json:
+        print((out / "report.json").read_text("utf-8"))
+        return
     for section in sections:
         for verdict in section.verdicts:
             for result in verdict.results:
@@ -51,6 +56,7 @@ def report(
     for told in figures:
         print(told)
     print(f"report: {out / 'report.html'}")
+    hint("open it in a browser; foveate sweep tries other values of a method's parameters")
 
 
 def _draw_lengths(sections: list[Section], out: Path) -> list[str]:

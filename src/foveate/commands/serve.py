@@ -10,7 +10,16 @@ import typer
 
 from ..base.errors import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, ModelOption, RevisionOption, load, note
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    PluginOption,
+    RevisionOption,
+    load,
+    load_plugins,
+    note,
+)
 
 
 class Engine(StrEnum):
@@ -98,6 +107,7 @@ def serve(
         int,
         typer.Option(min=1, help="Run this many replicas, each with a model. Needs --engine ray."),
     ] = 1,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -107,6 +117,7 @@ def serve(
     The first Ctrl-C (or SIGTERM) refuses new requests and finishes those that are there; a second
     one ends at once.
     """
+    load_plugins(plugin)
     try:
         from ..serving.app import Server, bind
         from ..serving.door import LOCAL
@@ -138,6 +149,11 @@ def serve(
         docs=docs,
     )
     if engine is Engine.RAY:
+        if plugin:
+            raise FoveateError(
+                "Replicas do not see the file of --plugin: install it as a package with an entry "
+                "point (foveate.methods), or leave out --engine ray."
+            )
         from ..bridges.replicas import run_replicas
 
         opened = functools.partial(load, model, revision=revision, device=device, dtype=dtype)

@@ -18,14 +18,17 @@ from .common import (
     DtypeOption,
     Engine,
     EngineOption,
+    JsonOption,
     LimitOption,
     ModelOption,
+    PluginOption,
     ResumeOption,
     RevisionOption,
     ShardOption,
     TensorParallelOption,
     VllmOption,
     brief,
+    load_plugins,
     load_with,
     new_table,
     own_card,
@@ -68,6 +71,8 @@ def sweep(
     engine: EngineOption = Engine.PLAIN,
     tensor_parallel: TensorParallelOption = None,
     vllm: VllmOption = None,
+    as_json: JsonOption = False,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -84,6 +89,7 @@ def sweep(
     from ..insight.plots.style import check_path
     from ..insight.plots.sweep import show_sweep
 
+    load_plugins(plugin)
     grid, benchmarks = SweepGrid.read(method, over), parse(bench)
     if len(benchmarks) > 1:
         raise FoveateError("A sweep is about one benchmark: run the others with an --out each.")
@@ -99,6 +105,9 @@ def sweep(
     with stoppable() as watch:
         result = run(grid, plan, vlm, metric=metric, watch=watch)
     show_sweep(result, figure)
+    if as_json:
+        print((out / "sweep.json").read_text("utf-8"))
+        return
     names = [axis.parameter for axis in result.axes]
     table = new_table(*names, f"{metric}, {result.unit}", "difference", "95 % interval", "p (Holm)")
     table.title, table.title_justify = f"{result.method}, {result.model}, {bench}", "left"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,14 +18,21 @@ from .common import (
     DtypeOption,
     Engine,
     EngineOption,
+    ForceOption,
+    JsonOption,
     ModelOption,
+    PluginOption,
     RevisionOption,
     TensorParallelOption,
     VllmOption,
+    hint,
+    load_plugins,
     load_with,
     new_table,
+    note_unknown_words,
     print_table,
     read_picture,
+    refuse_to_replace,
     said,
 )
 
@@ -77,10 +85,13 @@ def trace(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="End answers after so many tokens.")
     ] = 32,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
     system: Annotated[str | None, typer.Option(help="Ask with this system prompt.")] = None,
     engine: EngineOption = Engine.PLAIN,
     tensor_parallel: TensorParallelOption = None,
     vllm: VllmOption = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -92,6 +103,7 @@ def trace(
     """
     from ..insight.target import known, read
 
+    load_plugins(plugin)
     if "all" in (method or ()):
         raise FoveateError("There is no room to trace all methods: name those to compare.")
     if not question.strip():
@@ -102,11 +114,15 @@ def trace(
     if out is not None or not layers:
         from ..insight.plots.style import check_path
 
-        folder = make_folder(out or Path("trace"))
+        folder = out or Path("trace")
+        refuse_to_replace(folder / "trace.json", "a trace", force)
+        make_folder(folder)
         check_path(folder / "strip.png")
     vlm = load_with(engine, model, tensor_parallel, vllm, device, revision=revision, dtype=dtype)
+    if vlm.name == "pocket":
+        note_unknown_words(vlm, question)
     if layers:
-        _print_layers(vlm, picture, question, system)
+        _print_layers(_layers(vlm, picture, question, system), as_json and folder is None)
     if folder is None:
         return
     from ..insight.trace import trace as run
@@ -122,11 +138,15 @@ def trace(
         system=system,
         watch=lambda what: print(f"foveate: {what}", file=sys.stderr, flush=True),
     )
-    _print_trace(traced, max_new_tokens)
     written = traced.save(folder)
+    if as_json:
+        print((folder / "trace.json").read_text("utf-8"))
+        return
+    _print_trace(traced, max_new_tokens)
     print("\n".join(f"{path.stem}: {path}" for path in written if path.suffix == ".png"))
     print(f"numbers: {folder / 'trace.json'}, {folder / 'trace.npz'}")
     print(f"page: {folder / 'index.html'}")
+    hint(f"open {folder / 'index.html'} in a browser and step through layers and tokens")
 
 
 def _heads(given: str) -> Heads:
@@ -140,19 +160,26 @@ def _heads(given: str) -> Heads:
         ) from None
 
 
-def _print_layers(vlm: VLM, picture: object, question: str, system: str | None) -> None:
+def _layers(vlm: VLM, picture: object, question: str, system: str | None) -> dict[str, Any]:
     """VAQ of every layer, eq. (5) of LASER, and the layer that it chooses."""
     from ..methods.laser import LASER
 
     chat = vlm.chat([picture], question, system)  # type: ignore[list-item]
     notes = vlm.rewrite([chat], (LASER(vat="never"),))[0].notes
+    return {"layers": list(notes["layers"]), "vaq": list(notes["vaq"]), "chosen": notes["layer"]}
+
+
+def _print_layers(notes: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(notes))
+        return
     most = max(notes["vaq"]) or 1.0
     table = new_table("layer", "VAQ", "", "")
     for layer, value in zip(notes["layers"], notes["vaq"], strict=True):
-        mark = "chosen" if layer == notes["layer"] else ""
+        mark = "chosen" if layer == notes["chosen"] else ""
         table.add_row(str(layer), f"{value:.4f}", "▇" * round(BAR * value / most), mark)
     print_table(table)
-    if notes["layer"] is None:
+    if notes["chosen"] is None:
         print("The question changes nothing: no layer is chosen.")
 
 

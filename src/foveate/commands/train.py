@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +13,7 @@ import typer
 from ..base.errors import FoveateError
 from ..base.files import make_folder
 from . import app
-from .common import ModelOption, RevisionOption, quiet
+from .common import ModelOption, RevisionOption, hint, quiet
 
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
@@ -46,8 +48,10 @@ def train_pocket(
         raise FoveateError("Say where to train with --out, or measure the shipped one: --evaluate.")
     folder = WEIGHTS
     if out is not None:
-        folder = train(make_folder(out), until, seed=seed, resume=resume)
+        with _stoppable():
+            folder = train(make_folder(out), until, seed=seed, resume=resume)
         print(f"{until}: {folder}")
+        hint(f'foveate ask demo "Is there a car in the image?" --model {folder}')
     if evaluate:
         print(format_report(evaluate_pocket(folder)))
 
@@ -135,17 +139,27 @@ def train_cli(
         precision=precision, checkpointing=checkpointing, packed=packed,
         max_length=max_length, seed=seed, skip_broken=skip_broken, checkpoint_every=save_every,
     )  # fmt: skip
-    try:
+    with _stoppable():
         tuned = tune(
             model, data, make_folder(out), recipe, images=images, revision=revision, resume=resume,
             say=_say,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print("\nfoveate: stopped: go on with the same command.", file=sys.stderr)
-        raise typer.Exit(130) from None
     if tuned.main:
         asked = tuned.model or (f"{model} --revision {revision}" if revision else model)
         print(f'foveate ask IMAGE "QUESTION" --model {asked} --method "{tuned.method}"')
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends the command with a note that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            "\nfoveate: stopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
 
 
 def _say(line: str) -> None:

@@ -330,7 +330,7 @@ def parse(text: str) -> tuple[Method, ...]:
     Raises:
         FoveateError: on malformed text, an unknown method or an unknown parameter.
     """
-    return () if text.strip() == "vanilla" else registry.parse(text)
+    return () if text.strip().lower() == "vanilla" else registry.parse(text)
 
 
 def text(stack: Iterable[Method]) -> str:

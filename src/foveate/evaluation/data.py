@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
 from ..base.errors import FoveateError
 
 Fields = dict[str, Any]
@@ -253,6 +256,8 @@ class Data:
             ) from None
         reason = ""
         for name in self.benchmark.hub:
+            if not _hub_answers(name):  # `datasets` would try again for a minute
+                datasets.config.HF_HUB_OFFLINE = True  # it then looks into its cache
             try:
                 table = datasets.load_dataset(name, split=split)
                 break
@@ -268,6 +273,17 @@ class Data:
         table = table.cast_column("image", datasets.Image(decode=False))
         for i, row in enumerate(table.remove_columns("image")):
             yield row, functools.partial(_hub_bytes, table, i), ""
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be reached, whatever it says about a data set."""
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # no network, a proxy, a time-out, HF_HUB_OFFLINE: kinds vary
+        return False
+    return True
 
 
 def _filled(text: str) -> Iterator[str]:

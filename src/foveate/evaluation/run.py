@@ -57,6 +57,7 @@ class Plan:
         seed: of torch's generator, for methods that draw from it.
         share: False asks one by one, as published code does.
         resume: go on with what the folder holds; False refuses a folder that holds records.
+        add: add the methods to those of the run that the folder holds. Its own need not be named.
 
     Raises:
         FoveateError: a method that cannot be read, numbers that make no sense, or something given
@@ -73,6 +74,7 @@ class Plan:
     seed: int = 0
     share: bool = True
     resume: bool = True
+    add: bool = False
 
     def __post_init__(self) -> None:
         number, count = self.shard
@@ -180,6 +182,8 @@ class Run:
             "seed": plan.seed,
         }
         self.folder = plan.folder
+        if plan.add:
+            self.configuration["methods"] = self._added()
         self._begin()
         self.journal = Journal(
             self.folder / RECORDS, key, check=functools.partial(check_record, needed=WRITTEN)
@@ -191,7 +195,7 @@ class Run:
         except FoveateError:
             self.journal.close()
             raise
-        self.total = sum(map(len, self.units)) * len(self.methods)
+        self.total = sum(map(len, self.units)) * len(self.configuration["methods"])
         self.started, self.clock = datetime.now().astimezone().isoformat(), time.monotonic()
         self.number = 1 + len(self.sessions.rows)
         self._note_time()
@@ -276,6 +280,15 @@ class Run:
 
     # -- the folder --------------------------------------------------------------------------------
 
+    def _added(self) -> list[str]:
+        """The methods of the run in the folder, then those that it does not have yet."""
+        with writing(self.plan.out, "nothing was written"):
+            folders = run_folders(self.plan.out)
+        if not folders:
+            raise FoveateError(f"{self.plan.out} holds no run to add methods to: leave out --add.")
+        known = [name for folder in folders for name in read_run(folder)["methods"]]
+        return list(dict.fromkeys([*known, *self.methods]))
+
     def _begin(self) -> None:
         """Make the folder, or check that what is there belongs to this run."""
         shard = self.configuration["shard"]
@@ -284,11 +297,16 @@ class Run:
         for other in others:
             begun = read_run(other)
             begun.pop(VERSIONS, None)
+            if self.plan.add:
+                begun["methods"] = self.configuration["methods"]
             shards = begun.get("shard") and shard
             if shards and other != self.folder:  # another shard, whose number differs
                 begun = begun | {"shard": [shard[0], begun["shard"][1]]}
             if not alike(begun, self.configuration):
-                raise FoveateError(f"{other} {difference(begun, self.configuration)}.")
+                told = difference(begun, self.configuration)
+                only = alike(begun | {"methods": None}, self.configuration | {"methods": None})
+                more = ", or add these methods to it with --add" * only
+                raise FoveateError(f"{other} {told}{more}.")
         records = make_folder(self.folder) / RECORDS
         size = records.stat().st_size if records.exists() else 0
         if (self.folder / RUN).exists():
@@ -297,6 +315,9 @@ class Run:
                     f"{self.folder} already holds records: go on with --resume, or give "
                     "another --out."
                 )
+            if self.plan.add:
+                begun = read_run(self.folder) | {"methods": self.configuration["methods"]}
+                write_json(self.folder / RUN, begun, "nothing is lost")
             return
         if size:
             raise FoveateError(
@@ -322,7 +343,8 @@ class Run:
 
     def _compare(self) -> None:
         """Check that the records answer the questions that the data hold now."""
-        questions = {q.key(m): q.sample for unit in self.units for q in unit for m in self.methods}
+        methods = self.configuration["methods"]
+        questions = {q.key(m): q.sample for unit in self.units for q in unit for m in methods}
         for row_key, row in self.journal.rows.items():
             sample = questions.get(row_key)
             if sample is None or sample.prompt != row["prompt"]:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
 from ..base.files import make_folder, owned, replacing, writing
+from ..base.progress import Progress
 from ..scenes import lessons, questions, world
 from ..training.checkpoints import drop_checkpoints, own_memory, what_is_safe
 from ..training.loop import drawn, fit, start
@@ -112,7 +113,9 @@ def _train(
     if not resume and any((out / ended(stage)).exists() for stage in STAGES):
         raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
     model, processor = build.build_pocket(seed, **shape)
-    pool = lessons.Pool(out / "pool", scenes, windows, seed).build()
+    pool = lessons.Pool(out / "pool", scenes, windows, seed)
+    with Progress("pictures") as progress:
+        pool.build(watch=lambda done, total: progress(done, total, "drawing what to learn from"))
     held = lessons.Pool(
         out / "held", min(64, scenes), min(48, windows), seed, questions.FIRST_HELD_OUT
     ).build()
@@ -301,13 +304,14 @@ def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray
         with writing(path, "what was trained is safe"):
             array = lessons.new_array(part, np.float16, shape)
         device = next(model.parameters()).device
-        with torch.no_grad(), autocast(precision, device):
+        with torch.no_grad(), autocast(precision, device), Progress("pictures") as progress:
             for i in range(0, len(pool), 64):
                 pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
                 hidden = compat_parts.image_tower(model)(normalised(pixels)).last_hidden_state[
                     :, 1:
                 ]
                 array[i : i + 64] = hidden.half().cpu().numpy()
+                progress(min(i + 64, len(pool)), len(pool), "looking at them once")
         array.flush()
         part.replace(path)
     return np.load(path, mmap_mode="r")

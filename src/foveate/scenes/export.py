@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -40,14 +40,22 @@ def conversations(view: View, rng: random.Random, image: str) -> Iterator[dict[s
         }
 
 
-def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: int = 768) -> Path:
+def export(
+    n: int,
+    out: Path | str,
+    seed: int = 0,
+    habit: str = "both",
+    size: int = 768,
+    watch: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write n scenes with pictures, masks, ground truth and questions; returns the folder.
 
     images/000000.png (size x size), masks/000000.png (8 bits: 0 background, i + 1 thing i),
     scenes.jsonl (the scene, boxes in pixels, counts, relations), questions.jsonl (id, image,
     question, answer, label, category, split, habit, things, and for print the window to look
     through), conversations.jsonl (other questions, for `foveate train cli`: see `conversations`).
-    `habit`: "with", "against" or "both" (halves, marked in every row).
+    `habit`: "with", "against" or "both" (halves, marked in every row). `watch` is told how many
+    scenes are written, and of how many.
     """
     if n < 1:
         raise ValueError(f"the number of scenes must be at least 1, not {n}")
@@ -91,6 +99,8 @@ def export(n: int, out: Path | str, seed: int = 0, habit: str = "both", size: in
             rng = random.Random(f"conversations-{seed}-{k}")
             for row in conversations(look(scene), rng, image):
                 talks.write(json.dumps(row) + "\n")
+            if watch:
+                watch(k + 1, n)
     return out
 
 

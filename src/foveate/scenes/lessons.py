@@ -13,6 +13,7 @@ each is computed exactly as if it had been asked alone.
 
 import json
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -103,8 +104,12 @@ class Pool:
             pixels[row], owners[row] = np.asarray(picture), patch_owners(index)
         return pixels, owners
 
-    def build(self, workers: int = 2) -> "Pool":
-        """Draw what is not on disk yet, in parallel, and map it."""
+    def build(self, workers: int = 2, watch: Callable[[int, int], None] | None = None) -> "Pool":
+        """Draw what is not on disk yet, in parallel, and map it.
+
+        Args:
+            watch: is told how many pictures are drawn, and of how many.
+        """
         make_folder(self.folder)
         about = {"items": len(self), "scenes": self.scenes, "seed": self.seed, "first": self.first}
         note = self.folder / "pool.json"
@@ -119,6 +124,8 @@ class Pool:
                 for part, drawn in zip(parts, drawers.map(self.draw, parts), strict=True):
                     for array, new in zip(arrays, drawn, strict=True):
                         array[part.start : part.stop] = new
+                    if watch:
+                        watch(part.stop, len(self))
             for array in arrays:
                 array.flush()
             write_text(note, json.dumps(about))

@@ -5,6 +5,7 @@
 
 It runs in one process, in several (torchrun, `accelerate launch`) and under FSDP 2, as Accelerate
 is configured. A run that is killed continues from its last checkpoint as if nothing had happened.
+Ctrl-C ends the step at work and makes a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 
 from ..base.errors import FoveateError
 from ..base.files import Lines, make_folder, write_text
+from ..base.interrupts import Stop
 from .checkpoints import Clock, latest, load_checkpoint, save_checkpoint, what_is_safe
 
 WARM_UP = 40  # steps
+TOLD_EVERY = 30.0  # seconds between lines about the progress, where there is no terminal
 
 
 def start(precision: str) -> Any:
@@ -86,10 +90,14 @@ def fit(
         checkpoint_every, evaluate_every: seconds.
         log_every: steps; with 1 the log has the loss of each step instead of a running mean.
         finish: called in every process with the trained lesson as Accelerate prepared it.
+
+    Raises:
+        KeyboardInterrupt: in every process, where one was asked to stop, after the checkpoint.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps as the budget of a stage")
     from accelerate.utils import set_seed
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     set_seed(seed)
@@ -114,9 +122,12 @@ def fit(
             lines.settle()
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    running, saved, examined = math.nan, time.monotonic(), time.monotonic()
+    running, console = math.nan, Console(stderr=True)
+    saved = examined = shown = time.monotonic()
+    watched = main and console.is_terminal
     with (
-        Progress(*columns, TimeElapsedColumn(), disable=not main) as bar,
+        Progress(*columns, TimeElapsedColumn(), console=console, disable=not watched) as bar,
+        Stop("saving after this step") as stop,
         contextlib.closing(lines) if lines else contextlib.nullcontext(),
     ):
         task = bar.add_task(name, total=1.0, note="")
@@ -133,8 +144,9 @@ def fit(
             # the clock is the main process's, and so is the decision to save
             save = main and began - saved > checkpoint_every
             told = torch.stack([total.detach().double(), weight.double()])
-            told = torch.cat([told, told.new_tensor([save, clock.seconds if main else 0.0])])
-            summed, count, save, clock.seconds = accelerator.reduce(told, "sum").tolist()
+            seconds = clock.seconds if main else 0.0
+            told = torch.cat([told, told.new_tensor([save, stop.asked, seconds])])
+            summed, count, save, stops, clock.seconds = accelerator.reduce(told, "sum").tolist()
             count = count or 1.0
             accelerator.backward(total * (accelerator.num_processes / count))
             accelerator.clip_grad_norm_(lesson.parameters(), 1.0)
@@ -146,13 +158,18 @@ def fit(
             clock.seconds += time.monotonic() - began
             note = f"loss {running:.3f}  {clock.seconds / clock.step:.2f} s/step  {clock.step}"
             bar.update(task, completed=done(), note=note)
+            if main and not watched and time.monotonic() - shown > TOLD_EVERY:
+                print(f"foveate: {name}, {done():.0%}, {note}", file=sys.stderr, flush=True)
+                shown = time.monotonic()
             if log_every == 1:
                 log(seconds=round(clock.seconds, 2), loss=value, rate=now)
             elif clock.step % log_every == 0:
                 log(seconds=round(clock.seconds), loss=round(running, 4))
-            if save:
+            if save or stops:
                 save_checkpoint(folder, name, clock, accelerator, lesson, optimizers)
                 saved = time.monotonic()
+            if stops:
+                raise KeyboardInterrupt
             if evaluate and time.monotonic() - examined > evaluate_every:
                 log(seconds=round(clock.seconds), loss=round(running, 4), **evaluate())
                 examined = time.monotonic()

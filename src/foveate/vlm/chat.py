@@ -71,18 +71,18 @@ class Answer:
     """What a model said to one chat."""
 
     text: str
-    tokens: tuple[str, ...]
+    tokens: tuple[str, ...] = field(repr=False)
     """The produced tokens, without the end token."""
-    probabilities: tuple[float, ...]
+    probabilities: tuple[float, ...] = field(repr=False)
     """The probability of each token when it was chosen, before temperature; empty with beams."""
     yes: float | None
     """P(yes) / (P(yes) + P(no)), all spellings, at the first token; None for other questions."""
-    timings: dict[str, float]
+    timings: dict[str, float] = field(repr=False)
     """Wall-clock seconds spent on `rewrite`, `prepare` and `generate`; a batch's divided by its
     size."""
-    chat: Chat
+    chat: Chat = field(repr=False)
     """The prompt as the model saw it, after the methods' `rewrite`."""
-    record: Record | None = None
+    record: Record | None = field(default=None, repr=False)
     """What a `Recorder` among the methods kept."""
 
     @property
@@ -100,6 +100,19 @@ class Answer:
             return None
         logs = [math.log(max(p, 1e-45)) for p in self.probabilities]
         return math.exp(sum(logs) / len(logs))
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text for which a tokenizer has no tokens, each once, in order."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    words = [
+        text[start:end].strip()
+        for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        if token == tokenizer.unk_token_id
+    ]
+    return list(dict.fromkeys(filter(None, words)))
 
 
 def render(chat: Chat, processor: Any, model: str) -> str:

@@ -32,6 +32,7 @@ from ..base.errors import FoveateError
 from ..core.method import Method
 from ..core.method import methods as registered
 from . import loading
+from .generation import generation_options
 from .chat import Answer, Chat
 from .prefix import PROCESSORS
 from .vlm import VLM, R, T
@@ -242,7 +243,7 @@ class ServedVLM(VLM):
 
     def _sampling(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
         """Arguments of vLLM's `SamplingParams`."""
-        options = self._options(max_new_tokens, generation)
+        options = generation_options(self.model, self.tokenizer, max_new_tokens, generation)
         sampled = options.pop("do_sample")
         given = {k: v for k in _SAMPLING if (v := options.pop(k, None)) is not None}
         options.pop("pad_token_id"), options.pop("max_new_tokens")

@@ -34,12 +34,14 @@ from ..backends.transformers.enhance import attach
 from ..backends.transformers.few_rows import fast_rows
 from ..backends.transformers.record import Record, Recorder
 from ..base.errors import FoveateError
+from ..base.form import shown
 from ..base.images import ImageLike, decode_all
 from ..base.interrupts import taken, whole
 from ..base.memory import Size
 from ..core.method import Method, as_stack
 from ..families.layout import Grid, grids
 from .chat import Answer, Chat, Turn, render
+from .generation import generation_options
 from .loading import commit, load
 from .watch import Probabilities, Stop
 
@@ -128,7 +130,7 @@ class VLM:
 
     def ask(
         self,
-        image: ImageLike | list[ImageLike] | None,
+        image: ImageLike | list[ImageLike],
         question: str,
         method: Methods = None,
         *,
@@ -137,11 +139,11 @@ class VLM:
         record: bool | Recorder = False,
         **generation: Any,
     ) -> Answer:
-        """One answer about one image, several (a list), or none.
+        """One answer about one image, several (a list), or none (an empty list).
 
         `record=True` keeps the attention of the last query row of every layer and step on
-        `Answer.record`; pass a `Recorder` to choose. Decoding is greedy unless `generation`, which
-        goes to `model.generate`, says otherwise.
+        `Answer.record`; pass a `Recorder` to choose. `generation` goes to `model.generate`: greedy,
+        unless it holds ``do_sample=True``, a temperature above 0, top_p or top_k.
         """
         methods = _stack(method)
         if record:
@@ -150,7 +152,7 @@ class VLM:
 
     def batch(
         self,
-        pairs: Sequence[tuple[ImageLike | list[ImageLike] | None, str]],
+        pairs: Sequence[tuple[ImageLike | list[ImageLike], str]],
         method: Methods = None,
         *,
         system: str | None = None,
@@ -162,7 +164,7 @@ class VLM:
 
     def stream(
         self,
-        image: ImageLike | list[ImageLike] | None,
+        image: ImageLike | list[ImageLike],
         question: str,
         method: Methods = None,
         *,
@@ -178,7 +180,7 @@ class VLM:
         """
         methods = _stack(method)
         chats = self.rewrite([self.chat(decode_all(image), question, system)], methods)
-        options = self._options(max_new_tokens, generation)
+        options = generation_options(self.model, self.tokenizer, max_new_tokens, generation)
         return self._pieces(chats, self.inputs(chats), methods, options)
 
     @property
@@ -241,6 +243,8 @@ class VLM:
         Args:
             earlier: the conversation so far, whose pictures are the first of `images`.
         """
+        if not isinstance(question, str):
+            raise FoveateError(f"A question is a text, got {shown(question)}.")
         if not question.strip():
             raise FoveateError("The question is empty: ask something about the image.")
         said = [question, system or "", *(turn.text for turn in earlier)]
@@ -254,7 +258,7 @@ class VLM:
 
     def _ask(
         self,
-        pairs: Sequence[tuple[ImageLike | list[ImageLike] | None, str]],
+        pairs: Sequence[tuple[ImageLike | list[ImageLike], str]],
         methods: tuple[Method, ...],
         system: str | None,
         max_new_tokens: int,
@@ -296,7 +300,7 @@ class VLM:
             methods: their `rewrite` has been run, which took `rewritten` seconds.
             inputs: what `inputs` made of these chats, where it has been called.
         """
-        options = self._options(max_new_tokens, generation)
+        options = generation_options(self.model, self.tokenizer, max_new_tokens, generation)
         start = time.perf_counter()
         inputs = self.inputs(chats) if inputs is None else inputs
         prepared = time.perf_counter()
@@ -370,18 +374,6 @@ class VLM:
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`work`, which may ask this model, on every item, in order."""
         return [work(item) for item in items]
-
-    def _options(self, max_new_tokens: int, generation: dict[str, Any]) -> dict[str, Any]:
-        if max_new_tokens < 1:
-            raise FoveateError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        if generation.get("num_return_sequences", 1) != 1:
-            raise FoveateError(
-                "One answer per question: ask again instead of num_return_sequences."
-            )
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
-        if not options["do_sample"]:  # a checkpoint's sampling settings would only raise warnings
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        return {"pad_token_id": self.tokenizer.pad_token_id, **options}
 
     def _decode(self, ids: list[int], **options: Any) -> str:
         with self.tokenizing:

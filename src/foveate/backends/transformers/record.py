@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,7 +39,8 @@ class Recorder(Method, register=False):
     def weights(self, rows: Rows) -> Tensor:
         memory = rows.memory
         if rows.layer == self.layers[0]:  # type: ignore[index]  # resolved before use
-            memory["visual"] = rows.visual
+            if rows.phase != "decode":  # tokens of the answer are not visual
+                memory["visual"] = rows.visual
             memory["steps"] = [*memory.get("steps", ()), []]
         steps = memory["steps"]
         if self.steps is None or len(steps) - 1 in self.steps:
@@ -89,13 +90,15 @@ class Record:
 
     Attributes:
         layers: the recorded layers, in order.
-        values: step -> (B, layers, K) float32; (B, layers, H, K) for ``heads="all"``.
-        visual: (B, K) bool, the visual columns.
+        values: step -> (B, layers, K) float32; (B, layers, H, K) for ``heads="all"``. K are the key
+            columns of that step: the prompt's, then one more for every token of the answer.
+        visual: (B, K) bool, the visual columns among the prompt's, so K as in step 0. Later columns
+            are text.
     """
 
     layers: tuple[int, ...]
-    values: dict[int, Tensor]
-    visual: Tensor | None
+    values: dict[int, Tensor] = field(repr=False)
+    visual: Tensor | None = field(repr=False)
 
     def row(self, row: int) -> Record:
         """What belongs to one sample, B = 1."""
