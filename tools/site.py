@@ -122,14 +122,13 @@ def _commands() -> Iterator[str]:
 
 
 def _described(name: str, command: Any, level: str) -> Iterator[str]:
-    commands = getattr(command, "commands", {})
-    if level != "##" or not commands:
+    if name != "foveate":
         yield from (f"{level} {name}", "", _sentences(command.help), "")
     rows = [_row(p) for p in command.params if not getattr(p, "hidden", False)]
     if rows:
         yield from ("| argument or option | | default |", "| --- | --- | --- |", *rows, "")
-    deeper = level if level == "##" and name == "foveate" else level + "#"
-    for inner, sub in commands.items():
+    deeper = level if name == "foveate" else level + "#"
+    for inner, sub in getattr(command, "commands", {}).items():
         yield from _described(f"{name} {inner}", sub, deeper)
 
 
