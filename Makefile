@@ -29,6 +29,7 @@ OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
 PEERS := $(VENV)/peers
 LOCK := $(VENV)/lock
+DOCS := $(VENV)/docs
 LOCKED := --quiet --constraint constraints.txt --build-constraint constraints.txt
 # What test-oldest and test-newest run: engine, invariants, every method, VLM.
 METHODS := $(wildcard $(patsubst %,tests/test_%.py,$(basename $(notdir \
@@ -38,7 +39,7 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	--families 'llava*,qwen*' -n $(JOBS)
 
 .PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve test-vllm lint speed \
-	peers lock clean installed testing
+	peers docs lock clean installed testing
 
 demo: installed
 	$(BIN)/foveate demo --out demo
@@ -79,6 +80,10 @@ lint: testing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		.github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/method.yml .github/ISSUE_TEMPLATE/model.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 speed: testing
 	$(BIN)/python benchmarks/speed.py
@@ -86,18 +91,21 @@ speed: testing
 peers: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/peers.py
 
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
 lock:
 	$(PYTHON) -m venv --clear $(LOCK)
 	$(LOCK)/bin/python -m pip install --quiet --upgrade pip hatchling
 	$(LOCK)/bin/python -m pip install --quiet $(TORCH)
 	$(LOCK)/bin/python -m pip install --quiet --editable ".[eval,plot,train,serve,ray]" \
-		--group dev --group page
+		--group dev --group page --group docs
 	$(LOCK)/bin/python tools/versions.py lock > $(LOCK)/constraints.txt
 	mv $(LOCK)/constraints.txt constraints.txt
 	rm -r $(LOCK)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
 
 installed: $(ENV)/.installed
 	$(UPGRADE)
@@ -114,6 +122,13 @@ $(ENV)/.installed: pyproject.toml constraints.txt
 
 $(ENV)/.testing: $(ENV)/.installed
 	$(BIN)/python -m pip install $(LOCKED) --editable ".[plot,train]" --group dev
+	touch $@
+
+# The site reads the source; the package and torch are not installed for it.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(DOCS)/bin/python -m pip install $(LOCKED) --group docs
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml

@@ -1,7 +1,7 @@
-"""The tables of the README, from the methods themselves and from what speed.py measured.
+"""The tables of README and site, from the methods themselves and from what was measured.
 
     python benchmarks/readme.py            # rewrite them
-    python benchmarks/readme.py --check    # exit code 1 where the README says something else
+    python benchmarks/readme.py --check    # exit code 1 where a page says something else
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 """
@@ -12,18 +12,40 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from report import RESULTS, between, grid  # beside this file
 
 from foveate.core.method import STAGES, Method, methods
+from foveate.evaluation.published import ROWS, Published
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose costs the table of methods shows; what reads the vision tower is measured with one
 COSTS = {"methods-cpu": "0.5b", "cli-cpu": "0.5b-clip"}
 PEERS = "peers-cpu"
+CROPS = ROOT / "docs" / "look-again" / "crops.json"
+SHOWN = ("vanilla", "vicrop", "carve", "laser", "oracle")  # of CROPS; the last is the ceiling
+KINDS = {  # of the short table of methods
+    "look again": "read where the model looks, then show it that part of the picture, enlarged",
+    "attention": "change the attention of some rows in one pass",
+    "second stream": "compare the prediction with one from a changed picture or text",
+    "inner states": "use or change what the layers predict or pass on",
+    "search": "choose tokens by a beam search that looks at attention",
+    "trained": "bring layers of the vision tower into the language model, by a trained gate",
+}
+READER = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B")  # whose published rows are shown
+TROUBLES = {  # trouble -> (benchmark, score) of a published row
+    "things that are not there": (
+        ("amber", "existence/accuracy"),
+        ("pope", "adversarial/accuracy"),
+    ),
+    "attributes": (("amber", "attribute/accuracy"), ("mme", "color/score"), ("mme", "count/score")),
+    "relations": (("amber", "relation/accuracy"), ("rbench", "subset1/accuracy")),
+    "all of AMBER's yes/no questions": (("amber", "all/accuracy"),),
+    "small print, small things": (("textvqa", "accuracy"), ("vstar", "overall/accuracy")),
+}
 
 
 def method_table() -> Iterator[list[str]]:
@@ -86,16 +108,98 @@ def question_table() -> Iterator[list[str]]:
             about = ""
 
 
+def kind_table() -> Iterator[list[str]]:
+    """The methods by what they do, with the range of their costs over plain."""
+    yield ["kind", "what it does", "methods", "prompt", "token", "answer"]
+    inside = {_name(row): row[-2:] for row in list(method_table())[1:]}
+    looks = [(_name(row), row[-2]) for row in list(look_table())[1:]]
+    for kind, about in KINDS.items():
+        names = [name for name, cls in methods().items() if _kind(cls) == kind]
+        known = [inside[name] for name in names if name in inside]
+        costs = [_range(cost[i] for cost in known) for i in range(2)]
+        answers = _range(cost for name, cost in looks if name in names)
+        yield [kind, about, ", ".join(f"`{name}`" for name in names), *costs, answers]
+
+
+def print_table() -> Iterator[list[str]]:
+    """Fine print on drawn scenes: right answers, plain and with the methods that look again."""
+    report = json.loads(CROPS.read_text("utf-8"))
+    yield ["method", "with the habit", "against it", f"all {report['questions']}"]
+    for name in SHOWN:
+        figures = report["figures"][name]
+        shares = [f"{figures[part]['right']:.1f}" for part in ("with", "against", "all")]
+        yield [f"`{name}`" + " (crop from the ground truth)" * (name == "oracle"), *shares]
+
+
+def gain_table() -> Iterator[list[str]]:
+    """What papers report for a trouble: the plain model's score, and what methods add to it."""
+    yield ["trouble", "score", "model", "plain", "methods add", "source"]
+    for trouble, wanted in TROUBLES.items():
+        for benchmark, score in wanted:
+            for model in READER:
+                rows = [
+                    p
+                    for p in ROWS
+                    if (p.benchmark, p.model) == (benchmark, model) and score in p.values
+                ]
+                for source in dict.fromkeys(p.source for p in rows):
+                    given = [p for p in rows if p.source == source]
+                    plain = next((p for p in given if p.method == "vanilla"), None)
+                    others = [p for p in given if p.method != "vanilla"]
+                    if plain and others:
+                        added = ", ".join(_added(p, plain, score) for p in others)
+                        value = f"{plain.values[score]:.1f}"
+                        yield [trouble, f"{benchmark}, {score}", model, value, added, source]
+                        trouble = ""
+
+
+def _added(row: Published, plain: Published, score: str) -> str:
+    name = f"`{row.method}`" + f" ({row.variant})" * bool(row.variant)
+    return f"{name} {row.values[score] - plain.values[score]:+.1f}"
+
+
+def _kind(cls: type[Method]) -> str:
+    stages = cls.stages
+    if "search" in stages:
+        return "search"
+    if "training" in cls.passes:
+        return "trained"
+    if cls.looks_again:
+        return "look again"
+    if "mlp" in stages or {"before", "logits"} <= stages:
+        return "inner states"
+    return "second stream" if {"contrast", "logits"} <= stages else "attention"
+
+
+def _name(row: list[str]) -> str:
+    return re.findall(r"\w+", row[0])[0]
+
+
+def _range(ratios: Iterable[str]) -> str:
+    values = sorted(float(ratio) for ratio in ratios)
+    ends = dict.fromkeys(f"{value:.1f}" for value in (values[:1] + values[-1:]))
+    return " to ".join(ends)
+
+
 def _about(cls: type[Method]) -> str:
     about = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
     return about + (f" ([{cls.paper}](https://arxiv.org/abs/{cls.paper}))" if cls.paper else "")
 
 
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
+    "kinds": kind_table,
     "methods": method_table,
     "looks": look_table,
     "speed": speed_table,
     "questions": question_table,
+    "print": print_table,
+    "gains": gain_table,
+}
+PAGES = {  # a page, and the tables in it
+    "README.md": ("print", "kinds"),
+    "docs/guides/all-methods.md": ("methods", "looks"),
+    "docs/guides/which-method.md": ("gains", "print"),
+    "docs/evidence/speed.md": ("speed", "questions"),
 }
 
 
@@ -130,25 +234,28 @@ def _load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def written(text: str) -> str:
-    """The README's text with every table as it is now."""
-    for name, table in TABLES.items():
-        columns, *cells = table()
+def written(text: str, tables: tuple[str, ...]) -> str:
+    """A page's text with its tables as they are now."""
+    for name in tables:
+        columns, *cells = TABLES[name]()
         text = between(text, name, "\n".join(grid(columns, cells)))
     return text
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the tables of the README.")
+    parser = argparse.ArgumentParser(description="Write the tables of README and site.")
     parser.add_argument("--check", action="store_true", help="only say whether they are right")
-    readme, check = ROOT / "README.md", parser.parse_args(given).check
-    old = readme.read_text("utf-8")
-    new = written(old)
-    if check and new != old:
-        print("README.md is not up to date: run python benchmarks/readme.py", file=sys.stderr)
-        return 1
-    readme.write_text(new, "utf-8")
-    return 0
+    check, outdated = parser.parse_args(given).check, 0
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        old = page.read_text("utf-8")
+        new = written(old, tables)
+        if new != old and check:
+            print(f"{name} is not up to date: run python benchmarks/readme.py", file=sys.stderr)
+            outdated = 1
+        elif new != old:
+            page.write_text(new, "utf-8")
+    return outdated
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
 """What every room uses and what knows no model: errors, text forms, journals, pictures, numbers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

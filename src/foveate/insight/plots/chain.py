@@ -67,19 +67,24 @@ def _width(panel: Panel) -> float:
     return HIGH * min(max(panel.image.width / panel.image.height, 0.5), 2.5)
 
 
+def shaded(panel: Panel, side: int) -> np.ndarray:
+    """The panel's picture with its heat, (H, W, 3) in 0..1, its longer side `side` pixels."""
+    image = small(panel.image, side)
+    if panel.heat is None:
+        return np.asarray(image) / 255
+    heat = np.asarray(panel.heat, float)
+    low, high = np.percentile(heat, [1, 99])
+    return lit(greys(image), (heat - low) / max(high - low, 1e-12), panel.box)
+
+
 def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
 
-    image = small(panel.image, 480)
-    if panel.heat is None:
-        axes.imshow(np.asarray(image))
-    else:
-        heat = np.asarray(panel.heat, float)
-        low, high = np.percentile(heat, [1, 99])
-        axes.imshow(lit(greys(image), (heat - low) / max(high - low, 1e-12), panel.box))
+    picture = shaded(panel, 480)
+    high, wide = picture.shape[:2]
+    axes.imshow(picture)
     for left, top, right, bottom in panel.frames:
-        corner, size = (left * image.width, top * image.height), (right - left, bottom - top)
-        sides = (size[0] * image.width, size[1] * image.height)
+        corner, sides = (left * wide, top * high), ((right - left) * wide, (bottom - top) * high)
         axes.add_patch(Rectangle(corner, *sides, fill=False, ec=PAPER, lw=4.0, clip_on=False))
         axes.add_patch(Rectangle(corner, *sides, fill=False, ec=BLUE, lw=2.0, clip_on=False))
     bare(axes)

@@ -79,11 +79,15 @@ class Page:
         self.figure.text(left / self.wide, 1 - top / self.high, text, **style)
 
     def save(self, path: Path, below: float) -> Path:
-        """Write the notes `below` inches under the panels, then the picture."""
+        """Write the notes `below` inches under the panels, then the picture, which ends there."""
+        from matplotlib.transforms import Bbox
+
         top = self.bottom + below
         self.write(PAD, top, self.notes, size=8.5, color=QUIET, linespacing=1.35)
+        high = min(self.high, top + 0.17 * (self.notes.count("\n") + 1) + PAD)
+        used = Bbox([(0, self.high - high), (self.wide, self.high)])
         with replacing(path) as part:
-            self.figure.savefig(part, facecolor=PAPER)
+            self.figure.savefig(part, facecolor=PAPER, bbox_inches=used)
         return path
 
 
