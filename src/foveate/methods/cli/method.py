@@ -40,9 +40,9 @@ class CLI(Settings, Method):  # type: ignore[misc]
     summary="image" where conversations have several turns.
 
     Attributes:
-        path: folder or hub name of a trained injection, which has its own `Settings`.
-        seed: without a path, of a fresh injection, which has learnt nothing.
-        strength: factor of what is added; 0 is the plain model. Not in the paper.
+        path: folder or hub name of a trained injection, which brings its own settings.
+        seed: any number: without a path it makes a fresh injection, which has learnt nothing.
+        strength: factor of what is added, any number; 0 is the plain model. Not in the paper.
     """
 
     path: str = file()
