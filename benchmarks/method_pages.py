@@ -35,6 +35,13 @@ BENCH = ROOT / "docs" / "pocket-bench" / "report.json"
 SHOWN = {"methods-cpu": "0.5b", "cli-cpu": "0.5b-clip"}
 FORWARDS = ("methods-cpu", "cli-cpu", "speed-cpu")
 PEERS = "peers-cpu"  # answers, where single forwards do not show what a search costs
+TIMED = {
+    "prefill": "one forward over the prompt",
+    "decode": "one later token",
+    "answer": "one question of 16 answer tokens about a new picture",
+    "first token": "an answer's first token",
+    "later tokens": "each later token",
+}
 CLAIMS = {"better": "better", "worse": "worse", "not significant": "no significant difference"}
 
 
@@ -71,9 +78,10 @@ def look_table() -> Iterator[list[str]]:
 
 
 def _to_pages(table: Iterator[list[str]]) -> str:
-    """A table whose first column leads to the pages beside `index.md`."""
+    """A table whose first column leads to the pages beside `index.md`, which name the papers."""
     columns, *cells = table
     for cell in cells:
+        cell[1] = cell[1].partition(" ([")[0]
         cell[0] = f"[{cell[0]}]({method_name(cell[0].strip('`'))}.md)"
     return "\n".join(grid(columns, cells))
 
@@ -131,7 +139,9 @@ def cost(name: str) -> str:
         ratios = [f"{one['ratios'][p]:.2f}" if p in one["ratios"] else "" for p in parts]
         source = f"[{one['file']}](../../benchmarks/results/{one['file']}.md)"
         cells.append([f"`{one['call']}`", one["shape"], *ratios, source])
-    return "\n".join(grid(["call", "model", *parts, "measured in"], cells))
+    timed = " ".join(f"*{part}*: {TIMED[part]}." for part in parts)
+    lead = f"Time over the plain model's in the same run. {timed} The files name machine and date."
+    return "\n".join([lead, "", *grid(["call", "model", *parts, "measured in"], cells)])
 
 
 def bench(name: str) -> str:
@@ -251,11 +261,12 @@ def _searched(name: str) -> dict[str, Any]:
     """
     measured = load(PEERS)["sizes"]["pocket"]
     packages = measured["figures"][name]["packages"]
+    shape = measured["note"].partition(", mitigv")[0]
     ratios = {
         part: round(packages["foveate"][key] / packages["plain"][key], 3)
         for part, key in (("first token", "first"), ("later tokens", "token"))
     }
-    return {"call": name, "shape": measured["note"], "ratios": ratios, "file": PEERS}
+    return {"call": name, "shape": shape, "ratios": ratios, "file": PEERS}
 
 
 def _looks(name: str) -> Iterator[tuple[str, str, str, str, dict[str, Any]]]:

@@ -97,7 +97,7 @@ def about(cls: type[Method]) -> About:
         text=text.strip().replace("``", "`"),
         paper=cls.paper,
         stages=stages(cls),
-        rows=ROWS[cls.rows] if {"scores", "weights"} & cls.stages else "none",
+        rows=rows(cls),
         passes=passes(cls),
         layers=layers(cls),
         parameters=tuple(explained(cls)),
@@ -112,7 +112,17 @@ def stages(cls: type[Method]) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in cls.stages and stage != "begin")
 
 
+def rows(cls: type[Method]) -> str:
+    """The rows of attention that a method edits or reads."""
+    if cls.looks_again:
+        return "none edited; a plain pass ahead is read"
+    if "other_row" in cls.stages:
+        return "the second stream's last one is read, and columns are hidden from all of its rows"
+    return ROWS[cls.rows] if {"scores", "weights"} & cls.stages else "none"
+
+
 def passes(cls: type[Method]) -> str:
+    """What a method runs beside the answer."""
     if cls.passes or "contrast" not in cls.stages:
         return cls.passes or "none"
     return "every token once more, " + (
@@ -125,12 +135,13 @@ def layers(cls: type[Method]) -> str:
     if not acts_on_layers(cls):
         return "none"
     if cls.paper_layers is None:
-        return _texts(cls, below=Method).get("layers", "all that see the whole image")
+        text = _texts(cls, below=Method).get("layers", "None: all that see the whole image.")
+        return text.partition("None: ")[2].rstrip(".") or text
     parts = [_range(cls.paper_layers)]
     for kind, preset in cls.presets.items():
         if kind and preset.get("layers", cls.paper_layers) != cls.paper_layers:
             parts.append(f"{_range(preset['layers'])} on {kind}")
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 def acts_on_layers(cls: type[Method]) -> bool:

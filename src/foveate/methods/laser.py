@@ -96,7 +96,7 @@ class LASER(Method):
         suffix: follows the question in the reading pass, unless it ends with it; inferred. None:
             ViCrop's " Answer the question using a single word or phrase."
         first_layer: shallower layers than this, 0 or more, are read but not chosen; inferred.
-        layers: those to read and choose from. Reported: all.
+        layers: those to read and choose from. None: all, as reported.
     """
 
     noq: Literal["empty", "instruction_only"] = "empty"

@@ -42,8 +42,8 @@ class Settings:
     Attributes:
         vision_layers: k is the output of block k - 1 of the tower (inferred; None: four, evenly
             spaced up to the one that the model itself uses, {6, 12, 18, 24} of SigLIP's).
-        layers: decoder layers that take, 0-based (inferred; None: every sixth, on shallower models
-            every fourth part: {0, 6, 12, 18} of 24).
+        layers: decoder layers that take, 0-based (inferred). None: every sixth, on shallower models
+            every fourth part, such as {0, 6, 12, 18} of 24.
         rank: r of the low-rank paths, 1 or more (inferred).
         alpha: a low-rank path counts alpha / rank times (inferred). Any number.
         gate: "scalar", a sigmoid per pair of layers (3) (inferred), or "static", a learnt number
