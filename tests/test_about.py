@@ -178,6 +178,7 @@ def test_the_command_prints_all_about_one_method(run: Any) -> None:
                      "@article{zhao2025clvs,", "docs/methods/clvs.md", "decode"):  # fmt: skip
             assert part in out
     assert "did you mean 'clvs'?" in run("methods", "clvz")[2]
+    assert "docs/methods/index.md#inferred" in out
 
 
 def test_the_command_prints_json(run: Any) -> None:
@@ -196,6 +197,7 @@ def test_the_command_shows_what_a_model_gets(run: Any) -> None:
     code, out, _ = run("methods", "pai", "--model", "pocket")
     assert code == 0
     assert "0..11" in out
+    assert "alpha=0.5 (a number)" in out
     code, out, _ = run("methods", "cli", "--model", "pocket")
     assert code == 0
     assert "cli is trained: give path=FOLDER" in out

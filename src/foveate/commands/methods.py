@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,10 @@ from .common import RevisionOption, brief, load, new_table, note, print_table
 
 if TYPE_CHECKING:
     from ..evaluation.about import About, Cost
+
+INFERRED = (
+    "Inferred: neither the paper nor its authors' code says so; see docs/methods/index.md#inferred."
+)
 
 
 @app.command("methods")
@@ -62,35 +67,39 @@ def _list(known: dict[str, About], here: dict[str, Any]) -> None:
 
 
 def _explain(it: About, here: Any) -> None:
-    parts = [f"{it.name}: {it.summary}.", it.idea, it.text]
-    print("\n\n".join(part for part in parts if part), end="\n\n")
+    values = _values(here) if here is not None else {}
+    if isinstance(values, str):
+        print(_filled(values), end="\n\n")
+        values = {}
+    for part in (f"{it.name}: {it.summary}.", it.idea, *it.text.split("\n\n")):
+        if part:
+            laid_out = "\n " in part or part.startswith((" ", "*"))  # an equation, a list
+            print(part if laid_out else _filled(part), end="\n\n")
     rows = {
         "paper": it.paper and f"https://arxiv.org/abs/{it.paper}",
         "stages": ", ".join(it.stages),
         "attention rows": it.rows,
-        "decoder layers": it.layers.rstrip("."),
+        "decoder layers": it.layers,
         "extra passes": it.passes,
         "page": it.page,
     }
     for title, text in rows.items():
         if text:
-            print(_filled(f"{title + ':':<16}", text))
-    values = _values(here) if here is not None else {}
-    if isinstance(values, str):
-        print(f"\n{values}")
-        values = {}
-    table = new_table("parameter", "may be", "default", *(["here"] if values else []), "meaning")
+            print(_filled(text, f"{title + ':':<16}", 16))
+    print("\nParameters:")
     for p in it.parameters:
-        now = [values.get(p.name, "")] if values else []
-        table.add_row(p.name, p.kind, p.default, *now, p.text)
-    print()
-    print_table(table)
+        value = values.get(p.name, p.default)
+        now = f", here {value}" if value != p.default else ""
+        print(_filled(f"{p.name}={p.default}{now} ({p.kind})", "  ", 4))
+        print(_filled(p.text, "      ", 6))
     if it.costs:
-        print("Time over the plain model's, measured in one run:")
+        print("\nTime over the plain model's, measured in one run:")
         for cost in it.costs:
-            print(_filled("  ", f"{cost.call}: {_ratios(cost)}, on {cost.shape}", "    "))
+            print(_filled(f"{cost.call}: {_ratios(cost)}, on {cost.shape}", "  ", 6))
     if it.citation:
         print(f"\n{it.citation}")
+    if it.page and any("nferred" in text for text in (it.text, *(p.text for p in it.parameters))):
+        print(f"\n{_filled(INFERRED)}")
 
 
 def _entry(it: About, here: Any) -> dict[str, Any]:
@@ -116,9 +125,12 @@ def _ratios(cost: Cost) -> str:
     return ", ".join(f"{part} {ratio:.2f}" for part, ratio in cost.ratios.items())
 
 
-def _filled(title: str, text: str, indent: str | None = None) -> str:
-    under = " " * len(title) if indent is None else indent
-    return textwrap.fill(text, 100, initial_indent=title, subsequent_indent=under)
+def _filled(text: str, title: str = "", indent: int = 0) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.fill(
+        " ".join(text.split()), width, initial_indent=title, subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _resolved(name: str, revision: str | None, chosen: dict[str, Any]) -> dict[str, Any]:

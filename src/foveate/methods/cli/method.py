@@ -2,7 +2,7 @@
 
 A vision-language model sees the last layer of its vision tower, at the entry of its first decoder
 layer. Here several vision layers are offered to several decoder layers, and what the decoder holds
-decides how much of each it takes. `foveate train cli` trains it; the equations are in `module`.
+decides how much of each it takes. `foveate train cli` trains it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class CLI(Settings, Method):  # type: ignore[misc]
     The model's projector and a low-rank path bring each vision layer to the language model (AMP).
     What enters a decoder layer at the image's tokens gets their sum, each times a gate that
     compares a summary of the vision layer with one of the hidden state (AGF); other tokens get
-    nothing. The equations stand in `module`, with what is reported and what is inferred. All of it
-    happens in the prefill; the vision states come from the ordinary forward, and tiles are packed
+    nothing. The equations stand in `methods/cli/module.py`, with what is reported and what is inferred. All of
+    it happens in the prefill; the vision states come from the ordinary forward, and tiles are packed
     as the model packs them.
 
     An answer never reaches the gate: in training the hidden summary sees the tokens before the
