@@ -73,7 +73,7 @@ class Form:
                 object.__setattr__(self, f.name, value)
             if not _matches(value, hint):
                 raise FoveateError(
-                    f"{self.name}: {f.name} must be {_describe(hint)}, got {shown(value)}."
+                    f"{self.name}: {f.name} must be {described(hint)}, got {shown(value)}."
                 )
         self.check()
 
@@ -399,14 +399,14 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def _describe(hint: Any) -> str:
+def described(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_describe, args))
+        return " or ".join(map(described, args))
     if origin is tuple:
-        return f"a tuple of {_describe(args[0])}"
+        return f"a tuple of {described(args[0])}"
     if origin is Callable:
         return "a function"
     return {

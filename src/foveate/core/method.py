@@ -71,10 +71,9 @@ class Method(Form):
     zero counts from the model's last layer, -1.
 
     Attributes:
-        layers: decoder layers (0-based) whose attention the method edits or reads, or whose
-            feed-forward. ``None`` means the published ones, of `presets` or `paper_layers`, else
-            every layer, of those with full attention where it is about attention; given
-            explicitly, literal.
+        layers: decoder layers, counted from 0, whose attention or feed-forward the method edits
+            or reads. None: the published ones, as they come out for this model; where none are
+            published, all that see the whole image.
     """
 
     layers: tuple[int, ...] | None = None

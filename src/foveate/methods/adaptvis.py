@@ -32,9 +32,9 @@ class AdaptVis(Method):
         threshold: least confidence that counts as sure, 0 to 1. Authors' script: 0.4.
         low: factor where unsure, 0 or more. Authors' script: 0.5.
         high: factor where sure, 0 or more. Authors' script: 1.5.
-        decimals: places the confidence is rounded to before the comparison, None for none; 2 in
-            the authors' code.
-        layers: all, as published.
+        decimals: places the confidence is rounded to before the comparison, 0 or more; None does
+            not round. The authors' code: 2.
+        layers: None: all, as published.
     """
 
     threshold: float = 0.4

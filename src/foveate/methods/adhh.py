@@ -39,14 +39,14 @@ class ADHH(Method):
     under SDPA.
 
     Attributes:
-        threshold: share of text from which a head is cut, 0 to 1; above 1 never cuts. Published:
-            0.5 in the authors' comparison script, while their LLaVA caption script says 0.4.
+        threshold: share of text from which a head is cut, 0 or more; above 1 never cuts.
+            Published: 0.5 in the authors' comparison script, 0.4 in their caption script.
         heads: ((layer, head), ...), 0-based; or what ``foveate heads`` writes, a folder or the
             name of a hub repository; or a JSON file with a list of pairs, which may name its model
             as in ``{"heads": [[16, 29]], "model": {"layers": 32}}``; or "auto": the authors' lists
             for LLaVA-1.5 7B and 13B and LLaVA-1.6 34B, known by architecture and shape, and the
             pocket model's own.
-        layers: leaves only the listed heads of these layers; None = all of them.
+        layers: only listed heads of these layers are cut. None: all listed heads.
     """
 
     threshold: float = 0.5

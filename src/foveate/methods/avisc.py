@@ -45,7 +45,7 @@ class AvisC(Method):
         beta: plausibility cut, 0 to 1; 0 cuts nothing. Published: 0.1.
         fill: what other image tokens become: "zeros" as published, "ones", or "noise" from a
             normal distribution, drawn for every sample by a generator that starts at 0 (inferred).
-        layers: which layers are asked; None = all that see the whole image, as published.
+        layers: those that are asked. None: all that see the whole image, as published.
     """
 
     layer_mass: float = 0.5

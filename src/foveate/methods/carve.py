@@ -62,23 +62,24 @@ class CARVE(Method):
             they are None. The paper's T_full with regions ranked by attention is "v4".
         final_input: "refined": the new picture alone (Alg. 1, line 8); "both": the original before
             it (the authors' code).
-        regions: how many are kept: the paper's best is 2; "released" is the authors' code,
-            ``max(3, int(keep * n))`` of n.
-        keep: share p of pixels above the threshold, up to 1. 0.4 is the best of the paper's Fig. 7,
-            0.2 is in the authors' code.
+        regions: how many are kept, 1 or more: the paper's best is 2. "released" is the authors'
+            code, ``max(3, int(keep * n))`` of n.
+        keep: share p of pixels above the threshold, above 0, up to 1. 0.4 is the best of the
+            paper's Fig. 7, 0.2 is in the authors' code.
         time: "full": all steps that both passes have, the t-th weighted with t; "start", "end":
             the first, the last of them.
         rank: regions are kept by their sum of "attention" (the contrast), by "area", or "all" are.
-        smallest: regions with a smaller share of the kept pixels are dropped before the ranking;
-            0.001 in version v1 of the authors' code.
-        ratio_floor: lambda of eq. (4.6), added to the general attention. Authors' code: 1e-8.
-        steps: most tokens of a reading pass. Authors' code: 32.
+        smallest: regions with a smaller share of the kept pixels, 0 to 1, are dropped before the
+            ranking; 0.001 in version v1 of the authors' code.
+        ratio_floor: lambda of eq. (4.6), above 0, added to the general attention. Authors' code:
+            1e-8.
+        steps: the most tokens of a reading pass, 1 or more. Authors' code: 32.
         instruction: the general instruction. None: the published "Write a general description of
             the image."
         suffix: appended to question and instruction in the reading passes, but to no text that
             ends with it. None: " Answer the question using a single word or phrase.", which is in
             the authors' code.
-        layers: 20 to 25, published for all models.
+        layers: those that are read. Published for all models: 20 to 25.
     """
 
     variant: Literal["paper", "released"] = "paper"

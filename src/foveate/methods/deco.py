@@ -33,7 +33,7 @@ class DeCo(Method):
         alpha: strength, 0 to 100; 0 leaves only the candidates. The authors' scripts: 0.6; their
             table of settings says 0.5.
         top_p: mass of the candidates, 0 to 2; above 1 leaves out none. Published: 0.9.
-        top_k: the most candidates; 0 for no limit. Published: 20.
+        top_k: the most candidates, 0 or more; 0 sets no limit. Published: 20.
         layers: what enters these layers is unembedded; the number of layers stands for the final
             norm's input. Published for 32 layers: 20 to 28, which are the outputs of 19 to 27.
     """

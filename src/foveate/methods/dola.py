@@ -36,7 +36,7 @@ class DoLa(Method):
             (inferred by its authors): beyond 40 layers only the first or the last 20 count, and
             where the input and output embeddings are tied "low" begins at layer 2, since the
             embedding itself would only predict the token it stands for.
-        layers: candidates by number, where 0 is the embedding and l what enters layer l; literal.
+        layers: candidates, by what enters a layer: 0 is the embedding. None: those of `bucket`.
         plausibility: least share of the largest probability, 0 to 1; 0 cuts nothing. Published:
             0.1.
         strength: factor of log q, 0 or more; 0 leaves only the cut. Published: 1.

@@ -76,17 +76,17 @@ class LASER(Method):
     Attributes:
         noq: the prompt without the question. "empty", reported: image and chat template alone;
             "instruction_only", as one reader has it: with `suffix`.
-        heads: how many heads per layer count, or "all"; a model with fewer uses all. Inferred: the
-            paper gives no number, its readers use 8 or all.
+        heads: how many heads per layer count, 1 or more, or "all"; a model with fewer uses all.
+            Inferred: the paper gives no number, its readers use 8 or all.
         placement: of the crop; inferred. "slide_max_sum": the window that holds most of C, and of
             equal ones that nearest to C's centroid; "topk_bbox": around the box of the patches
             that VAT hides, no larger than they need; "centroid": around C's centroid.
-        share: of each side of the image, 0 to 1; 1 keeps the image whole. Reported: 0.5.
+        share: of each side of the image, above 0, up to 1; 1 keeps the image whole. Reported: 0.5.
         floor: least side of a crop in pixels, 1 or more. Reported: 224.
         answer_input: "crop", as the captions read, or "both", original and crop; inferred.
         vat: "always", "never", or "auto": for questions whose layer lies deeper than `auto_depth`.
             Easier questions are published to do without; the rule for it, "auto", is inferred.
-        auto_depth: None = half of the model's layers plus 2; inferred.
+        auto_depth: any number. None: half of the model's layers plus 2; inferred.
         alpha: strength of VAT, 0 or more; 0 switches it off. Reported: 1.
         patches: share of the map's cells that VAT hides, 0 to 1; 0 switches it off. Inferred:
             32 of 576, as one reader has it; never more cells than the question added to.
@@ -95,8 +95,8 @@ class LASER(Method):
             probability, 0 to 1; 0 excludes none. Inferred, from VCD, whose authors use 0.1.
         suffix: follows the question in the reading pass, unless it ends with it; inferred. None:
             ViCrop's " Answer the question using a single word or phrase."
-        first_layer: shallower layers are read but not chosen; inferred.
-        layers: to read and choose from. Reported: all.
+        first_layer: shallower layers than this, 0 or more, are read but not chosen; inferred.
+        layers: those to read and choose from. None: all, as reported.
     """
 
     noq: Literal["empty", "instruction_only"] = "empty"

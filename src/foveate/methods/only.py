@@ -46,8 +46,8 @@ class ONLY(Method):
     thinned (inferred for padded batches); text between images counts as text (inferred).
 
     Attributes:
-        gamma: where the two predictions are taken as one, 0 or more; the largest distance is 2.
-            Published: 0.2 on POPE, 0.25 on CHAIR and MME.
+        gamma: below this distance the two predictions are taken as one, 0 to 100; the largest
+            distance is 2. Published: 0.2 on POPE, 0.25 on CHAIR and MME.
         alpha_pos: weight of what is added, 0 to 100. Published: 3.
         alpha_neg: weight of what is subtracted, 0 to 100. Published: 1.
         beta: plausibility cut, 0 to 1; 0 cuts nothing. Published: 0.1, on MME 0.4.

@@ -57,15 +57,15 @@ class OPERA(Method):
     stream are refused.
 
     Attributes:
-        num_beams: beams. Published: 5.
-        candidates: tokens tried for each beam. Published: 5; the fast setting: 1.
-        scale: factor of the attention in W. Published: 50.
-        penalty: factor of the penalty; 0 switches it off. Published: 1.
-        threshold: how often a column may be noted; 1e9 never goes back. Published: 15; the
-            fast setting: 25.
+        num_beams: how many beams, 1 or more. Published: 5.
+        candidates: tokens tried for each beam, 1 or more. Published: 5; the fast setting: 1.
+        scale: factor of the attention in W, above 0. Published: 50.
+        penalty: factor of the penalty, 0 or more; 0 switches it off. Published: 1.
+        threshold: how often a column may be noted, 0 or more; 1e9 never goes back. Published: 15;
+            the fast setting: 25.
         half_scores: keep column scores in float16, as the published code does: below 3e-8 they
             are 0, above 65504 infinite. False keeps float32.
-        window: how many tokens the search goes back at most. Published: 512.
+        window: how many tokens the search goes back at most, 1 or more. Published: 512.
         layers: whose attention is read. Published: the last.
     """
 

@@ -47,7 +47,7 @@ class RITUAL(Method):
         beta: plausibility cut, 0 to 1; 0 cuts nothing. Published: 0.1.
         transform: "random" for one of the six, or a perturbation for all pictures, such as
             "rotate", "flip(axis='vertical')", "identity" or one's own.
-        seed: of every picture's generator; inferred.
+        seed: of every picture's generator, 0 or more; inferred.
     """
 
     alpha: float = 3.0

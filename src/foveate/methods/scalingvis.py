@@ -29,7 +29,7 @@ class ScalingVis(Method):
         weight: the factor, 0 or more; 1 leaves the row. The authors tune it on each test set over
             0.5, 0.8, 1.2, 1.5 and 2.0; the mildest that sharpens, 1.2, is the default here
             (inferred).
-        layers: all, as published.
+        layers: None: all, as published.
     """
 
     weight: float = 1.2

@@ -36,8 +36,9 @@ class SID(Method):
             authors' code 0.5 acts, whatever their scripts ask for.
         beta: plausibility cut, 0 to 1; 0 cuts nothing, as in the authors' greedy decoding. With
             sampling 0.1 acts there.
-        keep: how many image tokens of a sample the second stream sees; below 1 a share of them,
-            rounded down, and one at least (inferred). Published: 100 on POPE, 50 on CHAIR.
+        keep: how many image tokens of a sample the second stream sees, above 0, up to 1e9; below 1
+            it is a share of them, rounded down, and one at least (inferred). Published: 100 on
+            POPE, 50 on CHAIR.
         layers: the lowest of them is f, and all layers from there on hide. Published: 2 to the
             last. In a decoder of which some layers do not see the whole image, only those that do
             take part, and a is read in the nearest of them below f (inferred). Where the published

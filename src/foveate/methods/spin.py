@@ -31,7 +31,7 @@ class SPIN(Method):
         scale: factor of the other heads, 0 to 1; 1 leaves them. Published: 0.08 for captions, 0.1
             for POPE; the authors' script defaults to removing them.
         rank_by: the "scores" as in the authors' code, or the softmax "weights" (inferred).
-        layers: all, as published for 32 layers; the larger models' scripts take 0 to 19.
+        layers: None: all, as published for 32 layers; larger models' scripts take 0 to 19.
     """
 
     keep: float = 0.95

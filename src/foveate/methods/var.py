@@ -58,14 +58,14 @@ class VAR(Method):
     at the published threshold: VAR does nothing on the pocket model.
 
     Attributes:
-        sink_threshold: tau; 20 as published.
+        sink_threshold: tau, 0 or more. Published: 20.
         max_sink_fraction: largest share of the sinks in a row's attention to the image, 0 to 1,
             from which the head counts as looking at the image; 0.5 as published for
             hallucination (the paper: 0.2 for general, 0.1 for vision-centric tasks).
         min_visual_mass: least attention to the image, 0 to 1; 0.2 in the authors' code.
         keep: what sinks keep of their attention, 0 to 1; 1 leaves the row as it is. 0.6 in the
             authors' code.
-        sink_dims: dimensions of the residual stream. None = the published ones of LLaMA-2 and
+        sink_dims: dimensions of the residual stream. None: the published ones of LLaMA-2 and
             Vicuna 7B and 13B, Qwen2-VL 7B and InternVL2 8B, known by architecture and shape;
             for other models found by `find_sink_dims` (inferred). Empty: VAR does nothing.
     """

@@ -38,7 +38,8 @@ class VCD(Method):
         beta: plausibility cut, 0 to 1; 0 cuts nothing. Default of the authors' scripts: 0.1;
             their shell file passes 0.2.
         noise_step: index into the 1000-step schedule, 0 to 999. Published: 500.
-        seed: of every image's generator; inferred, the authors draw from the global one.
+        seed: of every image's generator, 0 or more; inferred, the authors draw from the global
+            one.
     """
 
     alpha: float = 1.0

@@ -37,10 +37,10 @@ class ViCrop(Method):
     left corner). ``notes["crop"]`` is the crop in pixels.
 
     Attributes:
-        window: side of the smallest window in pixels of the image. Published: the input side of
-            the vision tower, 336 for LLaVA-1.5, and 224 for Qwen. BLIP, which the authors also
-            crop for, has visual tokens without a place on the image and is refused.
-        ratios: sides of the windows tried, in units of `window`, rising. Published.
+        window: side of the smallest window in pixels of the image, 2 or more. Published: the input
+            side of the vision tower, 336 for LLaVA-1.5, and 224 for Qwen. BLIP, which the authors
+            also crop for, has visual tokens without a place on the image and is refused.
+        ratios: sides of the windows tried, in units of `window`: rising, each above 0. Published.
         final_input: "both" shows the image and the crop, as published; "crop" only the crop.
         instruction: of the general pass. None: the published "Write a general description of the
             image."

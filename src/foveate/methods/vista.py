@@ -53,10 +53,10 @@ class VISTA(Method):
         steering: strength, 0 or more; 0 switches it off. Published for LLaVA-1.5: 0.17 (CHAIR), 0.1
             (MMHal), 0.01 (POPE); to be calibrated for other models.
         logit_mix: share of the late layers, 0 to 1; 0 switches it off. Published: 0.3.
-        logit_layers: by number, what leaves layer l; literal. None = the published 25 to 30.
-        layers: whose feed-forwards are steered; None = all.
-        pca_offset: added to component 0 of layer 0's direction. The paper has none (0); the
-            authors' code takes the principal component of one sample, which adds 1.
+        logit_layers: those whose output gives logits. None: the published 25 to 30.
+        layers: those whose feed-forwards are steered. None: all.
+        pca_offset: any number, added to component 0 of layer 0's direction. The paper has none
+            (0); the authors' code takes the principal component of one sample, which adds 1.
     """
 
     steering: float = 0.17

@@ -40,14 +40,14 @@ class VTI(Method):
     `foveate directions MODEL` makes the directions: see `foveate.insight.directions`.
 
     Attributes:
-        alpha_text: strength in the decoder; 0 leaves it alone, below 0 it turns away. The authors'
-            script: 0.8, their README: 0.9.
-        alpha_image: strength in the vision tower; 0 leaves it alone. The authors' script: 0, their
-            README: 0.9.
+        alpha_text: strength in the decoder, any number; 0 leaves it alone, below 0 it turns away.
+            The authors' script: 0.8, their README: 0.9.
+        alpha_image: strength in the vision tower, any number; 0 leaves it alone. The authors'
+            script: 0, their README: 0.9.
         path: what `foveate directions` made, a folder or the name of a hub repository; or one
             safetensors file with ``text`` (L, D) and, for the tower, ``image`` (L_v, T_v, D_v).
             Empty: the directions that come with the pocket model.
-        layers: decoder layers that are turned; None = all.
+        layers: decoder layers that are turned. None: all.
     """
 
     alpha_text: float = 0.8

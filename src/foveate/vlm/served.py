@@ -32,8 +32,8 @@ from ..base.errors import FoveateError
 from ..core.method import Method
 from ..core.method import methods as registered
 from . import loading
-from .generation import generation_options
 from .chat import Answer, Chat
+from .generation import generation_options
 from .prefix import PROCESSORS
 from .vlm import VLM, R, T
 

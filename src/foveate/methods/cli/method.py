@@ -2,7 +2,7 @@
 
 A vision-language model sees the last layer of its vision tower, at the entry of its first decoder
 layer. Here several vision layers are offered to several decoder layers, and what the decoder holds
-decides how much of each it takes. `foveate train cli` trains it; the equations are in `module`.
+decides how much of each it takes. `foveate train cli` trains it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class CLI(Settings, Method):  # type: ignore[misc]
     The model's projector and a low-rank path bring each vision layer to the language model (AMP).
     What enters a decoder layer at the image's tokens gets their sum, each times a gate that
     compares a summary of the vision layer with one of the hidden state (AGF); other tokens get
-    nothing. The equations stand in `module`, with what is reported and what is inferred. All of it
-    happens in the prefill; the vision states come from the ordinary forward, and tiles are packed
-    as the model packs them.
+    nothing. The equations stand in `methods/cli/module.py`, with what is reported and what is
+    inferred. All of it happens in the prefill; the vision states come from the ordinary forward,
+    and tiles are packed as the model packs them.
 
     An answer never reaches the gate: in training the hidden summary sees the tokens before the
     first label. A prompt that holds earlier answers is summarised with them; train with
     summary="image" where conversations have several turns.
 
     Attributes:
-        path: folder or hub name of a trained injection, which has its own `Settings`.
-        seed: without a path, of a fresh injection, which has learnt nothing.
-        strength: factor of what is added; 0 is the plain model. Not in the paper.
+        path: folder or hub name of a trained injection, which brings its own settings.
+        seed: any number: without a path it makes a fresh injection, which has learnt nothing.
+        strength: factor of what is added, any number; 0 is the plain model. Not in the paper.
     """
 
     path: str = file()

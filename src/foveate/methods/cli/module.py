@@ -42,16 +42,19 @@ class Settings:
     Attributes:
         vision_layers: k is the output of block k - 1 of the tower (inferred; None: four, evenly
             spaced up to the one that the model itself uses, {6, 12, 18, 24} of SigLIP's).
-        layers: decoder layers that take, 0-based (inferred; None: every sixth, on shallower models
-            every fourth part: {0, 6, 12, 18} of 24).
-        rank, alpha: r and alpha of the low-rank paths (inferred).
+        layers: decoder layers that take, 0-based (inferred). None: every sixth, on shallower models
+            every fourth part, such as {0, 6, 12, 18} of 24.
+        rank: r of the low-rank paths, 1 or more (inferred).
+        alpha: a low-rank path counts alpha / rank times (inferred). Any number.
         gate: "scalar", a sigmoid per pair of layers (3) (inferred), or "static", a learnt number
             per pair that does not see the content.
         summary: what c_h sees: "prompt", image and question; or "image", the image's tokens, so
             that questions can share a prefix (both inferred).
         routes: "many-to-many"; "one-to-one", static injection from early to late; "one-to-many",
             the last vision layer into all decoder layers, as DeepStack does.
-        heads, width: of the attention in (2) (inferred); smaller models get less.
+        heads: of the attention in (2), 1 or more (inferred); smaller models get fewer.
+        width: of the attention in (2), as many as heads or more (inferred); smaller models get
+            less.
         norm: of V'_k before it is added, "rms" or "none" (inferred).
         gate_norm: "rms" norms the input and the output of (2), "none" leaves both as they are (the
             reported equations). Hidden states have no bound, and a sigmoid of them may shut for
@@ -59,7 +62,7 @@ class Settings:
         reduce: over vision layers in (4), "sum" or "mean" (inferred).
         place: "before" the decoder layer's block or "after" it (inferred).
         share: one gate per decoder "layer" for all its vision layers, or one per "pair" (inferred).
-        start: the gate's bias before training; sigmoid(-4) is 0.018 (inferred).
+        start: the gate's bias before training, any number; sigmoid(-4) is 0.018 (inferred).
     """
 
     vision_layers: tuple[int, ...] | None = costly(None, limit=8)
