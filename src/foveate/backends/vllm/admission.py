@@ -15,13 +15,12 @@ from ..transformers.anatomy import ModelAnatomy, anatomy
 from ..transformers.compat_parts import without_weights
 from .asked import IMAGES, KEY, acting, asked
 
-_RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
+_RUN = {"begin", "before", "scores", "weights", "logits"}  # the stages that vLLM runs
 _NEEDS = {  # of other stages
     "rewrite": "to read the model's attention before it answers",
     "contrast": "a second stream beside the answer",
     "see": "the states of the vision tower",
     "mlp": "the feed-forward layers",
-    "logits": "to change the logits",
     "search": "a search of its own",
 }
 
@@ -54,7 +53,8 @@ def _checked(text: str, model: Shape) -> Stack:
     """
     stack = Stack(model.anatomy, tuple(map(fitting, acting(text))))
     for method in stack.methods:
-        if method.wants("before") and not method.edits_attention:
+        acts = method.edits_attention or method.wants("logits")
+        if method.wants("before") and not acts:
             raise FoveateError(f"{method.name} {_ELSEWHERE}.")
     return stack
 
@@ -74,6 +74,9 @@ def fitting(method: Method) -> Method:
     if missing is not None:
         what = _NEEDS.get(missing, f"the stage {missing}")
         raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
+    if method.wants("logits") and (method.edits_attention or method.remembers):
+        what = "edits attention" if method.edits_attention else "remembers earlier tokens"
+        raise FoveateError(f"{method.name} changes the logits and {what}, so it {_ELSEWHERE}.")
     if method.reads_prompt:
         raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
     return method

@@ -51,6 +51,10 @@ def install() -> None:
     _block_keys()
     _loading()
     _mrope_positions()
+    _sampling()
+    _adding_up()
+    _answers()
+    _streams()
 
 
 def _replace(owner: Any, name: str, parameters: tuple[str, ...], wrap: Callable[..., Any]) -> None:
@@ -159,6 +163,107 @@ def _mrope_positions() -> None:
         return init
 
     _replace(GPUModelRunner, "_init_mrope_positions", ("self", "req_state"), wrap)
+
+
+def _sampling() -> None:
+    """Where a worker hands on what a step sampled; of the V1 runner."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from .watch import counted
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(self: Any, grammar_output: Any) -> Any:
+            out = plain(self, grammar_output)
+            if rows := counted():
+                given = getattr(out, "_model_runner_output", out)
+                given.foveate = {given.req_ids[row]: ranges for row, ranges in rows.items()}
+            return out
+
+        return sample_tokens
+
+    _replace(GPUModelRunner, "sample_tokens", ("self", "grammar_output"), wrap)
+
+
+def _adding_up() -> None:
+    """Where the scheduler gets what a step sampled."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from .count import attach, take_in
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def update_from_output(self: Any, scheduler_output: Any, output: Any) -> Any:
+            step = getattr(output, "foveate", None)
+            if step is None:
+                return plain(self, scheduler_output, output)
+            sums = take_in(self.requests, step)
+            outputs = plain(self, scheduler_output, output)
+            attach(outputs, sums)
+            return outputs
+
+        return update_from_output
+
+    asked = ("self", "scheduler_output", "model_runner_output")
+    _replace(Scheduler, "update_from_output", asked, wrap)
+
+
+def _answers() -> None:
+    """Where the front end begins a request, and gets what the engine made of it."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from .asked import asked
+    from .count import begin, refuse_silent, show
+
+    def wrap_add(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            out = plain(self, request, *args, **kwargs)
+            if text := asked(request.sampling_params):
+                begin(self.request_states[request.request_id], text)
+            return out
+
+        return add_request
+
+    def wrap_process(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = show(self, outputs)
+            done = plain(self, outputs, *args, **kwargs)
+            if found:
+                refuse_silent(self, found, done)
+            return done
+
+        return process_outputs
+
+    added = ("self", "request", "prompt", "parent_req", "request_index", "queue")
+    _replace(OutputProcessor, "add_request", added, wrap_add)
+    _replace(OutputProcessor, "process_outputs", ("self", "engine_core_outputs"), wrap_process)
+
+
+def _streams() -> None:
+    """Where the OpenAI server streams an answer; whole answers carry the rows already."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    from .asked import KEY
+    from .count import seeing, told
+
+    def wrap(place: int) -> Callable[..., Any]:
+        def wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+                if KEY not in (request.vllm_xargs or {}):
+                    return plain(self, request, *args, **kwargs)
+                seen: dict[int, Any] = {}
+                results = seeing(args[place], seen)
+                given = (*args[:place], results, *args[place + 1 :])
+                return told(plain(self, request, *given, **kwargs), seen, request.n or 1)
+
+            return stream
+
+        return wrapped
+
+    chat, text = ("self", "request"), ("self", "request", "engine_inputs")
+    results = ("result_generator",)
+    name = "chat_completion_stream_generator"
+    _replace(OpenAIServingChat, name, chat + results, wrap(0))
+    _replace(OpenAIServingCompletion, "completion_stream_generator", text + results, wrap(1))
 
 
 def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
