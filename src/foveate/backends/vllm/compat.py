@@ -132,9 +132,12 @@ def _block_keys() -> None:
 def _loading() -> None:
     """Where a worker has loaded the model."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.platforms import current_platform
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def load_model(self: Any, vllm_config: Any, model_config: Any, *a: Any, **k: Any) -> Any:
+            if model_config.is_multimodal_model and current_platform.is_cpu():
+                check_settings(vllm_config)
             model = plain(self, vllm_config, model_config, *a, **k)
             if model_config.is_multimodal_model:
                 from .hidden import serve
@@ -266,6 +269,35 @@ def _streams() -> None:
     _replace(OpenAIServingCompletion, "completion_stream_generator", text + results, wrap(1))
 
 
+def _refuse(reasons: dict[str, bool]) -> None:
+    for reason, holds in reasons.items():
+        if holds:
+            raise FoveateError(f"foveate's methods cannot run in this vLLM: {reason}; {_OFF}.")
+
+
+def check_settings(config: Any) -> None:
+    """Before a model with images is loaded: refuse settings under which methods are not exact.
+
+    Args:
+        config: vLLM's configuration.
+
+    Raises:
+        FoveateError: methods would not run, or not exactly, and nothing would tell.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    context = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    _refuse(
+        {
+            "speculative decoding leaves out logits processors": bool(config.speculative_config),
+            "the V2 model runner has not been tried": config.use_v2_model_runner,
+            "pipeline parallelism splits the layers": parallel.pipeline_parallel_size > 1,
+            "context parallelism splits the rows": max(context) > 1,
+            "latent attention (MLA) keeps no keys of heads": model.use_mla,
+            "an fp8 cache holds rounded keys": "fp8" in str(config.cache_config.cache_dtype),
+        }
+    )
+
+
 def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
     """Whether methods edit the layers of a KV cache group.
 
@@ -273,26 +305,31 @@ def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
         config: vLLM's configuration. spec: the group's `KVCacheSpec`.
 
     Raises:
-        FoveateError: methods would not run, or not exactly, and nothing would tell.
+        FoveateError: see `check_settings`; or its layers do more than softmax.
     """
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     if not config.model_config.is_multimodal_model or type(spec) is not FullAttentionSpec:
         return False
-    parallel, cache = config.parallel_config, config.cache_config
+    check_settings(config)
     layers = [config.compilation_config.static_forward_context[name] for name in layer_names]
-    impls = [layer.impl for layer in layers if isinstance(layer, Attention)]
-    reasons = {
-        "speculative decoding leaves out logits processors": config.speculative_config is not None,
-        "the V2 model runner has not been tried": config.use_v2_model_runner,
-        "pipeline parallelism splits the layers": parallel.pipeline_parallel_size > 1,
-        "context parallelism splits the rows": parallel.decode_context_parallel_size > 1,
-        "an fp8 cache holds rounded keys": str(cache.cache_dtype).startswith("fp8"),
-        "attention sinks change the softmax": any(impl.sinks is not None for impl in impls),
-        "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise FoveateError(f"foveate's methods cannot run in this vLLM: {reason}; {_OFF}.")
+    check_layers([layer.impl for layer in layers if isinstance(layer, Attention)])
     return True
+
+
+def check_layers(impls: list[Any]) -> None:
+    """Refuse layers whose weights are not the softmax of their scores.
+
+    Args:
+        impls: what computes the attention of each layer.
+
+    Raises:
+        FoveateError: one of them does more.
+    """
+    _refuse(
+        {
+            "attention sinks change the softmax": any(impl.sinks is not None for impl in impls),
+            "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
+        }
+    )
