@@ -247,7 +247,7 @@ def test_one_text_stands_for_all_spellings() -> None:
         ("clvs(smoothing=7)", "between 0 and 1"),
         ("vcd", "second stream"),
         ("pai", "second stream"),
-        ("dola", "logits"),
+        ("only", "changes the logits and edits attention"),
         ("var", "every row of the prompt"),
         ("laser", "before it answers"),
         ("adhh(heads='heads.json')", "name no files"),

@@ -159,6 +159,7 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                     "tokens": list(out.outputs[0].token_ids),
                     "rows": torch.tensor(rows),
                     "cached": out.num_cached_tokens,
+                    "edited": (out.kv_transfer_params or {}).get("foveate"),
                 }
             )
         turns.append(answers)

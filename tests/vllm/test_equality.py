@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+from foveate.core.method import parse
 from tests.vllm import answers
 
 METHODS = [
@@ -28,6 +29,11 @@ METHODS = [
     "vaf(enhance=1.8, suppress=0.4)",
     "adhh(threshold=0.3, heads=((2, 0), (2, 1), (5, 3)))",
     "clvs(stop_threshold=0, smoothing=0.5)+pai(alpha=0.5, gamma=1.0)",
+    "dola(plausibility=0)",
+    "dola",
+    "deco(alpha=2.0, top_p=2.0, top_k=0)",
+    "deco",
+    "clvs(stop_threshold=0.9)+dola(plausibility=0)+deco(alpha=1.0, top_p=2.0, top_k=0)",
     "",
 ]
 NEAR = 2e-4  # of a log-probability; the plain model's own difference is a third of that
@@ -61,9 +67,10 @@ def reference(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def apart(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The worst difference of a log-probability."""
+    """The worst difference of a log-probability; none between two that are -inf."""
     assert ours["ids"] == theirs["ids"]
-    return float((ours["rows"] - theirs["rows"]).abs().max())
+    one, two = ours["rows"], theirs["rows"]
+    return float((one - two).abs().masked_fill(one == two, 0).max())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -78,6 +85,19 @@ def test_every_method_gives_the_answers_of_transformers(
         for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
             assert ours["tokens"] == theirs["tokens"], method
             assert apart(ours, theirs) < NEAR, method
+            assert_counted(method, ours)
+
+
+def assert_counted(method: str, answer: dict[str, Any]) -> None:
+    """Every row that a method of an answer edits was counted, and once."""
+    if not method:
+        assert answer["edited"] is None
+        return
+    ids, (rows,) = answer["ids"], answer["edited"]
+    after_image = len(ids) - ids[::-1].index(max(ids, key=ids.count))  # image tokens are the most
+    computed = len(ids) - max(after_image, answer["cached"])
+    expected = {"last": answers.STEPS, "prompt": 1, "text": answers.STEPS - 1 + computed}
+    assert rows == {m.name: expected[m.rows] for m in parse(method)}, method
 
 
 def test_every_method_changes_its_answer(

@@ -48,6 +48,7 @@ class DeCo(Method):
     paper_layers = (20, ..., 28)
     to_the_norm: ClassVar[bool] = True
     needs_image: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "top_p": 2.0, "top_k": 0}
     example: ClassVar[dict[str, Any]] = {"alpha": 2.0, "top_p": 2.0, "top_k": 0}
 

@@ -50,6 +50,7 @@ class DoLa(Method):
     name: ClassVar[str] = "dola"
     paper: ClassVar[str] = "2309.03883"
     needs_image: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0, "plausibility": 0.0}
     example: ClassVar[dict[str, Any]] = {"plausibility": 0.0}
 

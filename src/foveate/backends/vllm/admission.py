@@ -16,13 +16,12 @@ from ..transformers.compat_parts import without_weights
 from .asked import IMAGES, KEY, LIVES, POSITIONS, acting, asked
 from .reading import apart, asked_to_read, joined
 
-_RUN = {"begin", "before", "scores", "weights"}  # the stages that vLLM runs
+_RUN = {"begin", "before", "scores", "weights", "logits"}  # the stages that vLLM runs
 _NEEDS = {  # of other stages
     "rewrite": "to read the model's attention before it answers",
     "contrast": "a second stream beside the answer",
     "see": "the states of the vision tower",
     "mlp": "the feed-forward layers",
-    "logits": "to change the logits",
     "search": "a search of its own",
 }
 
@@ -56,7 +55,8 @@ def checked(text: str, model: Shape) -> Stack:
     methods, readers = apart(text)
     stack = Stack(model.anatomy, (*map(fitting, acting(methods)), *readers))
     for method in stack.methods[: -len(readers) or None]:
-        if method.wants("before") and not method.edits_attention:
+        acts = method.edits_attention or method.wants("logits")
+        if method.wants("before") and not acts:
             raise FoveateError(f"{method.name} {_ELSEWHERE}.")
     return stack
 
@@ -80,6 +80,9 @@ def fitting(method: Method, ahead: bool = False) -> Method:
     if missing is not None:
         what = _NEEDS.get(missing, f"the stage {missing}")
         raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
+    if method.wants("logits") and (method.edits_attention or method.remembers):
+        what = "edits attention" if method.edits_attention else "remembers earlier tokens"
+        raise FoveateError(f"{method.name} changes the logits and {what}, so it {_ELSEWHERE}.")
     if method.reads_prompt:
         raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
     return method

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from ..transformers.rotary import rotary
 from . import compat, rows
 from .hidden import ranks, served
+from .logits import speaking
 from .plan import plan
 from .requests import ROWS
 from .watch import expect
@@ -38,14 +39,11 @@ class Builder(CPUAttentionMetadataBuilder):
         expect([])
         if ROWS:
             model, common = served(), common_attn_metadata
-            groups = plan(
-                ROWS,
-                model.stack,
-                common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
-                common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist(),
-                given.block_table,
-                self.block_size,
-            )
+            starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+            lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+            asked = ROWS, model.stack, starts, lengths
+            groups: list[Any] = [*plan(*asked, given.block_table, self.block_size)]
+            groups += speaking(*asked)
             if groups:
                 given.foveate = groups
                 expect(groups)

@@ -60,6 +60,10 @@ def install() -> None:
     _block_keys()
     _loading()
     _mrope_positions()
+    _sampling()
+    _adding_up()
+    _answers()
+    _streams()
 
 
 def _replace(owner: Any, name: str, parameters: tuple[str, ...], wrap: Callable[..., Any]) -> None:
@@ -175,9 +179,12 @@ def _block_keys() -> None:
 def _loading() -> None:
     """Where a worker has loaded the model."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.platforms import current_platform
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def load_model(self: Any, vllm_config: Any, model_config: Any, *a: Any, **k: Any) -> Any:
+            if model_config.is_multimodal_model and current_platform.is_cpu():
+                check_settings(vllm_config)
             model = plain(self, vllm_config, model_config, *a, **k)
             if model_config.is_multimodal_model:
                 from .hidden import serve
@@ -208,6 +215,136 @@ def _mrope_positions() -> None:
     _replace(GPUModelRunner, "_init_mrope_positions", ("self", "req_state"), wrap)
 
 
+def _sampling() -> None:
+    """Where a worker hands on what a step sampled; of the V1 runner."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from .watch import counted
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(self: Any, grammar_output: Any) -> Any:
+            out = plain(self, grammar_output)
+            if rows := counted():
+                given = getattr(out, "_model_runner_output", out)
+                given.foveate = {given.req_ids[row]: ranges for row, ranges in rows.items()}
+            return out
+
+        return sample_tokens
+
+    _replace(GPUModelRunner, "sample_tokens", ("self", "grammar_output"), wrap)
+
+
+def _adding_up() -> None:
+    """Where the scheduler gets what a step sampled."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from .count import attach, take_in
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def update_from_output(self: Any, scheduler_output: Any, output: Any) -> Any:
+            step = getattr(output, "foveate", None)
+            if step is None:
+                return plain(self, scheduler_output, output)
+            sums = take_in(self.requests, step)
+            outputs = plain(self, scheduler_output, output)
+            attach(outputs, sums)
+            return outputs
+
+        return update_from_output
+
+    asked = ("self", "scheduler_output", "model_runner_output")
+    _replace(Scheduler, "update_from_output", asked, wrap)
+
+
+def _answers() -> None:
+    """Where the front end begins a request, and gets what the engine made of it."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from .asked import asked
+    from .count import begin, refuse_silent, show
+
+    def wrap_add(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            out = plain(self, request, *args, **kwargs)
+            if text := asked(request.sampling_params):
+                begin(self.request_states[request.request_id], text)
+            return out
+
+        return add_request
+
+    def wrap_process(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = show(self, outputs)
+            done = plain(self, outputs, *args, **kwargs)
+            if found:
+                refuse_silent(self, found, done)
+            return done
+
+        return process_outputs
+
+    added = ("self", "request", "prompt", "parent_req", "request_index", "queue")
+    _replace(OutputProcessor, "add_request", added, wrap_add)
+    _replace(OutputProcessor, "process_outputs", ("self", "engine_core_outputs"), wrap_process)
+
+
+def _streams() -> None:
+    """Where the OpenAI server streams an answer; whole answers carry the rows already."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    from .asked import KEY
+    from .count import seeing, told
+
+    def wrap(place: int) -> Callable[..., Any]:
+        def wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+                if KEY not in (request.vllm_xargs or {}):
+                    return plain(self, request, *args, **kwargs)
+                seen: dict[int, Any] = {}
+                results = seeing(args[place], seen)
+                given = (*args[:place], results, *args[place + 1 :])
+                return told(plain(self, request, *given, **kwargs), seen, request.n or 1)
+
+            return stream
+
+        return wrapped
+
+    chat, text = ("self", "request"), ("self", "request", "engine_inputs")
+    results = ("result_generator",)
+    name = "chat_completion_stream_generator"
+    _replace(OpenAIServingChat, name, chat + results, wrap(0))
+    _replace(OpenAIServingCompletion, "completion_stream_generator", text + results, wrap(1))
+
+
+def _refuse(reasons: dict[str, bool]) -> None:
+    for reason, holds in reasons.items():
+        if holds:
+            raise FoveateError(f"foveate's methods cannot run in this vLLM: {reason}; {_OFF}.")
+
+
+def check_settings(config: Any) -> None:
+    """Before a model with images is loaded: refuse settings under which methods are not exact.
+
+    Args:
+        config: vLLM's configuration.
+
+    Raises:
+        FoveateError: methods would not run, or not exactly, and nothing would tell.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    context = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    _refuse(
+        {
+            "speculative decoding leaves out logits processors": bool(config.speculative_config),
+            "the V2 model runner has not been tried": config.use_v2_model_runner,
+            "pipeline parallelism splits the layers": parallel.pipeline_parallel_size > 1,
+            "context parallelism splits the rows": max(context) > 1,
+            "latent attention (MLA) keeps no keys of heads": model.use_mla,
+            "an fp8 cache holds rounded keys": "fp8" in str(config.cache_config.cache_dtype),
+        }
+    )
+
+
 def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
     """Whether methods edit the layers of a KV cache group.
 
@@ -215,26 +352,31 @@ def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
         config: vLLM's configuration. spec: the group's `KVCacheSpec`.
 
     Raises:
-        FoveateError: methods would not run, or not exactly, and nothing would tell.
+        FoveateError: see `check_settings`; or its layers do more than softmax.
     """
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     if not config.model_config.is_multimodal_model or type(spec) is not FullAttentionSpec:
         return False
-    parallel, cache = config.parallel_config, config.cache_config
+    check_settings(config)
     layers = [config.compilation_config.static_forward_context[name] for name in layer_names]
-    impls = [layer.impl for layer in layers if isinstance(layer, Attention)]
-    reasons = {
-        "speculative decoding leaves out logits processors": config.speculative_config is not None,
-        "the V2 model runner has not been tried": config.use_v2_model_runner,
-        "pipeline parallelism splits the layers": parallel.pipeline_parallel_size > 1,
-        "context parallelism splits the rows": parallel.decode_context_parallel_size > 1,
-        "an fp8 cache holds rounded keys": str(cache.cache_dtype).startswith("fp8"),
-        "attention sinks change the softmax": any(impl.sinks is not None for impl in impls),
-        "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise FoveateError(f"foveate's methods cannot run in this vLLM: {reason}; {_OFF}.")
+    check_layers([layer.impl for layer in layers if isinstance(layer, Attention)])
     return True
+
+
+def check_layers(impls: list[Any]) -> None:
+    """Refuse layers whose weights are not the softmax of their scores.
+
+    Args:
+        impls: what computes the attention of each layer.
+
+    Raises:
+        FoveateError: one of them does more.
+    """
+    _refuse(
+        {
+            "attention sinks change the softmax": any(impl.sinks is not None for impl in impls),
+            "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
+        }
+    )

@@ -1,14 +1,15 @@
-"""The stage `before`: what enters a decoder layer, shown for the edited rows.
+"""Inside the model: what enters a decoder layer, shown for the edited rows, and its logits.
 
-vLLM has no hook for hidden states. After a model is loaded, every decoder layer gets a forward
-pre-hook, and what the hook does is one opaque operation: a compiled graph would otherwise keep the
-Python of the warm-up, when there was nothing to do.
+vLLM has no hook for hidden states. After a model is loaded, every decoder layer and the final norm
+get a forward pre-hook, and what the hook does is one opaque operation: a compiled graph would
+otherwise keep the Python of the warm-up, when there was nothing to do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..transformers.anatomy import ModelAnatomy
 from .admission import Shape, shape
 from .asked import acting
 from .reading import apart
-from .watch import step
+from .watch import check_entered, enter, step
 
 
 def ranks() -> Any:
@@ -43,21 +44,41 @@ def first_rank() -> bool:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ServedAnatomy(ModelAnatomy):
-    """The anatomy of a model that vLLM runs; sizes are those of its configuration."""
+    """The anatomy of a model that vLLM runs; sizes are those of its configuration.
 
-    served: Any = field(repr=False)
+    Attributes:
+        speak: its own `compute_logits`. processor: what scales and caps logits in there.
+        last: its final norm.
+    """
+
+    speak: Callable[[Tensor], Any] = field(repr=False)
+    processor: Any = field(repr=False)
     last: Any = field(repr=False)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        logits = self.served.compute_logits(hidden)
+        head = self.processor
+        kept = head.scale, head.soft_cap
+        head.scale, head.soft_cap = 1.0, None
+        try:
+            return self.all_logits(hidden)
+        finally:
+            head.scale, head.soft_cap = kept
+
+    def readout(self) -> Callable[[Tensor], Tensor]:
+        return self.all_logits
+
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits (..., V) float32 of normed states (..., D), on every rank."""
+        flat = hidden.flatten(0, -2)
+        logits = self.speak(flat)
         group = ranks()
         if group is not None and not self.model_gathers:
             logits = group.broadcast(
-                hidden.new_empty((*hidden.shape[:-1], self.vocabulary))
+                flat.new_empty((len(flat), self.vocabulary))
                 if logits is None
                 else logits.contiguous()
             )
-        return logits.float()
+        return logits.float().unflatten(0, hidden.shape[:-1])
 
     @property
     def model_gathers(self) -> bool:
@@ -67,7 +88,7 @@ class ServedAnatomy(ModelAnatomy):
         return bool(current_platform.use_all_gather())
 
     def norm(self, hidden: Tensor) -> Tensor:
-        out = self.last(hidden)
+        out = self.last.forward(hidden)  # not by calling it, which would pass the hook of a step
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -84,12 +105,20 @@ class Served:
         decoder = language.model
         plain = self.shape.anatomy
         given = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        self.anatomy = ServedAnatomy(**given, served=model, last=decoder.norm)
+        # vLLM decides by the checkpoint, and its configuration may say otherwise
+        head, embedding = language.lm_head, decoder.embed_tokens
+        given["tied"] = head is embedding or head.weight is embedding.weight
+        parts: Any = {"speak": model.compute_logits, "last": decoder.norm}
+        parts["processor"] = language.logits_processor
+        self.anatomy = ServedAnatomy(**given, **parts)
         self.stacks: dict[str, Stack] = {}
         for number, layer in enumerate(decoder.layers):
-            hook = functools.partial(_enter, number)
+            hook = functools.partial(_enter, number, 1)  # behind the positions
             layer.register_forward_pre_hook(hook, with_kwargs=True)
-        decoder.norm.register_forward_pre_hook(functools.partial(_end, plain.depth))
+        hook = functools.partial(_enter, len(decoder.layers), 0)
+        decoder.norm.register_forward_pre_hook(hook, with_kwargs=True)
+        replaced: Any = model
+        replaced.compute_logits = self.compute_logits
 
     def stack(self, text: str) -> Stack:
         """The methods of a text, set up for the model."""
@@ -99,6 +128,21 @@ class Served:
             methods, readers = apart(text)
             self.stacks[text] = Stack(self.anatomy, (*acting(methods), *readers))
         return self.stacks[text]
+
+    def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's logits, in a step with those of its rows edited that methods change."""
+        logits: Any = self.anatomy.speak(hidden, *args, **kwargs)
+        speaking = [group for group in step() if group.speaks and not group.spoke]
+        if speaking:
+            check_entered()
+            if logits is None:
+                raise FoveateError(
+                    "foveate: this rank has no logits to edit; set FOVEATE_VLLM=off."
+                )
+            logits = logits.float()
+            for group in speaking:
+                group.edit(logits)
+        return logits
 
 
 _served: list[Served] = []
@@ -123,16 +167,15 @@ def served() -> Served:
     return _served[0]
 
 
-def _enter(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-    residual = kwargs["residual"] if "residual" in kwargs else args[2]
-    torch.ops.vllm.foveate_before(hidden, residual, number)
-
-
-def _end(depth: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """After the last layer, where the residual stream comes along; methods call the norm, too."""
-    if len(args) > 1 and args[1] is not None:
-        torch.ops.vllm.foveate_before(args[0], args[1], depth)
+def _enter(
+    number: int, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a module; `place` is where its arguments begin with the states, if by position."""
+    names = ("hidden_states", "x") if place == 0 else ("hidden_states",)
+    named = next((kwargs[name] for name in names if name in kwargs), None)
+    hidden = args[place] if named is None else named
+    given = args[place + 1] if len(args) > place + 1 else None
+    torch.ops.vllm.foveate_before(hidden, kwargs.get("residual", given), number)
 
 
 def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
@@ -142,6 +185,7 @@ def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
         return
     if not isinstance(get_forward_context().attn_metadata, dict):  # a run to warm up
         return
+    enter(number)
     for group in groups:
         state, rows = group.state, None
         for i in group.stack.at("before"):

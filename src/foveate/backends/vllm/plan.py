@@ -56,6 +56,9 @@ class Group:
         whole: whether every column is shown one by one.
         state: what the methods see and remember.
         layers: which are edited. done: those that were, so far in this step.
+        places: the request's number in the step, and the position, of every row.
+        acted: those of `acting` that did not rest in all layers.
+        speaks, spoke: whether logits are edited, and were.
     """
 
     stack: Stack
@@ -68,7 +71,10 @@ class Group:
     state: State
     layers: frozenset[int]
     whole: bool
+    places: list[tuple[int, int]]
     done: set[int] = field(default_factory=set)
+    acted: set[int] = field(default_factory=set)
+    speaks = spoke = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,7 @@ def _group(
             layer for layer, methods in stack.edits.items() if set(methods) & set(acting)
         ),
         whole=whole,
+        places=[(row.request, row.position) for row in asked],
     )
 
 

@@ -1,4 +1,7 @@
-"""Which request is in which row of a step: a logits processor of vLLM that changes no logits."""
+"""Which request is in which row of a step: a logits processor of vLLM that changes no logits.
+
+Logits are edited before, in `hidden`, where log-probabilities are not yet made.
+"""
 
 from __future__ import annotations
 

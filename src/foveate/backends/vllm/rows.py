@@ -75,6 +75,7 @@ def edit(
     acting = [i for i in group.stack.edits[layer] if i in group.acting and state.acts(i)]
     if not acting:
         return
+    group.acted.update(acting)
     rows = group.rows.to(query.device)
     asked = query[rows].unsqueeze(2)  # (B, H, 1, D)
     key, value = gather(group.blocks)
