@@ -18,6 +18,7 @@ from foveate.backends.vllm import watch
 from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
 from foveate.backends.vllm.blocks import with_method
+from foveate.backends.vllm.cache import Packed
 from foveate.backends.vllm.plan import Live, plan
 from foveate.core.edit import Acting, edit_rows, products
 from foveate.core.method import parse
@@ -25,7 +26,7 @@ from foveate.core.rows import Rows
 from foveate.core.sequence import Stack, State
 
 H, HKV, D, SIZE, DEPTH, SCALE = 4, 2, 8, 16, 3, 0.3
-BLOCKS = 40
+BLOCKS = 80
 ANATOMY: Any = SimpleNamespace(
     depth=DEPTH,
     kind="llava",
@@ -44,6 +45,8 @@ REQUESTS = [
     (90, 90, 20, [(3, 30), (40, 33)]),  # the last chunk of a prompt with two pictures
     (90, 70, 30, [(3, 30)]),  # a chunk that does not end its prompt
     (31, 35, 6, [(8, 16)]),  # a prompt's last row and five tokens, computed again
+    (170, 170, 9, [(5, 20)]),  # long texts, of which the image is a small part
+    (160, 163, 1, [(70, 20)]),
 ]
 
 
@@ -90,12 +93,11 @@ class Cache:
                     for half, x in enumerate(both):
                         self.blocks[layer][half, block, :, : x.shape[1]] = x
 
-    def gather(self, layer: int) -> Any:
-        def gathered(block: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = (x[block].transpose(1, 2).flatten(2, 3) for x in self.blocks[layer])
-            return keys, values
-
-        return gathered
+    def layer(self, layer: int) -> Packed:
+        """A layer's blocks, as the kernel of CPUs packs them."""
+        keys, values = self.blocks[layer]
+        halves = [keys.transpose(2, 3).flatten(2), values.flatten(2)]
+        return Packed(torch.cat(halves, 2).view(BLOCKS, HKV, SIZE, 2 * D))
 
     def row(self, n: int, position: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, keys and values that one token sees, each (1, ...)."""
@@ -184,7 +186,7 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
         out = out.clone()
         for group in groups:
             if layer in group.layers:
-                given = cache.queries[layer], cache.gather(layer), out, SCALE
+                given = cache.queries[layer], cache.layer(layer), out, SCALE
                 paged.edit(group, layer, *given, lambda like: None)
         assert (out - expected[layer]).abs().max() < 2e-5
         changed |= bool((out - before).abs().max() > 1e-2)

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from ..transformers.rotary import rotary
 from . import compat, rows
+from .cache import Packed
 from .hidden import ranks, served
 from .logits import speaking
 from .plan import plan
@@ -70,26 +71,16 @@ class Impl(CPUAttentionBackendImpl):
         groups = getattr(attn_metadata, "foveate", None)
         if groups is None:
             return out
-        blocks, heads, size, _ = kv_cache.shape
-        width = self.head_size
-        # as the kernel packs them: keys (D, block size), then values (block size, D)
-        flat = kv_cache.view(blocks, heads, -1)
-        keys = flat[..., : size * width].view(blocks, heads, width, size)
-        values = flat[..., size * width :].view(blocks, heads, size, width)
-
-        def gather(block: Tensor) -> tuple[Tensor, Tensor]:
-            k = keys[block].permute(0, 2, 1, 4, 3).flatten(2, 3)
-            return k, values[block].transpose(1, 2).flatten(2, 3)
-
+        cache = Packed(kv_cache)
         number = extract_layer_index(layer.layer_name)
         shape = served().shape
         module = shape.decoder.layers[number].self_attn
         turn = functools.partial(rotary, shape.decoder, module)
-        view = output.view(-1, self.num_heads, width)
-        asked = query.view(-1, self.num_heads, width)
+        view = output.view(-1, self.num_heads, self.head_size)
+        asked = query.view(-1, self.num_heads, self.head_size)
         for group in groups:
             if number in group.layers:
-                rows.edit(group, number, asked, gather, view, self.scale, turn, ranks())
+                rows.edit(group, number, asked, cache, view, self.scale, turn, ranks())
         return out
 
 

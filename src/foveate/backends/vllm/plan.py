@@ -23,8 +23,8 @@ class Live:
         text: its methods. prompt: length of its prompt.
         visual: (P,) bool, its visual tokens. first, last: the first and last of them.
         positions: (3, P) int64 under M-RoPE, else None.
-        state: what its methods remember from token to token.
         sink: where its readers leave what they find; None without readers.
+        kept: what its group of the last step kept for the next one.
     """
 
     text: str
@@ -32,13 +32,68 @@ class Live:
     visual: Tensor
     positions: Tensor | None
     sink: Any = field(default=None, repr=False)
-    state: Any = field(default=None, repr=False)
+    kept: Kept | None = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
 
     def __post_init__(self) -> None:
         where = self.visual.nonzero()[:, 0].tolist() or [self.prompt, -1]
         self.first, self.last = where[0], where[-1]
+
+
+@dataclass(eq=False)
+class Kept:
+    """What stays of a group while the same requests are edited together from token to token.
+
+    Attributes:
+        lives: its requests. state: what its methods see and remember.
+        few: the columns that are shown one by one; None where all are.
+    """
+
+    lives: tuple[Live, ...]
+    state: State
+    few: Few | None
+
+
+@dataclass(eq=False)
+class Few:
+    """Some columns of the rows of a group: those of N whole blocks of each, P of them.
+
+    Attributes:
+        numbers: (B, N) int64, which blocks of the request. columns: (B, P) int64, of the request.
+        mask: (B, P) bool, those that are shown. among: (B, M) bool, the same among all columns.
+    """
+
+    numbers: Tensor
+    columns: Tensor
+    mask: Tensor
+    among: Tensor
+
+
+@dataclass(eq=False)
+class Blocks:
+    """Cache blocks of the rows of a group, N of each.
+
+    Attributes:
+        number: (B, N) int64. places: where a cache keeps them, once it was asked.
+    """
+
+    number: Tensor
+    places: Any = None
+
+
+@dataclass(eq=False)
+class Rest:
+    """The columns that are shown as one.
+
+    Attributes:
+        blocks: every block of the rows. columns: (B, 1, 1, P) int64, where the columns lie among
+            theirs that are shown one by one. mask: (B, 1, 1, M) bool, all others of the row.
+    """
+
+    blocks: Blocks
+    columns: Tensor
+    mask: Tensor
 
 
 @dataclass(eq=False)
@@ -49,11 +104,10 @@ class Group:
 
     Attributes:
         stack: the methods, resolved. acting: those of them that edit these rows.
-        rows: (B,) int64, among the step's query rows.
-        blocks: (B, N) int64, the cache blocks that hold the columns.
-        mask: (B, 1, 1, P) bool, the columns that are shown one by one.
-        all_blocks, all_mask: (B, M) and (B, 1, 1, M * block size): every column of the row.
-        whole: whether every column is shown one by one.
+        rows: (B,) int64, among the step's query rows. at: the same, as an index.
+        shown: the cache blocks of columns that are shown one by one.
+        mask: (B, 1, 1, P) bool, those columns.
+        rest: the others; None where every column is shown.
         state: what the methods see and remember.
         layers: which are edited. done: those that were, so far in this step.
         places: the request's number in the step, and the position, of every row.
@@ -64,13 +118,12 @@ class Group:
     stack: Stack
     acting: tuple[int, ...]
     rows: Tensor
-    blocks: Tensor
+    at: Tensor | slice
+    shown: Blocks
     mask: Tensor
-    all_blocks: Tensor
-    all_mask: Tensor
+    rest: Rest | None
     state: State
     layers: frozenset[int]
-    whole: bool
     places: list[tuple[int, int]]
     done: set[int] = field(default_factory=set)
     acted: set[int] = field(default_factory=set)
@@ -115,8 +168,9 @@ def plan(
             continue
         stack: Stack = stacks(live.text)
         new = starts[number + 1] - starts[number]
-        first = live.last + 1 if stack.text_rows else live.prompt - 1
-        for position in range(max(first, length - new), length):
+        first = max(live.last + 1 if stack.text_rows else live.prompt - 1, length - new)
+        extent = _shows_all(stack, live, size), (length // size).bit_length()
+        for position in range(first, length):
             phase = "prompt" if position < live.prompt else "decode"
             acting = tuple(
                 i
@@ -125,18 +179,34 @@ def plan(
             )
             if acting:
                 query = starts[number] + position - (length - new)
-                alone = query if any(m.remembers for m in stack.methods) else None
-                key = (live.text, acting, phase, alone)
+                single = first == length - 1
+                key = (live.text, acting, phase, single, *extent, *_past(stack, live, single))
                 wanted[key].append(_Row(live, number, query, position))
     return [
-        _group(stacks(text), acting, cast(Phase, phase), asked, table, size)
-        for (text, acting, phase, _), asked in wanted.items()
+        _group(stacks(text), acting, cast(Phase, phase), single, asked, table, size)
+        for (text, acting, phase, single, *_), asked in wanted.items()
     ]
 
 
 def _acts(method: Method) -> bool:
     """Whether a method edits rows, or is a reader of what enters the layers."""
     return method.edits_attention or (method.wants("before") and not method.wants("logits"))
+
+
+def _kinds(stack: Stack) -> set[str]:
+    """The columns that methods see one by one; of the whole stack, as memories keep their place."""
+    return {method.columns for method in stack.methods if method.edits_attention}
+
+
+def _shows_all(stack: Stack, live: Live, size: int) -> bool:
+    """Whether a request's rows show every column: where it is half of the prompt's blocks or more.
+
+    To copy a few blocks more costs less than to work out what they add to a row.
+    """
+    kinds = _kinds(stack)
+    start = 0 if "through" in kinds else live.first // size
+    few = 2 * (live.last // size - start + 1) < -(-live.prompt // size)
+    return "all" in kinds or live.last < 0 or not few
 
 
 def _edits(method: Method, live: Live, position: int) -> bool:
@@ -149,65 +219,143 @@ def _edits(method: Method, live: Live, position: int) -> bool:
 
 
 def _group(
-    stack: Stack, acting: tuple[int, ...], phase: Phase, asked: list[_Row], table: Tensor, size: int
+    stack: Stack,
+    acting: tuple[int, ...],
+    phase: Phase,
+    single: bool,
+    asked: list[_Row],
+    table: Tensor,
+    size: int,
 ) -> Group:
-    request = torch.tensor([row.request for row in asked])
-    position = torch.tensor([row.position for row in asked])
-    first = torch.tensor([row.live.first for row in asked])
-    last = torch.tensor([row.live.last for row in asked])
-    kinds = {stack.methods[i].columns for i in acting}
-    through, whole = "through" in kinds, "all" in kinds
-    start = torch.zeros_like(first) if through or whole else first // size
-    end = position if whole else last
-    count = int((end // size - start).max()) + 1
-    within = torch.arange(size)
-    columns = ((start[:, None] + torch.arange(count))[..., None] * size + within).flatten(1)
-    number = (start[:, None] + torch.arange(count)).clamp(max=table.shape[1] - 1)
-    # padded to the longest: what lies beyond a request's prompt is no image
-    width = int(columns.max()) + 1
-    flags = torch.stack([pad(row.live.visual, (0, width))[:width] for row in asked])
-    visual = flags.gather(1, columns)
-    shown = columns <= end[:, None] if through or whole else visual
-    length = int(position.max()) // size + 1
-    alone = asked[0].live if any(m.remembers for m in stack.methods) else None
-    state = alone.state if alone is not None and phase == "decode" else None
-    if alone is not None and phase == "decode" and state is None:
-        raise RuntimeError(
-            f"foveate: what {stack} remembers of this answer is lost, so the rest of it would be "
-            "wrong. The engine stops: use methods that remember nothing, such as clvs."
-        )
-    notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
-    if state is None:
-        state = State(stack, visual, phase, notes)
-        state.positions = _positions(columns, asked)
+    device = table.device
+    request = torch.tensor([row.request for row in asked], device=device)
+    position = torch.tensor([row.position for row in asked], device=device)[:, None]
+    length = max(row.position for row in asked) // size + 1
+    lives = tuple(row.live for row in asked)
+    kept = lives[0].kept
+    if single and phase == "decode" and kept is not None and kept.lives == lives:
+        kept.state.phase = phase
+        kept.state.renew()
     else:
-        state.phase, state.notes = phase, notes
-        state.renew()
-    if alone is not None:
-        alone.state = state
+        kept = _begin(stack, phase, lives, length, size, device)
+    kept.state.notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
+    for live in lives:
+        live.kept = kept
+    numbers = table[request, :length].long()
+    valid = torch.arange(length * size, device=device) <= position
+    shown, mask, rest = numbers, valid, None
+    if kept.few is not None:
+        few = kept.few
+        others = valid & ~pad(few.among, (0, valid.shape[1] - few.among.shape[1]))
+        rest = Rest(Blocks(numbers), few.columns[:, None, None], others[:, None, None])
+        shown, mask = numbers.gather(1, few.numbers), few.mask
+    query = [row.query for row in asked]
+    rows, end = torch.tensor(query, device=device), query[0] + len(query)
     return Group(
         stack=stack,
         acting=acting,
-        rows=torch.tensor([row.query for row in asked]),
-        blocks=table[request[:, None], number].long(),
-        mask=shown[:, None, None],
-        all_blocks=table[request, :length].long(),
-        all_mask=(torch.arange(length * size) <= position[:, None])[:, None, None],
-        state=state,
+        rows=rows,
+        at=slice(query[0], end) if query == list(range(query[0], end)) else rows,
+        shown=Blocks(shown),
+        mask=mask[:, None, None],
+        rest=rest,
+        state=kept.state,
         layers=frozenset(
             layer for layer, methods in stack.edits.items() if set(methods) & set(acting)
         ),
-        whole=whole,
         places=[(row.request, row.position) for row in asked],
     )
 
 
-def _positions(columns: Tensor, asked: list[_Row]) -> Tensor:
+def _begin(
+    stack: Stack,
+    phase: Phase,
+    lives: tuple[Live, ...],
+    length: int,
+    size: int,
+    device: torch.device,
+) -> Kept:
+    """What a group begins with.
+
+    Args:
+        length: of the longest row, in blocks.
+    """
+    every = torch.arange(length * size).expand(len(lives), -1)
+    flags = torch.stack([pad(live.visual, (0, length * size))[: length * size] for live in lives])
+    few, columns = None, every
+    if not _shows_all(stack, lives[0], size):
+        first = torch.tensor([live.first for live in lives])[:, None] // size
+        last = torch.tensor([live.last for live in lives])[:, None]
+        through = "through" in _kinds(stack)
+        start = torch.zeros_like(first) if through else first
+        numbers = start + torch.arange(int((last // size - start).max()) + 1)
+        among = every <= last if through else flags
+        # where others show more blocks, a row shows its last ones again, behind the mask
+        inside = numbers < length
+        numbers = numbers.clamp(max=length - 1)
+        columns = (numbers[..., None] * size + torch.arange(size)).flatten(1)
+        mask = among.gather(1, columns) & inside.repeat_interleave(size, 1)
+        few = Few(*(x.to(device) for x in (numbers, columns, mask, among)))
+        flags = flags.gather(1, columns) & mask
+    state = State(stack, flags.to(device), phase)
+    state.positions = _positions(columns, lives).to(device)
+    if phase == "decode":
+        if any(m.remembers for m in stack.methods) and any(live.kept is None for live in lives):
+            raise RuntimeError(
+                f"foveate: what {stack} remembers of this answer is lost, so the rest of it would "
+                "be wrong. The engine stops: use methods that remember nothing, such as clvs."
+            )
+        state.memories = tuple(
+            _joined(lives, i) if method.remembers else memory
+            for i, (method, memory) in enumerate(zip(stack.methods, state.memories, strict=True))
+        )
+    return Kept(lives, state, few)
+
+
+def _positions(columns: Tensor, lives: tuple[Live, ...]) -> Tensor:
     """(1, B, P), or (3, B, P) under M-RoPE: the positions of prompt columns."""
     places = []
-    for row, column in zip(asked, columns, strict=True):
-        given = row.live.positions
+    for live, column in zip(lives, columns, strict=True):
+        given = live.positions
         if given is None:
             return columns[None]
         places.append(given[:, column.clamp(max=given.shape[1] - 1)])
     return torch.stack(places, 1)
+
+
+# -- what methods remember from token to token -----------------------------------------------------
+
+
+def _past(stack: Stack, live: Live, single: bool) -> tuple[Any, ...]:
+    """What rows must have in common to be edited together by methods that remember.
+
+    Where a step has several rows of one request, each needs what the one before it left.
+    """
+    if not any(method.remembers for method in stack.methods):
+        return ()
+    if not single:
+        return (object(),)
+    if live.kept is None:
+        return ()
+    found: list[Any] = []
+    for i, memory in enumerate(live.kept.state.memories):
+        for key, x in memory.items() if stack.methods[i].remembers else ():
+            if not isinstance(x, Tensor):
+                return (object(),)
+            found.append((i, key, x.shape[1:], x.dtype))
+    return tuple(found)
+
+
+def _joined(lives: tuple[Live, ...], i: int) -> dict[str, Any]:
+    """What method i remembers of several requests, batch first."""
+    kept = [live.kept for live in lives]
+    if len(lives) == 1 and kept[0] is not None and len(kept[0].lives) == 1:
+        return kept[0].state.memories[i]  # itself, as more rows may follow in this step
+    parts = [
+        {key: x[one.lives.index(live)][None] for key, x in one.state.memories[i].items()}
+        for one, live in zip(kept, lives, strict=True)
+        if one is not None
+    ]
+    if not parts:
+        return {}
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

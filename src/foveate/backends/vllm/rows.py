@@ -1,10 +1,17 @@
 """The arithmetic: rows of a paged cache as methods see them.
 
-A row is the columns that a method asks for and one column more for the rest of them. With Z the
-sum of a row's exponentials, e^lse, the rest's score is log(Z - sum of the shown e^s), and its value
-is what the kernel's output owes to the rest: (o - sum of the shown a v) / (1 - sum of the shown a).
-A softmax over these columns is the softmax over the whole row, so a method's own code runs on it
-unchanged. The rest counts as text after the image.
+A method sees all columns of a row where most of them lie about the image. Otherwise it sees the
+columns that it asks for and one more for the rest of them. With Z the sum of the exponentials of
+the rest, the rest's score is log Z. A softmax over these columns is the softmax over the whole row,
+so a method's own code runs on it unchanged. The rest counts as text after the image.
+
+What the rest adds to the output is what the kernel's output o owes to it. With a the weights of the
+plain row and a' those of the edited one, the new output is
+
+    g o + sum of the shown (a' - g a) v,   where g = a'(rest) / a(rest).
+
+So g also multiplies the rounding of o. Where an edit takes mass away from the shown columns, g may
+be large: beyond `MOST` the values of the rest are read, too.
 """
 
 from __future__ import annotations
@@ -16,31 +23,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.edit import Acting, edited_weights, products, weighted
+from ...core.edit import Acting, edited_weights, weighted
 from ...core.rows import Rows
+from .cache import Cache
 from .plan import Group
 
-Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""(B, N) cache blocks -> keys and values (B, Hkv, N * block size, D)."""
+MOST = 2.0
+"""The most that the kernel's output is multiplied with. In half precision, a corrected output is
+then off by at most this many times the rounding of the kernel's output, and by its own rounding."""
 
 
 class ServedRows(Rows):
-    """Rows whose heads may lie on several ranks.
+    """Rows whose heads may lie on several ranks, and whose keys are gathered when asked for.
 
-    Attributes:
-        ranks: vLLM's group of them; None where this process has all heads.
+    Args:
+        keys: gives (B, Hkv, K, D). ranks: vLLM's group of ranks; None where this process has all
+            heads. Others as of `Rows`.
     """
 
-    __slots__ = ("ranks",)
-    ranks: Any
+    __slots__ = ("_keys", "ranks")
+
+    def __init__(self, x: Tensor, layer: int, keys: Any, ranks: Any, *given: Any) -> None:
+        query, value, mask, scale, seq, rotary = given
+        self.x, self.layer, self.query, self.value = x, layer, query, value
+        self.mask, self.scale, self.seq, self._rotary = mask, scale, seq, rotary
+        self._keys, self.ranks = keys, ranks
+
+    @property
+    def key(self) -> Tensor:  # type: ignore[override]
+        return self._keys()
 
     def seen_by(self, seq: Any, x: Tensor, count: int) -> ServedRows:
-        view: Any = super().seen_by(seq, x, count)
-        view.ranks = self.ranks
-        return view
+        given = self.query, self.value, self.mask, self.scale, seq, self._rotary
+        return ServedRows(x, self.layer, self._keys, self.ranks, *given)
 
     def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
         here = super().over_heads(x, pool)
+        if self.ranks is None:
+            return here
         return super().over_heads(self.all_heads(here), pool)  # every rank holds as many heads
 
     def all_heads(self, x: Tensor) -> Tensor:
@@ -57,7 +77,7 @@ def edit(
     group: Group,
     layer: int,
     query: Tensor,
-    gather: Gather,
+    cache: Cache,
     out: Tensor,
     scale: float,
     rotary: Callable[[Tensor], Any],
@@ -76,35 +96,40 @@ def edit(
     if not acting:
         return
     group.acted.update(acting)
-    rows = group.rows.to(query.device)
-    asked = query[rows].unsqueeze(2)  # (B, H, 1, D)
-    key, value = gather(group.blocks)
-    mask = group.mask.to(query.device)
-    scores = products(asked, key, scale).masked_fill(~mask, _LOW)
+    asked = query[group.at].unsqueeze(2)  # (B, H, 1, D)
+    value = cache.values(group.shown)
     share = [Acting(group.stack.methods[i], state.seen_by(i), 1) for i in acting]
 
-    def edited(scores: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        first = share[0].seq
-        at = (asked, key, value, mask, scale, first, lambda: rotary(scores))
-        given = ServedRows(scores, layer, *at)
-        given.ranks = ranks
-        return edited_weights(given, share)
+    def edited(x: Tensor, keys: Callable[[], Tensor], mask: Tensor) -> Tensor:
+        given = asked, value, mask, scale, share[0].seq, lambda: rotary(x)
+        return edited_weights(ServedRows(x, layer, keys, ranks, *given), share)
 
-    if group.whole:
-        new = weighted(edited(scores, key, mask), value)
+    def keys() -> Tensor:
+        return cache.keys(group.shown)
+
+    rest = group.rest
+    if rest is None:
+        x = cache.scores(asked, group.shown, scale)
+        out[group.at] = weighted(edited(x, keys, group.mask), value).squeeze(2).to(out.dtype)
+        return
+    # the kernel of CPUs returns no log-sum-exp, so the keys of the rest are read, too
+    every = cache.scores(asked, rest.blocks, scale)
+    x = every.gather(3, rest.columns.expand(-1, every.shape[1], -1, -1))
+    x = x.masked_fill(~group.mask, _LOW)
+    others = every.masked_fill(~rest.mask, _LOW)
+    lse = others.logsumexp(-1, keepdim=True)
+    columns, mask = torch.cat([x, lse], -1), pad(group.mask, (0, 1), value=True)
+    plain = columns.softmax(-1)
+    weights = edited(columns, lambda: pad(keys(), (0, 0, 0, 1)), mask)
+    gain = weights[..., -1:] / plain[..., -1:].clamp(min=_LEAST)
+    if bool((gain > MOST).any()):
+        new = weighted(weights[..., :-1], value)
+        new += weights[..., -1:] * weighted(others.softmax(-1), cache.values(rest.blocks))
     else:
-        # the kernel of CPUs does not return the log of Z, so the keys are read once more
-        every = products(asked, gather(group.all_blocks)[0], scale)
-        every = every.masked_fill(~group.all_mask.to(query.device), _LOW)
-        lse = every.logsumexp(-1, keepdim=True)
-        plain = (scores - lse).exp()
-        rest = (1 - plain.sum(-1, keepdim=True)).clamp(min=_LEAST)  # (B, H, 1, 1)
-        value_of_rest = (out[rows].unsqueeze(2).float() - weighted(plain, value)) / rest
-        columns = torch.cat([scores, rest.log() + lse], -1)
-        weights = edited(columns, pad(key, (0, 0, 0, 1)), pad(mask, (0, 1), value=True))
-        new = weighted(weights[..., :-1], value) + weights[..., -1:] * value_of_rest
-    out[rows] = new.squeeze(2).to(out.dtype)
+        new = weighted((weights - gain * plain)[..., :-1], value)
+        new += gain * out[group.at].unsqueeze(2)
+    out[group.at] = new.squeeze(2).to(out.dtype)
 
 
 _LOW = -1e30  # a column that is not there
-_LEAST = 1e-9
+_LEAST = 1e-30

@@ -1,0 +1,68 @@
+"""A layer's keys and values, in the blocks of vLLM's cache."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...core.edit import products
+from .plan import Blocks
+
+
+class Cache(Protocol):
+    """What `rows` reads of a layer. P is the number of blocks of each row times their size."""
+
+    def scores(self, query: Tensor, blocks: Blocks, scale: float) -> Tensor:
+        """(B, H, 1, P) float32 scaled products of queries (B, H, 1, D) and the blocks' keys."""
+
+    def keys(self, blocks: Blocks) -> Tensor:
+        """(B, Hkv, P, D)."""
+
+    def values(self, blocks: Blocks) -> Tensor:
+        """(B, Hkv, P, D)."""
+
+
+class Packed:
+    """As the kernel of CPUs packs it: per block and head the keys (D, size), then values (size, D).
+
+    Args:
+        cache: (blocks, Hkv, size, 2 D), contiguous.
+    """
+
+    def __init__(self, cache: Tensor) -> None:
+        _, self.heads, self.size, both = cache.shape
+        self.width = both // 2
+        self.halves = cache.view(-1, self.size * self.width)  # of every block and head, two
+
+    def scores(self, query: Tensor, blocks: Blocks, scale: float) -> Tensor:
+        batch, heads, _, width = query.shape
+        count = blocks.number.shape[1]
+        # the products are made block by block, as the keys lie: nothing but copied blocks is read
+        spread = query.view(batch, self.heads, 1, -1, width).expand(-1, -1, count, -1, -1)
+        x = products(spread.reshape(-1, 1, heads // self.heads, width), self._keys(blocks), scale)
+        x = x.view(batch, self.heads, count, -1, self.size)
+        return x.transpose(2, 3).reshape(batch, heads, 1, -1)
+
+    def keys(self, blocks: Blocks) -> Tensor:
+        batch, count = blocks.number.shape
+        return self._keys(blocks).reshape(batch, self.heads, count * self.size, self.width)
+
+    def values(self, blocks: Blocks) -> Tensor:
+        batch, count = blocks.number.shape
+        found = self.halves.index_select(0, self._places(blocks)[1])
+        return found.view(batch, self.heads, count * self.size, self.width)
+
+    def _keys(self, blocks: Blocks) -> Tensor:
+        """(B * Hkv * N, 1, size, D), a view of copied blocks."""
+        found = self.halves.index_select(0, self._places(blocks)[0])
+        return found.view(-1, 1, self.width, self.size).transpose(2, 3)
+
+    def _places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Where the halves of keys and of values lie, (B * Hkv * N,) each; once per step."""
+        if blocks.places is None:
+            head = torch.arange(self.heads, device=blocks.number.device)[:, None]
+            keys = ((blocks.number[:, None] * self.heads + head) * 2).flatten()
+            blocks.places = keys, keys + 1
+        return blocks.places
