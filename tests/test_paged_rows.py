@@ -178,7 +178,9 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
     expected = slow(cache, text)
     where = cache.starts, cache.lengths, cache.table, SIZE
     made = lives(text)
-    plan({1: made[1]}, stacks, [0, 0, 1], [0, 50], cache.table, SIZE)  # its prompt's end, before
+    for n, (prompt, length, new, _) in enumerate(REQUESTS):
+        if length - new >= prompt:  # its prompt's end was a step of its own
+            plan({n: made[n]}, stacks, [0] * (n + 1) + [1], [0] * n + [prompt], cache.table, SIZE)
     groups = plan(made, stacks, *where)
     changed = False
     for layer in range(DEPTH):
