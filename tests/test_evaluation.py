@@ -305,6 +305,24 @@ def test_another_configuration_is_refused(vlm: VLM, tmp_path: Path) -> None:
         evaluate(Plan(one, ["vanilla"], tmp_path), vlm)
 
 
+def test_methods_are_added_to_a_finished_run(vlm: VLM, tmp_path: Path) -> None:
+    benchmarks: list[Benchmark] = [Scenes(images=1)]
+    added = "clvs(stop_threshold=0.0)"
+    with pytest.raises(FoveateError, match="holds no run to add methods to"):
+        evaluate(Plan(benchmarks, [added], tmp_path, add=True), vlm)
+    evaluate(Plan(benchmarks, ["vanilla"], tmp_path), vlm)
+    before = (tmp_path / RECORDS).read_bytes()
+    with pytest.raises(FoveateError, match="or add these methods to it with --add"):
+        evaluate(Plan(benchmarks, [added], tmp_path), vlm)
+    results = evaluate(Plan(benchmarks, [added], tmp_path, add=True), vlm)
+    (entry,) = results["benchmarks"].values()
+    assert list(entry["methods"]) == ["vanilla", added]
+    assert entry["methods"]["vanilla"]["questions"] == entry["methods"][added]["questions"]
+    assert (tmp_path / RECORDS).read_bytes().startswith(before)
+    again = evaluate(Plan(benchmarks, ["vanilla", added], tmp_path), vlm)
+    assert again["benchmarks"] == results["benchmarks"]
+
+
 def test_a_folder_of_something_else_is_refused(vlm: VLM, tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text("{}\n")
     with pytest.raises(FoveateError, match="records of an unknown run"):

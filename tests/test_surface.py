@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -99,6 +100,26 @@ def test_none_is_no_picture(vlm, ask):
 def test_options_that_do_nothing_are_refused(vlm, picture, options, says):
     with pytest.raises(FoveateError, match=says):
         vlm.ask(picture, "red", **options)
+
+
+def test_quantized_weights(tmp_path):
+    with pytest.raises(FoveateError, match="use 4bit or 8bit"):
+        VLM.load("pocket", quantization="2bit")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(FoveateError, match="pip install bitsandbytes"):
+            VLM.load("pocket", quantization="4bit")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_methods_act_on_quantized_weights(tmp_path, picture, bits):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
+    vlm = VLM.load("pocket", quantization=bits, device="cpu")
+    layer = vlm.model.get_decoder().layers[0].self_attn.q_proj
+    assert "bitsandbytes" in type(layer).__module__
+    for method in ("vanilla", "clvs", "vcd", "vista"):
+        answer = vlm.ask(picture, "Is there a car in the image?", method, max_new_tokens=2)
+        assert answer.text.split()[0] in ("yes", "no")
 
 
 def test_a_question_is_a_text(vlm, picture):

@@ -45,7 +45,7 @@ class Server:
         with self.process.stdout as lines:
             for line in lines:
                 self.lines.append(line)
-                if found := re.search(r"http://\S+", line):
+                if found := re.search(r"http://\S+/v1", line):
                     self.url = found[0]
                     self.ready.set()
 

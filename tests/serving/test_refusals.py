@@ -87,7 +87,7 @@ BAD = {  # what is wrong -> (what the body says instead, status, a word of the s
     "very long text": ({"messages": [{"role": "user", "content": "x" * 200_000}]}, 400, "4,096"),
     "n": ({"n": 2}, 400, "n"),
     "unknown": ({"tempature": 1}, 400, "tempature"),
-    "tools": ({"tools": []}, 400, "tools"),
+    "tools": ({"tools": [1]}, 400, "tools"),
     "penalty": ({"presence_penalty": 1.5}, 400, "presence_penalty"),
     "temperature": ({"temperature": -1}, 400, "temperature"),
     "temperature type": ({"temperature": "hot"}, 400, "temperature"),
@@ -154,6 +154,31 @@ def test_a_bad_request_is_one_sentence(server, what, streamed):
         body = GOOD | body | {"stream": streamed}
     error = refusal(post(server, body), status, word)
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
+        {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0},
+        {"logit_bias": {}, "modalities": ["text"], "parallel_tool_calls": True, "top_k": None},
+    ],
+)
+def test_what_clients_send_by_default_is_accepted(server, sent):
+    assert post(server, GOOD | {"max_tokens": 1} | sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ({"top_k": 50}, "top_k cannot be used: the server can only do -1 or 0."),
+        ({"response_format": {"type": "json_object"}}, "response_format cannot be used"),
+        ({"tools": [{"type": "function"}]}, "tools cannot be used: the server can only do []."),
+        ({"repetition_penalty": 1.1}, "repetition_penalty cannot be used"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(server, sent, says):
+    assert says in post(server, GOOD | sent).json()["error"]["message"]
 
 
 def test_the_good_request_of_this_file_is_good(server):

@@ -90,6 +90,7 @@ def serve(
     docs: Annotated[
         bool, typer.Option("--docs", help="Describe the interface at /openapi.json.")
     ] = False,
+    log: Annotated[bool, typer.Option(help="Write a line on stderr for every answer.")] = True,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,6 +112,18 @@ def serve(
     revision: RevisionOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread the model over devices: auto, balanced, ... Needs accelerate."),
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(help="Use this attention of transformers: sdpa, flash_attention_2, ..."),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Load weights of 4 or 8 bits: 4bit or 8bit. Needs bitsandbytes."),
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI clients, plain and with methods (`model:method`).
 
@@ -147,7 +160,12 @@ def serve(
         # a page of another site may have its name lead here, and then read the answers
         hosts=(*LOCAL, *names) if local and api_key is None else None,
         docs=docs,
+        log=log,
     )
+    opened = functools.partial(
+        load, model, revision=revision, device=device, dtype=dtype, device_map=device_map,
+        attn=attn, quantization=quantization,
+    )  # fmt: skip
     if engine is Engine.RAY:
         if plugin:
             raise FoveateError(
@@ -156,11 +174,9 @@ def serve(
             )
         from ..bridges.replicas import run_replicas
 
-        opened = functools.partial(load, model, revision=revision, device=device, dtype=dtype)
         run_replicas(opened, settings, host, port, replicas)
         return
     if replicas > 1:
         raise FoveateError("--replicas goes with --engine ray.")
     sock = bind(host, port)
-    vlm = load(model, revision=revision, device=device, dtype=dtype)
-    Server(vlm, settings).run(sockets=[sock])
+    Server(opened(), settings).run(sockets=[sock])

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -229,18 +230,19 @@ async def _stream(
 
 
 class Counted:
-    """Counts answers by path and status."""
+    """Counts answers by path and status, and tells of those of the model where that is wanted."""
 
     PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics")
 
     def __init__(self, app: Any, service: Service) -> None:
         self.app, self.requests = app, service.worker.metrics.requests
+        self.log = service.settings.log
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = "500"
+        status, start = "500", time.monotonic()
 
         async def noting(message: Any) -> None:
             nonlocal status
@@ -253,6 +255,9 @@ class Counted:
         finally:
             path = scope["path"] if scope["path"] in self.PATHS else "other"
             self.requests.labels(path, status).inc()
+            if self.log and scope["method"] == "POST":
+                took = f"{time.monotonic() - start:.2f} s"
+                print(f"foveate: {path}, {status}, {took}", file=sys.stderr, flush=True)
 
 
 # -- the process -----------------------------------------------------------------------------------
@@ -277,11 +282,14 @@ class Server(uvicorn.Server):
         if self.worker.stopping:
             self.should_exit = self.force_exit = True
         else:
+            told = "foveate: stops when it has answered what it holds; Ctrl-C again ends it at once"
+            print(told, file=sys.stderr, flush=True)
             threading.Thread(target=self._finish, daemon=True).start()
 
     def _finish(self) -> None:
         self.worker.stop()
         self.worker.join()
+        print("foveate: has stopped", file=sys.stderr, flush=True)
         self.should_exit = True
 
     async def startup(self, sockets: Any = None) -> None:
@@ -290,6 +298,7 @@ class Server(uvicorn.Server):
             host, port = sock.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             print(f"foveate: {self.worker.vlm.name} at http://{host}:{port}/v1", flush=True)
+            print(f"foveate: a page to try it on: http://{host}:{port}/", flush=True)
 
 
 def bind(host: str, port: int) -> socket.socket:

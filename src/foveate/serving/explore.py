@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import json
 import random
 import re
@@ -23,12 +24,13 @@ from fastapi.responses import FileResponse
 from pydantic import Field, ValidationError
 
 from ..core.method import get
+from ..core.method import text as written
 from ..insight.pages.document import FOLDER, data_uri
 from ..insight.pages.trace import drawn
 from ..insight.target import Target, of_kind, read
 from ..insight.trace import Trace, trace
 from ..scenes import questions, world
-from ..vlm.chat import Chat
+from ..vlm.chat import Chat, unknown_words
 from . import asking, wire
 from .service import Service, Share, authorised, read_body
 from .wire import Gone, Refusal
@@ -96,6 +98,16 @@ async def start(request: Request) -> Response:
     )
 
 
+@routes.get("/method")
+async def one_method(request: Request, text: str) -> Response:
+    """A method's text form as it will be shown, or why it cannot be asked."""
+    service: Service = request.app.state.service
+    stack = await anyio.to_thread.run_sync(
+        service.catalogue.methods, service.catalogue.name, text, limiter=service.reading
+    )
+    return _json({"method": written(stack)})
+
+
 @routes.get("/scenes/{number}")
 async def one_scene(request: Request, number: str) -> Response:
     """A drawn scene: its picture, what is on it, and questions whose answers are known."""
@@ -114,6 +126,7 @@ def _about(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "about": (cls.__doc__ or "").strip().split("\n")[0],
+        "details": inspect.cleandoc(cls.__doc__ or "").partition("\n")[2].strip(),
         "paper": cls.paper,
         "parameters": {k: repr(v) for k, v in cls().parameters().items()},
     }
@@ -200,7 +213,13 @@ async def attention(request: Request) -> Response:
         body = await read_body(request, service.settings, share)
         work = await anyio.to_thread.run_sync(_work, service, body, limiter=service.reading)
         traced = await _result(request, service.worker.run(work))
-        return await anyio.to_thread.run_sync(lambda: _json(drawn(traced)), limiter=service.reading)
+
+        def told() -> Response:
+            with service.vlm.tokenizing:
+                unknown = unknown_words(service.vlm.tokenizer, traced.question)
+            return _json(drawn(traced) | {"unknown": unknown})
+
+        return await anyio.to_thread.run_sync(told, limiter=service.reading)
 
 
 def _work(service: Service, body: bytes) -> Callable[[], Trace]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from ..base import __version__
@@ -41,6 +50,7 @@ class Settings:
         api_key: the bearer token that clients must send; None lets everybody in.
         hosts: names that the server may be asked by; None = any.
         docs: whether the interface is described at ``/openapi.json``.
+        log: whether every answer is told in a line on stderr.
     """
 
     batch: int = 16
@@ -59,6 +69,7 @@ class Settings:
     api_key: str | None = None
     hosts: tuple[str, ...] | None = None
     docs: bool = False
+    log: bool = False
 
 
 # -- what a request may say ------------------------------------------------------------------------
@@ -112,6 +123,18 @@ def _as_stops(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _neutral(*values: Any) -> Any:
+    """A parameter that clients send by default, and that may only say what it says then."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in values:
+            told = " or ".join(json.dumps(v) for v in values)
+            raise PydanticCustomError("neutral", "the server can only do {told}", {"told": told})
+        return value
+
+    return Annotated[Any, AfterValidator(check)]
+
+
 class Completion(Strict):
     """The body of ``POST /v1/chat/completions``.
 
@@ -133,8 +156,18 @@ class Completion(Strict):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: _neutral(0) = None  # type: ignore[valid-type]
+    frequency_penalty: _neutral(0) = None  # type: ignore[valid-type]
+    # what clients send by default, which changes nothing
+    top_k: _neutral(-1, 0) = None  # type: ignore[valid-type]
+    min_p: _neutral(0) = None  # type: ignore[valid-type]
+    repetition_penalty: _neutral(1) = None  # type: ignore[valid-type]
+    response_format: _neutral({"type": "text"}) = None  # type: ignore[valid-type]
+    tools: _neutral([]) = None  # type: ignore[valid-type]
+    tool_choice: _neutral("none", "auto") = None  # type: ignore[valid-type]
+    parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
+    logit_bias: _neutral({}) = None  # type: ignore[valid-type]
+    modalities: _neutral(["text"]) = None  # type: ignore[valid-type]
     # accepted and not used
     user: str | None = None
     metadata: dict[str, Any] | None = None

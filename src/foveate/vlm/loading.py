@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -37,16 +38,21 @@ def load(
     device_map: Any = None,
     attn: str | None = None,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """The model, in eval mode on its device, and its processor; see `VLM.load`.
 
     Raises:
         FoveateError: an unknown name, an incomplete folder, a revision that the hub does not have,
-            a model without vision or with remote code, an unknown device, dtype or attention.
+            a model without vision or with remote code, an unknown device, dtype, attention or
+            quantization.
     """
     if device is not None and device_map is not None:
         raise FoveateError("Give either device or device_map, not both.")
     place = _device(device)
+    quantized = _quantized(quantization)
+    if quantized and device_map is None:
+        device_map = {"": place}  # such weights cannot be moved later
     source, offline = _locate(name, revision)
     common = _options(offline, revision)
     with _one_sentence(name):
@@ -58,6 +64,7 @@ def load(
             device_map=device_map,
             attn_implementation=attn,
             output_loading_info=True,
+            **quantized,
             **(compat_parts.pocket_weights() if name == "pocket" else {}),
             **common,
         )
@@ -237,6 +244,20 @@ def _device(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FoveateError(f"There is no device {str(device)!r} on this machine.") from error
     return place
+
+
+def _quantized(bits: str | None) -> dict[str, Any]:
+    """Options of `from_pretrained` for weights of 4 or 8 bits."""
+    if bits is None:
+        return {}
+    if bits not in ("4bit", "8bit"):
+        raise FoveateError(f"There is no quantization {bits!r}: use 4bit or 8bit.")
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FoveateError(
+                f"Weights of {bits[0]} bits need {package}: pip install bitsandbytes accelerate."
+            )
+    return {"quantization_config": transformers.BitsAndBytesConfig(**{f"load_in_{bits}": True})}
 
 
 def as_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype | str:

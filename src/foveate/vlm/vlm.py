@@ -105,17 +105,18 @@ class VLM:
         device_map: Any = None,
         attn: str | None = None,
         revision: str | None = None,
+        quantization: str | None = None,
     ) -> VLM:
         """Load "pocket" (ships with foveate), a folder of `save_pretrained`, or a hub model.
 
         `dtype`: a torch dtype or its name, "auto" for the checkpoint's; default bfloat16 on CUDA
         and float32 elsewhere. `device`: default CUDA where there is one. `device_map`: spread over
-        devices instead (needs accelerate). `attn`: transformers' attention implementation.
-        `revision`: a branch, tag or commit of a hub model; default: its main branch.
+        devices instead (needs accelerate). `attn`: transformers' attention. `revision`: a branch,
+        tag or commit of a hub model. `quantization`: "4bit" or "8bit" weights, by bitsandbytes.
 
         Raises `FoveateError`: no such model, no weights, no vision, no such device, ...
         """
-        model, processor = load(str(name), dtype, device, device_map, attn, revision)
+        model, processor = load(str(name), dtype, device, device_map, attn, revision, quantization)
         return cls(model, processor, str(name), revision, commit(str(name), revision))
 
     @property

@@ -86,8 +86,8 @@ function showColumns(columns, {layer, token}) {
   const {layers, depth} = columns[0], at = layers.indexOf(layer), slider = find("layer");
   slider.max = layers.length - 1;
   slider.value = at;
-  slider.setAttribute("aria-valuetext", `layer ${layer} of ${depth - 1}`);
-  find("which").textContent = `${layer} of ${depth - 1}`;
+  slider.setAttribute("aria-valuetext", `layer ${layer}, of 0 to ${depth - 1}`);
+  find("which").textContent = `${layer} (0 to ${depth - 1})`;
   const maps = columns.map(({run}) =>
     run.pictures.map((picture) => weights(picture, steps(run, token), at, layers.length)));
   const ends = scale(maps.flat());
@@ -219,6 +219,20 @@ async function framed(canvas, uri, [left, top, right, bottom]) {
 }
 
 // ---- curves
+
+/** What each line of `svg` stands for: [{number, name}], in the colours and dashes of `chart`. */
+function legend(list, svg, lines) {
+  list.replaceChildren();
+  for (const {number, name} of lines) {
+    const item = make("li", list, {class: `line${number % 6}`});
+    const sample = document.createElementNS(svg.namespaceURI, "svg");
+    item.appendChild(sample).setAttribute("class", "chart sample");
+    sample.setAttribute("viewBox", "0 0 36 8");
+    sample.setAttribute("aria-hidden", "true");
+    make("line", sample, {class: `curve line${number % 6}`, x1: 0, x2: 36, y1: 4, y2: 4});
+    make("span", item, {}, name);
+  }
+}
 
 /**
  * Curves over the layers.

@@ -69,6 +69,7 @@ def _run(trace: Seen, run: MethodTrace, images: list[str]) -> dict[str, Any]:
     return {
         **run.curves(4),
         "said": run.said,
+        "probability": run.answer.probability,
         "pictures": [_picture(trace, picture, images) for picture in run.pictures],
     }
 

@@ -153,18 +153,26 @@ function addMethod(text, checked) {
   make("span", label, {}, text);
 }
 
-function addStack() {
+/** Add what is written, once the server has read it; whether that went well. */
+async function addStack() {
   const text = find("stack").value.trim();
-  if (!text) return;
-  addMethod(text, true);
-  find("stack").value = "";
+  if (!text) return true;
+  try {
+    const said = await (await call(`explore/method?text=${encodeURIComponent(text)}`)).json();
+    addMethod(said.method, true);
+    find("stack").value = "";
+    tell(`${said.method} is added.`);
+    return true;
+  } catch (error) {
+    tell(error.message, true);
+    return false;
+  }
 }
 
 // ---- asking
 
 /** What the form says; an Error where something is missing. */
 function question() {
-  addStack();
   const methods = methodBoxes().filter((input) => input.checked).map((input) => input.value);
   const text = find("question").value.trim(), object = find("object").value;
   const fail = (sentence) => { throw new Error(sentence); };
@@ -189,6 +197,7 @@ function question() {
 
 async function ask() {
   let asked;
+  if (!await addStack()) return;
   try {
     asked = question();
   } catch (error) {
@@ -211,8 +220,8 @@ async function ask() {
   shown.columns = asked.methods.map(column);
   keepLink();
   find("stop").hidden = false;
-  const results = find("results");
-  if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView();
+  const results = find("results"), {top} = results.getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 3) results.scrollIntoView();
   await Promise.all(shown.columns.map((one) => answer(one, asked, own.signal)));
   if (own === running) find("stop").hidden = true;
 }
@@ -242,6 +251,7 @@ async function answer(one, asked, signal) {
     let end = "";
     for await (const {delta, finish_reason: reason} of pieces(stream)) {
       one.answer.textContent += delta.content ?? "";
+      one.answer.classList.toggle("long", one.answer.textContent.length > 40);
       if (reason === "length") end = `Cut off after ${asked.tokens} tokens.`;
     }
     one.answer.setAttribute("aria-busy", "false");
@@ -252,8 +262,12 @@ async function answer(one, asked, signal) {
       {...about, ...object, image: asked.image, question: asked.question}, signal)).json();
     await addRun(one, data.runs[0], data, (token) => { shown.token = token; show(); });
     if (!data.layers.includes(shown.layer)) shown.layer = data.layers[data.start];
-    one.state.textContent = end;
-    one.state.hidden = !end;
+    const {probability} = data.runs[0];
+    const sure = probability === null ? "" : `probability ${probability.toFixed(2)}`;
+    one.state.textContent = [sure, end].filter(Boolean).join(". ");
+    one.state.hidden = !one.state.textContent;
+    if (data.unknown.length)
+      tell(`The model does not know ${data.unknown.join(", ")}: it reads a gap there.`, true);
     show();
   } catch (error) {
     one.answer.setAttribute("aria-busy", "false");
@@ -273,6 +287,7 @@ function show() {
   const object = shown.asked.object ? objectName(shown.asked) : null;
   for (const {run, words} of columns)
     words.textContent = `${phrases(run, steps(run, shown.token), at, object).join(", ")}.`;
+  legend(find("legend"), find("chart"), columns.map(({number, method}) => ({number, name: method})));
   const key = !object ? "on_image" : shown.share ? "object_share" : "on_object";
   const lines = columns.filter(({run}) => run[key])
     .map(({run, number}) => ({number, values: mean(run[key], steps(run, shown.token))}));
@@ -361,12 +376,13 @@ function fill() {
   find("tokens").max = offer.tokens;
   find("tokens").value = Math.min(find("tokens").value, offer.tokens);
   find("number").max = offer.last;
-  for (const {name, about, paper, parameters} of offer.methods) {
+  for (const {name, about, paper, parameters, details} of offer.methods) {
     addMethod(name, name === "vanilla" || name === "clvs");
     make("dt", find("explained"), {}, paper ? `${name} (arXiv ${paper})` : name);
     const told = make("dd", find("explained"), {}, `${about} `);
     const values = Object.entries(parameters ?? {}).map(([key, value]) => `${key}=${value}`);
     if (values.length) make("code", told, {}, values.join(", "));
+    if (details) make("p", told, {class: "soft"}, details);
   }
   for (const {number, image, about} of offer.scenes) {
     const label = make("label", find("scenes"));
