@@ -31,9 +31,9 @@ class CLI(Settings, Method):  # type: ignore[misc]
     The model's projector and a low-rank path bring each vision layer to the language model (AMP).
     What enters a decoder layer at the image's tokens gets their sum, each times a gate that
     compares a summary of the vision layer with one of the hidden state (AGF); other tokens get
-    nothing. The equations stand in `methods/cli/module.py`, with what is reported and what is inferred. All of
-    it happens in the prefill; the vision states come from the ordinary forward, and tiles are packed
-    as the model packs them.
+    nothing. The equations stand in `methods/cli/module.py`, with what is reported and what is
+    inferred. All of it happens in the prefill; the vision states come from the ordinary forward,
+    and tiles are packed as the model packs them.
 
     An answer never reaches the gate: in training the hidden summary sees the tokens before the
     first label. A prompt that holds earlier answers is summarised with them; train with
