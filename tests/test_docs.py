@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate.scenes import questions, world
 from tests import pages
 from tools import errors
 
@@ -102,3 +103,18 @@ def test_readme_is_short_and_leads_with_what_helps() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 150
     assert text.index("laser") < text.index("clvs")
+
+
+@pytest.mark.slow
+def test_the_few_lines_of_the_readme_run_on_the_pocket_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    code = next(content for kind, content, _ in pages.blocks(text) if kind == "python")
+    code = code.replace("llava-hf/llava-1.5-7b-hf", str(ROOT / "src/foveate/pocket/weights"))
+    code = code.replace(', device_map="auto"', "")  # needs Accelerate
+    monkeypatch.chdir(tmp_path)
+    world.draw(world.sample(questions.FIRST_HELD_OUT)).save("photo.jpg")
+    exec(compile(code, "README.md", "exec"), {})
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert said == [["vanilla", "no"], ["clvs", "no"]]  # there is no cup

@@ -27,7 +27,8 @@ def test_every_method_is_of_one_kind() -> None:
     rows = list(readme.kind_table())[1:]
     named = re.findall(r"`(\w+)`", "".join(row[2] for row in rows))
     assert sorted(named) == sorted(methods())
-    assert f"{len(named)} published methods" in (readme.ROOT / "README.md").read_text("utf-8")
+    text = " ".join((readme.ROOT / "README.md").read_text("utf-8").split())
+    assert f"{len(named)} published methods" in text
 
 
 def test_published_gains_stand_beside_the_plain_score() -> None:

@@ -102,7 +102,7 @@ def _name(node: ast.AST) -> str:
         case ast.Name(id=name):
             return name
         case ast.Attribute(value=value, attr=name):
-            return _name(value) if name in ("name", "__name__", "text") else name
+            return _name(value) if name in ("name", "__name__", "__qualname__", "text") else name
         case ast.Call(func=ast.Attribute(attr="join"), args=[first]):
             return _name(first)
         case ast.Call(func=ast.Name(id=name), args=[first, *_]) if name in _WRAPS:

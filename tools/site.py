@@ -47,7 +47,7 @@ HARMLESS = 'rel="canonical"'
 
 def on_config(config: Any) -> Any:
     sys.path.insert(0, str(ROOT / "src"))  # the package is not installed for the site
-    config.nav = list(_entries(config.nav, Path(config.docs_dir)))
+    config.nav = list(_entries(config.nav, Path(config.docs_dir), set()))
     return config
 
 
@@ -81,19 +81,25 @@ def on_post_build(config: Any) -> None:
                 raise PluginError(f"{path} loads something from elsewhere: {found[0][:200]}")
 
 
-def _entries(nav: list[Any], docs: Path) -> Iterator[Any]:
+def _entries(nav: list[Any], docs: Path, listed: set[str]) -> Iterator[Any]:
+    """The navigation with the pages that its stars stand for, each page once."""
     for entry in nav:
         if isinstance(entry, dict):
             ((title, inside),) = entry.items()
             if isinstance(inside, list):
-                inside = list(_entries(inside, docs))
+                inside = list(_entries(inside, docs, listed))
             elif "*" in inside:
-                inside = next(_entries([inside], docs), None)
+                inside = next(_entries([inside], docs, listed), None)
             if inside:
                 yield {title: inside}
         elif "*" in entry:
-            yield from (path.relative_to(docs).as_posix() for path in sorted(docs.glob(entry)))
+            found = (path.relative_to(docs).as_posix() for path in sorted(docs.glob(entry)))
+            for page in found:
+                if page not in listed:
+                    listed.add(page)
+                    yield page
         else:
+            listed.add(entry)
             yield entry
 
 
