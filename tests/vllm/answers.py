@@ -28,18 +28,24 @@ STEPS = 10
 
 def pocket(folder: Path) -> Path:
     """The pocket model, its tower's weights under the names that vLLM knows."""
-    from safetensors.torch import load_file, save_file
-
     from foveate.vlm.loading import WEIGHTS
 
     folder.mkdir(parents=True, exist_ok=True)
     for file in Path(WEIGHTS).iterdir():
         if file.suffix in (".json", ".jinja"):
             shutil.copy(file, folder)
-    weights = load_file(Path(WEIGHTS) / "model.safetensors")
-    old, new = "vision_tower.", "vision_tower.vision_model."
+    shutil.copy(Path(WEIGHTS) / "model.safetensors", folder)
+    return tower_renamed(folder)
+
+
+def tower_renamed(folder: Path) -> Path:
+    """Write a CLIP or SigLIP tower's weights under the names that vLLM knows."""
+    from safetensors.torch import load_file, save_file
+
+    file, old, new = folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model."
+    weights = load_file(file)
     renamed = {k.replace(old, new, 1) if k.startswith(old) else k: v for k, v in weights.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    save_file(renamed, file, {"format": "pt"})
     return folder
 
 
