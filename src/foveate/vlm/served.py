@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,7 @@ class ServedVLM(VLM):
     `model` has no weights: it is the shape of what vLLM runs. Calls may come from several threads.
 
     Attributes:
-        engine: the running vLLM.
-        settings: what it was told, for files of results.
+        engine: vLLM.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class ServedVLM(VLM):
                     "vLLM: use the engine plain."
                 )
         given = {"dtype": str(chosen).removeprefix("torch."), "revision": revision} | options
+        if parts.generation.repetition_penalty not in (None, 1.0):
+            given = {"logprobs_mode": "processed_logprobs"} | given  # after the penalty, as here
         engine = Engine(_pocket() if name == "pocket" else parts.source, **given)
         return cls(model, parts.processor, engine, name, revision, loading.commit(name, revision))
 
@@ -134,6 +136,14 @@ class ServedVLM(VLM):
             FoveateError: says which engine can.
         """
         self._fitting(methods)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+        """Answers come whole.
+
+        Raises:
+            FoveateError: always.
+        """
+        raise FoveateError("Answers of a ServedVLM come whole: use ask, or vLLM's own server.")
 
     def rewrite(self, chats: list[Chat], methods: tuple[Method, ...]) -> list[Chat]:
         self._fitting(methods)
@@ -259,6 +269,7 @@ class ServedVLM(VLM):
             "max_tokens": max_new_tokens,
             "repetition_penalty": penalty or 1.0,
             "stop_token_ids": self._ends,
+            "ignore_eos": True,  # the tokenizer's, which may be another: these are generate's
             **({"logprob_token_ids": [*yes, *no]} if yes or no else {"logprobs": 0}),
         }
 
@@ -276,6 +287,11 @@ class ServedVLM(VLM):
         acting = tuple(m for m in named if m.edits_attention or not m.wants("rewrite"))
         for method in named:
             admission.fitting(method, ahead=True)
+            if method in acting and not _installed(type(method)):
+                raise FoveateError(
+                    f"{method.name} is defined in this program, and vLLM's processes do not see "
+                    "it: install it as a plug-in, or use the engine plain."
+                )
         if acting or readers:
             compat.refuse_other_devices()
         asked = joined("+".join(map(str, acting)), as_text(readers) if readers else "")
@@ -287,6 +303,13 @@ def _reads(method: Method) -> bool:
     """Whether this is a reader, which is no method that a text can name."""
     named = registered().get(method.name) is type(method)
     return not named and bool({"before", "weights"} & method.stages)
+
+
+def _installed(cls: type[Method]) -> bool:
+    """Whether every process finds the class: it is foveate's, or a plug-in's."""
+    places = [entry.module for entry in entry_points(group="foveate.methods")]
+    owners = {place.partition(".")[0] for place in (*places, "foveate.methods")}
+    return cls.__module__.partition(".")[0] in owners
 
 
 @functools.cache

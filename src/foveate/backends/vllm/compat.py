@@ -148,9 +148,9 @@ def on_cpus() -> bool:
 
 def refuse_other_devices() -> None:
     """Refuse methods and readers where vLLM does not compute on CPUs."""
-    from vllm.platforms import current_platform
-
     if not on_cpus():
+        from vllm.platforms import current_platform
+
         raise FoveateError(
             f"foveate's methods run in vLLM on CPUs only so far, and this is "
             f"{current_platform.device_name}: ask without a method, or use foveate serve."
