@@ -3,9 +3,9 @@
 Written from the paper's equations, for comparison with the fast method; it shares nothing with it.
 The map's last row is edited sample by sample, on `FullMap`.
 
-What is checked here by other means than the fast path's: the first layer's row is computed from
-queries and keys as they were *before* RoPE, kept for all past tokens, and the model's own rotary
-module applied to the unified positions.
+What is checked here by other means than the fast path's: nothing is re-rotated. The first layer's
+attention is run again on the hidden states of all tokens so far, with the model's own rotary module
+at the unified positions, and says which queries and keys it makes.
 
 Readings of what the paper leaves open:
 * "Layer 0" is the first edited layer. Layers with a sliding window are never edited and give
@@ -25,19 +25,20 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foveate.backends.transformers.compat import CACHE_NAMES
 from tests.references import full
 from tests.references.full import FullMap
+
+UNUSED = ("attention_mask", *CACHE_NAMES)  # where a layer is asked once more
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Reference(FullMap):
         super().__init__(model, parameters.layers)
         self.p = parameters
         self.first_test = math.floor(self.depth * parameters.stop_from) + 1
-        self.raw_keys: Tensor | None = None  # (B, Hkv, K, D) of the first edited layer, before RoPE
-        self.before_rope: tuple[Any, Tensor, Tensor] | None = None
+        self.hidden: Tensor | None = None  # (B, K, width), given to the first edited layer so far
+        self.given: tuple[Any, dict[str, Any]] = (None, {})  # its attention and last arguments
+        self.asked: list[Tensor] | None = None  # queries and keys that it is asked for, once more
 
     def begin(self) -> None:
         batch = len(self.image)
@@ -108,29 +110,39 @@ class Reference(FullMap):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """What the base installs, and a look at queries and keys before RoPE."""
-        attention = self.decoder.layers[0].self_attn
-        modeling = sys.modules[type(attention).__module__]
-        names = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")  # the latter till 5.0
-        name = next(name for name in names if hasattr(modeling, name))
-        rotate = getattr(modeling, name)
+        """What the base installs, and a look at what the first layer's attention is given."""
+        if not self.layers:
+            with super().installed():
+                yield
+            return
+        place = self.layers[0]
+        parts = self.decoder.layers[place].modules()
+        module = next(part for part in parts if getattr(part, "layer_idx", None) == place)
+        hook = module.register_forward_pre_hook(self.look, with_kwargs=True)
+        with super().installed():
+            try:
+                yield
+            finally:
+                hook.remove()
 
-        def remember(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Any:
-            self.before_rope = (lambda q, k, cos, sin: rotate(q, k, cos, sin, *rest), q, k)
-            return rotate(q, k, cos, sin, *rest)
-
-        with super().installed(), mock.patch.object(modeling, name, remember):
-            yield
+    def look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the arguments, and the hidden states of all tokens so far."""
+        if self.asked is None:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            given = {**bound.pop("kwargs", {}), **bound}
+            old = [] if self.hidden is None else [self.hidden]
+            self.hidden = torch.cat([*old, given["hidden_states"]], 1)
+            self.given = module, given
 
     # inside a layer
 
-    def attention(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.layers and module.layer_idx == self.layers[0]:
-            assert self.before_rope is not None
-            raw = self.before_rope[2]
-            old = [] if self.raw_keys is None else [self.raw_keys]
-            self.raw_keys = torch.cat([*old, raw], dim=2)
-        return super().attention(module, *args, **kwargs)
+    def attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **given: Any
+    ) -> Any:
+        if self.asked is not None:
+            self.asked[:] = [query, key]
+            return query.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2), None
+        return super().attention(module, query, key, value, *rest, **given)
 
     def scores(self, layer: int, sample: int, z: Tensor) -> Tensor:
         """Equations (2) and (3), in the first layer."""
@@ -164,25 +176,39 @@ class Reference(FullMap):
         return weights.max(dim=0).values if self.p.pool == "max" else weights.mean(dim=0)
 
     def unified_scores(self, sample: int) -> Tensor:
-        """The last row's scores (H, K) from raw queries and keys at the unified positions."""
-        assert self.before_rope is not None
-        assert self.raw_keys is not None
-        rotate, query, _ = self.before_rope
-        positions = unified(self.positions[:, sample], self.seen["visual"][sample])
-        cos, sin = self.rotation(positions)
-        keys = self.raw_keys[sample : sample + 1]
-        last = query[sample : sample + 1, :, -1:]
-        _, keys = rotate(keys, keys, cos, sin)
-        last, _ = rotate(last, last, cos[..., -1:, :], sin[..., -1:, :])
-        keys = keys.repeat_interleave(last.shape[1] // keys.shape[1], 1)
-        return (last.float() @ keys.float().transpose(2, 3))[0, :, 0]
+        """The last row's scores (H, K), from the layer's own attention at unified positions."""
+        query, key = self.placed(sample, unified(self.positions[:, sample], self.visual[sample]))
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        return (query[:, :, -1:].float() @ keys.float().transpose(2, 3))[0, :, 0]
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's own cos and sin (1, K, D) at positions (C, K), for full-attention layers."""
+    @property
+    def visual(self) -> Tensor:
+        return self.seen["visual"]
+
+    def placed(self, sample: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (1, heads, K, D) of the first layer, were the tokens at `positions`."""
+        module, given = self.given
+        assert self.hidden is not None
+        given = {k: None if k in UNUSED else v for k, v in given.items()}
+        given["hidden_states"] = self.hidden[sample : sample + 1]
+        if given["position_embeddings"] is not None:  # a layer without positions gets none
+            given["position_embeddings"] = self.rotation(positions)
+        if given.get("position_ids") is not None:  # some scale queries by where they stand
+            given["position_ids"] = self.positions[0, sample : sample + 1]
+        self.asked = []
+        try:
+            module(**given)
+            query, key = self.asked
+        finally:
+            self.asked = None
+        return query, key
+
+    def rotation(self, positions: Tensor) -> Any:
+        """What the model's own rotary module makes of positions (C, K), for full attention."""
         rotary, places = self.decoder.rotary_emb, positions[:, None]
         options = inspect.signature(rotary.forward).parameters
         kind = ["full_attention"] if "layer_type" in options else []
-        return rotary(self.before_rope[1], places if len(places) == 3 else places[0], *kind)
+        return rotary(self.hidden, places if len(places) == 3 else places[0], *kind)
 
     # after a layer
 

@@ -57,7 +57,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate import Method, enhance
-from foveate.backends.transformers.compat import cache_of, passing
+from foveate.backends.transformers.compat import cache_of, decoder_of, passing
 
 NAME = "full_map_reference"
 STEPS = 9  # the prompt's row and eight decode steps
@@ -72,7 +72,7 @@ class Step:
 
 
 def full_attention_layers(model: PreTrainedModel) -> list[int]:
-    config = model.get_decoder().config
+    config = decoder_of(model).config
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -95,9 +95,11 @@ class FullMap:
 
     edits = "last"
     needs_image = True
+    blind = True  # without pixels there is no image
+    image_token: int | None = None  # where the configuration names none
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int] | None = None) -> None:
-        self.model, self.decoder = model, model.get_decoder()
+        self.model, self.decoder = model, decoder_of(model)
         self.depth = self.decoder.config.num_hidden_layers
         full = full_attention_layers(model)
         self.layers = full if layers is None else sorted(set(full) & set(layers))
@@ -137,8 +139,11 @@ class FullMap:
             if key in turn:
                 parts = [self.seen[key], turn[key]] if key in self.seen else [turn[key]]
                 self.seen[key] = torch.cat(parts, dim=0 if key == "image_grid_thw" else 1)
-        shown = turn["input_ids"] == self.model.config.image_token_id
-        if "pixel_values" not in turn:  # image tokens that the model itself writes are text
+        token = self.image_token or self.model.config.image_token_id
+        shown = turn["input_ids"] == token
+        if (
+            self.blind or self.phase == "decode"
+        ) and "pixel_values" not in turn:  # image tokens that the model itself writes are text
             shown = torch.zeros_like(shown)
         self.past = self.seen["input_ids"].shape[1] - length
         old = self.seen.get("visual", shown[:, :0])

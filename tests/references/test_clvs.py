@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from foveate.backends.transformers.rotary import rotary
 from tests import models
 from tests.references import clvs
 
@@ -138,13 +139,13 @@ def test_rotations_compose(model: PreTrainedModel, family: str) -> None:
     """Turning a cached key on by the difference of positions equals turning the raw key once."""
     reference = clvs.Reference(model, clvs.Parameters())
     reference.forward(models.inputs(family, "images"))
-    rotate, raw = reference.before_rope[0], reference.raw_keys
-    cached = reference.cache.layers[reference.layers[0]].keys
-    places = reference.positions[:, 0]
+    module, places = reference.given[0], reference.positions[:, 0]
     moved = clvs.unified(places, reference.seen["visual"][0])
     assert not moved.equal(places)
-    once = rotate(raw, raw, *reference.rotation(moved))[1]
-    twice = rotate(cached, cached, *reference.rotation(moved - places))[1]
+    with reference.installed():
+        cached, once = (reference.placed(0, where)[1] for where in (places, moved))
+    turn = rotary(reference.decoder, module, cached)
+    twice = turn.rotate(cached, turn.rotation((moved - places)[:, None]))
     close(once, twice, 3e-5)  # fp32 angles: keys of size 5 at positions above 100
 
 

@@ -67,6 +67,20 @@ def test_published_layers_that_vanish_are_an_error() -> None:
         Between().resolve(anatomy(outline("qwen3_5")))
 
 
-def test_a_decoder_without_a_list_of_layers_is_told_so() -> None:
-    with pytest.raises(FoveateError, match=r"decoder of Llama4\w+ .* has no list of layers"):
-        handshake(outline("llama4"))
+def test_the_layers_of_a_decoder_behind_its_own_unembedding_are_found() -> None:
+    """Llama 4 names a whole language model as its decoder; three of four layers are chunked."""
+    model = outline("llama4")
+    found = handshake(model)
+    assert found.decoder.layers
+    assert anatomy(model).full_layers == tuple(range(3, len(found.kinds), 4))
+
+
+@pytest.mark.parametrize("model_type", ["mllama", "idefics", "florence2"])
+def test_a_model_that_looks_at_the_image_aside_is_refused(model_type: str) -> None:
+    with pytest.raises(FoveateError, match="looks at the image in cross-attention"):
+        handshake(outline(model_type))
+
+
+def test_a_model_that_writes_no_tokens_one_by_one_is_refused() -> None:
+    with pytest.raises(FoveateError, match="does not write one token after the other"):
+        handshake(outline("diffusion_gemma"))

@@ -128,6 +128,14 @@ class Anatomy(ABC):
     def layer_device(self, layer: int) -> torch.device:
         """Where a decoder layer computes; the CPU where its weights are offloaded."""
 
+    def turns(self, layer: int) -> bool:
+        """Whether a layer's keys are turned by their positions; False where it has no positions.
+
+        Raises:
+            FoveateError: for a layer that places its keys in a way that nobody here knows.
+        """
+        return True
+
     @abstractmethod
     def first_token(self) -> Tensor | None:
         """What enters each decoder layer for the first token of a text, (layers, D) float32.

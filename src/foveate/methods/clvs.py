@@ -8,6 +8,7 @@ image with it, and stops once the layer's own prediction is certain.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -98,6 +99,12 @@ class CLVS(Method):
     def setup(self, anatomy: Anatomy) -> tuple[Anatomy, frozenset[int]]:
         """The anatomy, and the layers after which u is computed."""
         layers = self.layers or ()
+        if layers and self.unified_positions is not False and not anatomy.turns(layers[0]):
+            warnings.warn(
+                f"clvs: layer {layers[0]} of {anatomy.kind} has no position embedding, so unified "
+                "positions change nothing there.",
+                stacklevel=2,
+            )
         if self.stop_threshold <= 0 or not layers:
             return anatomy, frozenset()
         start = math.floor(self.stop_from * anatomy.depth) + 1

@@ -14,6 +14,7 @@ from ...base.errors import FoveateError
 from ...core.anatomy import Anatomy, Block, Tower
 from ...families.layout import layout_of
 from . import compat, compat_parts
+from .rotary import turns
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -106,6 +107,10 @@ class ModelAnatomy(Anatomy):
         layers: Any = self.decoder.layers
         return _device(layers[layer])
 
+    def turns(self, layer: int) -> bool:
+        place = self._place()
+        return place is None or turns(self.model, self.decoder, layer, place)
+
     def first_token(self) -> Tensor | None:
         decoder: Any = self.decoder
         place = self._place()
@@ -135,14 +140,14 @@ class ModelAnatomy(Anatomy):
 
     def _first(self, place: torch.device) -> Tensor:
         """The BOS token, (1, 1) int64; token 0 where the model names none."""
-        bos = cast(Any, self.decoder).config.bos_token_id
+        bos = getattr(cast(Any, self.decoder).config, "bos_token_id", None)
         return torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
 
 
 def anatomy(model: Any) -> ModelAnatomy:
     """What methods may know of `model`; one without weights, on the meta device, will do."""
     model = compat.unwrapped(model)
-    decoder, config = model.get_decoder(), model.config
+    decoder, config = compat.decoder_of(model), model.config
     text, head = decoder.config, model.get_output_embeddings()
     heads, key_value_heads = compat.head_counts(text)
     return ModelAnatomy(

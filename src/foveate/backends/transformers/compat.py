@@ -194,6 +194,36 @@ def sharing(cache: Any) -> Any:
 # -- the language model ----------------------------------------------------------------------------
 
 
+def decoder_of(model: Any) -> Any:
+    """The language model: what holds the decoder layers, without its unembedding."""
+    found = unwrapped(model).get_decoder()
+    for name in ("model", "decoder"):  # some name what is around it
+        if not hasattr(found, "layers") and isinstance(getattr(found, name, None), nn.Module):
+            found = getattr(found, name)
+    return found
+
+
+def reads_both_ways(model: Any) -> bool:
+    """Whether tokens of a prompt attend to later ones, so that no part of it can be read alone."""
+    return unwrapped(model).config.model_type == "paligemma"
+
+
+def latent(decoder: Any) -> bool:
+    """Whether the cache holds latents, of which a layer makes its keys and values each time."""
+    return getattr(decoder.config, "kv_lora_rank", None) is not None
+
+
+def image_aside(model: Any) -> bool:
+    """Whether text looks at an image through attention of its own, and not among its own keys."""
+    if getattr(unwrapped(model).config, "is_encoder_decoder", False):
+        return True
+    names = {name.rsplit(".", 1)[-1] for name, _ in unwrapped(model).get_decoder().named_modules()}
+    return not names.isdisjoint(_ASIDE)
+
+
+_ASIDE = ("cross_attn", "crossattention", "encoder_attn", "gated_cross_attn_layers")
+
+
 def is_model(model: Any) -> bool:
     """Whether this is a model of transformers, and not a wrapper around one."""
     return isinstance(model, transformers.PreTrainedModel)
@@ -268,7 +298,7 @@ def takes_masks(model: Any) -> bool:
 def static_cache(model: Any) -> bool:
     """Whether a static cache can be made for the model's layers."""
     try:
-        transformers.StaticCache(config=model.get_decoder().config, max_cache_len=1)
+        transformers.StaticCache(config=decoder_of(model).config, max_cache_len=1)
     except Exception:  # kinds of layers that it does not know raise nearly anything
         return False
     return True
@@ -384,12 +414,15 @@ def rotation(decoder: Any, module: Any, like: Tensor, positions: Tensor) -> tupl
 
     Args:
         module: the attention module that will use them; some models embed by layer type.
-        like: any tensor on the right device. positions: (1, B, N) or, under M-RoPE, (3, B, N).
+        like: any tensor on the right device. positions: (1, B, N), or more under M-RoPE.
     """
     embed, kind = rotary(decoder), getattr(module, "layer_type", None)
-    typed = kind is not None and hasattr(embed, f"{kind}_inv_freq")
+    if kind is None:
+        kind = layer_kinds(decoder.config)[module.layer_idx]
+    typed = hasattr(embed, f"{kind}_inv_freq")
     args = (kind,) if typed else ()
-    cos, sin = embed(like, positions if positions.shape[0] == 3 else positions[0], *args)
+    places = positions if positions.shape[0] > 1 else positions[0]
+    cos, sin = embed(like, places, *args)
     scale = getattr(embed, f"{kind}_attention_scaling" if typed else "attention_scaling", 1.0)
     if cos.dim() == 4:  # early transformers 5 leaves the mixing of M-RoPE to the attention
         section = 2 * decoder.config.rope_parameters["mrope_section"]
@@ -402,16 +435,32 @@ def rotation(decoder: Any, module: Any, like: Tensor, positions: Tensor) -> tupl
 
 def rotate(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, *, N, D) rotary states, turned as the attention module itself turns them; float32."""
-    source = sys.modules[type(module).__module__]
+    source, x = sys.modules[type(module).__module__], x.float()
+    part = getattr(module, "qk_rope_head_dim", None)
+    if part:  # latent attention: the last of each head, whose pairs lie apart by now
+        still, x = x[..., :-part], x[..., -part:]
+        return torch.cat([still, x * cos[:, None] + source.rotate_half(x) * sin[:, None]], -1)
     apply = getattr(source, "apply_rotary_pos_emb", None)
     if apply is None:
-        return x * cos[:, None] + source.rotate_half(x.float()) * sin[:, None]
-    return apply(x.float(), x[:, :0].float(), cos, sin)[0]
+        return x * cos[:, None] + source.rotate_half(x) * sin[:, None]
+    if "k" not in inspect.signature(apply).parameters:  # one tensor at a time
+        return apply(x, cos, sin)
+    return apply(x, x[:, :0], cos, sin)[0]
 
 
 def kept_positions(model: Any) -> Tensor | None:
     """What Qwen's models remember of their last prompt's positions, (B, 1); None on others."""
     return getattr(getattr(model, "model", None), "rope_deltas", None)
+
+
+def position_axes(model: Any) -> int:
+    """Components of a position: 3 or more under M-RoPE (time, height, width), else 1."""
+    decoder = decoder_of(model)
+    named = getattr(decoder.config, "rope_parameters", None) or {}
+    sections = getattr(rotary(decoder), "mrope_section", named.get("mrope_section"))
+    if sections is None or not remembers_positions(model):
+        return 1
+    return max(len(sections), 3) if isinstance(sections, list | tuple) else 3
 
 
 def remembers_positions(model: Any) -> bool:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...base.errors import FoveateError
-from .compat import CACHE_NAMES
+from .compat import CACHE_NAMES, decoder_of
 
 Streamer = transformers.generation.streamers.BaseStreamer  # told of every token by `generate`
 
@@ -237,7 +237,7 @@ def without_weights(config: Any) -> Any:
     """A model of a configuration on the meta device, but with true frequencies of its positions."""
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(copy.deepcopy(config))
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if hasattr(decoder, "rotary_emb"):
         decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
     return model

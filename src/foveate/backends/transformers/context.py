@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...core.rows import Phase
 from ...core.sequence import Stack, State, map_tensors
+from .compat import decoder_of
 from .heartbeat import Heartbeat
 
 
@@ -58,7 +59,7 @@ class Context(State):
         notes: list[dict[str, Any]] | None = None,
         contrast: dict[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.decoder, self.contrast = model, model.get_decoder(), contrast
+        self.model, self.decoder, self.contrast = model, decoder_of(model), contrast
         self.other: Any = None
         self.real: Tensor | None = None
         self.begun: dict[int, Any] = {}

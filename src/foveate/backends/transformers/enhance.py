@@ -151,8 +151,13 @@ def prefill(model: Any, inputs: dict[str, Any]) -> Any:
     Returns:
         A dynamic cache that holds the prefix.
     """
-    cache = compat.empty_cache(model.get_decoder())
-    enhanced = model.get_decoder() in _enhanced
+    if compat.reads_both_ways(model):
+        raise FoveateError(
+            f"{type(model).__name__} reads a prompt in both directions, so what stands before the "
+            "question depends on it and cannot be shared: ask every question with its image."
+        )
+    cache = compat.empty_cache(compat.decoder_of(model))
+    enhanced = compat.decoder_of(model) in _enhanced
     marked = {"foveate": "prefix"} if enhanced else {}
     with torch.no_grad():
         given = inputs | compat.passing(model, cache) | marked

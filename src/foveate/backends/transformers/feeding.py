@@ -42,7 +42,7 @@ class FeedForwards:
 
     def install(self) -> Iterator[Any]:
         """Register every hook; yields the handles."""
-        layers = self.model.get_decoder().layers
+        layers = compat.decoder_of(self.model).layers
         for i in self.stack.fed:
             *first, last = compat.feed_forward(layers[i])
             hook = functools.partial(self.enter, i)

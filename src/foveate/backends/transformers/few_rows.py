@@ -26,7 +26,7 @@ def fast_rows(model: Any) -> Iterator[None]:
     Plain and with any method alike: `VLM` answers in this block. Layers elsewhere, or of another
     dtype, are left as they are, and pay nothing.
     """
-    parts = [*model.get_decoder().modules(), model.get_output_embeddings()]
+    parts = [*compat.decoder_of(model).modules(), model.get_output_embeddings()]
     with ExitStack() as leaving:
         for part in parts:
             if type(part) is nn.Linear and "forward" not in vars(part):  # nobody else is in between

@@ -43,7 +43,20 @@ def handshake(model: Any) -> Handshake:
             f"{name} is not a transformers model: pass the model that "
             "AutoModelForImageTextToText.from_pretrained returns, without any wrapper around it."
         )
-    decoder = model.get_decoder()
+    if compat.image_aside(model):
+        raise FoveateError(
+            f"{name} looks at the image in cross-attention, so its text holds no image tokens "
+            "whose attention could be edited: use a model that reads images as tokens of its "
+            "prompt."
+        )
+    depth = getattr(compat.decoder_of(model).config, "num_hidden_layers", None)
+    if not model.can_generate() or depth is None or model.get_output_embeddings() is None:
+        raise FoveateError(
+            f"{name} does not write one token after the other from an unembedding that it names "
+            "(transformers' GenerationMixin and get_output_embeddings()), so there are no next "
+            "tokens to edit: use another model."
+        )
+    decoder = compat.decoder_of(model)
     layers = getattr(decoder, "layers", None)
     if not layers:
         raise FoveateError(
@@ -77,7 +90,7 @@ def check_feed_forwards(model: Any, layers: Iterable[int]) -> None:
     Raises:
         FoveateError: one has not.
     """
-    decoder = model.get_decoder()
+    decoder = compat.decoder_of(model)
     for layer in layers:
         if not compat.feed_forward(decoder.layers[layer]):
             raise FoveateError(
@@ -93,7 +106,7 @@ def check_layers(model: Any, layers: Iterable[int]) -> None:
     Raises:
         FoveateError: one has not.
     """
-    decoder = model.get_decoder()
+    decoder = compat.decoder_of(model)
     for layer in layers:
         numbers = {getattr(part, "layer_idx", None) for part in decoder.layers[layer].modules()}
         if layer not in numbers:

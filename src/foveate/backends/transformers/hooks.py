@@ -46,7 +46,7 @@ class Hooks:
         notes: list[dict[str, Any]],
         contrast: dict[str, Tensor] | None,
     ) -> None:
-        self.model, self.decoder = model, model.get_decoder()
+        self.model, self.decoder = model, compat.decoder_of(model)
         self.name, self.stack, self.image_ids = name, stack, image_ids
         self.notes, self.views = notes, contrast
         self.streams = Streams(model, stack, self.visual)
@@ -247,7 +247,8 @@ class Hooks:
             positions = torch.arange(past, past + new, device=ctx.visual.device)[None]
         if positions.dim() == 2:
             positions = positions[None]
-        positions = positions[-3:, :batch]  # Qwen may put text positions in front
+        axes = max(3, compat.position_axes(self.model))
+        positions = positions[-axes:, :batch]  # Qwen may put text positions in front
         positions = positions.expand(-1, batch, -1)
         if past:
             positions = positions.expand(len(ctx.positions), -1, -1)

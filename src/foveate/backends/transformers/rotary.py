@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...base.errors import FoveateError
 from . import compat
+
+_turning: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
+_PROBE = "foveate_positions"
+_PLACES = (5, 9, 14, 3)  # different ones where positions have three components
 
 
 class ModelRotary:
@@ -29,6 +37,87 @@ class ModelRotary:
         return compat.rotate(self.module, x, *rotation).to(x.dtype)
 
 
+class Still(ModelRotary):
+    """A layer whose queries and keys carry no positions: nothing turns."""
+
+    def rotation(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        return self.like, self.like
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return x
+
+
 def rotary(decoder: Any, module: nn.Module, like: Tensor) -> ModelRotary | None:
     """The rotary embeddings of a layer; None where the decoder has no single module for them."""
-    return None if compat.rotary(decoder) is None else ModelRotary(decoder, module, like)
+    if compat.rotary(decoder) is None:
+        return None
+    turns = _turning.get(decoder, {}).get(getattr(module, "layer_idx", -1), True)
+    return (ModelRotary if turns else Still)(decoder, module, like)
+
+
+def turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
+    """Whether `ModelRotary` turns a layer's keys as the model does; False where nothing turns.
+
+    One token is read alone at two positions. Alone it attends to itself, so what a layer is given
+    does not depend on where it stands, and its keys differ by the rotation and nothing else.
+
+    Raises:
+        FoveateError: its keys depend on positions in another way.
+    """
+    known = _turning.setdefault(decoder, {})
+    if layer not in known:
+        known[layer] = _turns(model, decoder, layer, place)
+    return known[layer]
+
+
+def _turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
+    kept: dict[int, tuple[nn.Module, Tensor]] = {}
+    usual = compat.kernel("sdpa")
+
+    def look(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept[module.layer_idx] = module, key
+        return usual(module, query, key, *args, **kwargs)
+
+    axes = compat.position_axes(model)
+    by = torch.tensor(_PLACES[:axes], device=place)[:, None, None]
+    keys = []
+    compat.register_attention(_PROBE, look, like="sdpa")
+    try:
+        with compat.attending(decoder.config, _PROBE), torch.no_grad():
+            for positions in (torch.zeros_like(by), by):
+                _read(decoder, positions if axes > 1 else positions[0], place)
+                keys.append(kept[layer][1].float())
+    finally:
+        compat.forget_attention(_PROBE)
+    module, (before, after) = kept[layer][0], keys
+    allowed = (1e-3 if decoder.dtype == torch.float32 else 3e-2) * float(after.abs().max())
+    if _apart(before, after) <= allowed:
+        return False
+    embedding = ModelRotary(decoder, module, before)
+    turned = _tried(lambda: embedding.rotate(before, embedding.rotation(by)))
+    if turned is None or turned.shape != after.shape or _apart(turned, after) > allowed:
+        raise FoveateError(
+            f"Layer {layer} of {type(model).__name__} places its keys in another way than by one "
+            "rotary embedding, so they cannot be moved to a common position: switch unified "
+            "positions off, as in clvs(unified_positions=False)."
+        )
+    return True
+
+
+def _read(decoder: Any, positions: Tensor, place: torch.device) -> None:
+    """One token at `positions` through the decoder."""
+    bos = getattr(decoder.config, "bos_token_id", None)
+    token = torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
+    decoder(input_ids=token, position_ids=positions, use_cache=False)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _tried(make: Callable[[], Tensor]) -> Tensor | None:
+    """What `make` gives; None where shapes or names of a model do not allow it."""
+    try:
+        return make()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None

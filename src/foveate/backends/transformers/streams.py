@@ -125,6 +125,13 @@ class Streams:
                 f"{owner.name} changed only pixels in the first prompt and more in a later one, "
                 "which one batch cannot hold: start from a fresh cache."
             )
+        if not alike and compat.reads_both_ways(self.model):
+            raise FoveateError(
+                f"{owner.name} has the model read other tokens beside the prompt, and foveate does "
+                f"not know how {type(self.model).__name__} would read them, which reads prompts in "
+                "both directions: use a method without a second stream, or one that changes "
+                "pixels, such as vcd."
+            )
         fresh = ctx.other is None and kwargs.get("labels") is None and not compat.allocated(cache)
         if ctx.paired or (alike and fresh):
             ctx.paired = True
@@ -149,7 +156,7 @@ class Streams:
         """Whether one forward can decode both streams, each on its cache."""
         if ctx.decoder.training or kwargs.get("labels") is not None:
             return False
-        if torch.compiler.is_compiling() or ctx.other.cache is None:
+        if torch.compiler.is_compiling() or ctx.other.cache is None or compat.latent(ctx.decoder):
             return False
         return all(compat.grows(ctx.decoder, each) for each in (cache, ctx.other.cache))
 
@@ -229,7 +236,7 @@ class Streams:
         there = ctx.positions[:, :, -own.mask.shape[1] :]
         positions: Tensor | None = there if other.aligned else None
         given = _inputs(changed)
-        if positions is None and len(there) == 3 and changed.ids is not None:
+        if positions is None and len(there) > 1 and changed.ids is not None:
             shown = self.visual(given)
             if bool(shown.any()):
                 positions = carried(own, replace(changed, visual=shown), there, other.position)
@@ -270,10 +277,9 @@ class Streams:
             return None
         if positions is None:
             positions = (other.position[:, None] + mask.cumsum(1) - 1).clamp(min=0)[None]
-            if compat.remembers_positions(self.model):
-                positions = positions.expand(3, -1, -1)
+            positions = positions.expand(compat.position_axes(self.model), -1, -1)
         other.take(mask)
-        inputs = inputs | {"position_ids": positions if len(positions) == 3 else positions[0]}
+        inputs = inputs | {"position_ids": positions if len(positions) > 1 else positions[0]}
         with compat.keeping_positions(self.model):
             out = self.plain(other.cache, inputs | {"attention_mask": other.mask}, aside)
         here = torch.where(mask.bool(), positions.amax(0) + 1, 0)
@@ -295,7 +301,7 @@ class Streams:
         """
         found = []
         for one in changed if isinstance(changed, tuple) else (changed,):
-            with _leaving(self.model.get_decoder()) as states:
+            with _leaving(compat.decoder_of(self.model)) as states:
                 if one.mask is prompt.mask:  # the same tokens: as the main pass is given them
                     inputs = {k: v for k, v in kwargs.items() if k not in NOT_INPUTS} | one.pixels
                     with compat.keeping_positions(self.model):
