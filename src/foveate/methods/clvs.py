@@ -34,7 +34,9 @@ class CLVS(Method):
         beta: of eq. (7), 0 to 1: how much of M a layer keeps. None = the published value of the
             family: 0.7 for LLaVA-NeXT and Qwen, 0.8 for others.
         stop_threshold: tau: once the uncertainty u of eq. (8), 0 to 1, falls below it, the layers
-            above run plain. 0 or less never stops and costs nothing.
+            above run plain. 0 or less never stops and costs nothing. Each test is a product with
+            the output embeddings, which is dear where the vocabulary is large: `foveate doctor
+            --model M` says how dear.
         top_k: tokens that u is computed over, as in the authors' code.
         stop_from: the first layer tested is the first strictly after this relative depth, as in
             the authors' code; the paper's words also allow "from".
