@@ -404,6 +404,12 @@ def test_doctor_prints_the_handshake_with_a_model(run):
     ):
         assert line in out
     assert "cli is trained" in out
+    stop = re.search(
+        r"stop test: up to (\d+) tests per token, each (\d+)% .* up to (\S+) times", out
+    )
+    assert stop
+    assert int(stop[1]) == 4  # after layers 7 to 10 of 12
+    assert float(stop[3]) == pytest.approx(1 + 4 * int(stop[2]) / 100, abs=0.03)
 
 
 def test_doctor_prints_json(run):

@@ -21,7 +21,7 @@ EXTRAS = {
     "matplotlib": "plot: pictures of attention",
     "accelerate": "train, and models over several devices",
     "flash-attn": "attention of the untouched rows on CUDA",
-    "torchvision": "the processors of families with video",
+    "torchvision": "vision: the processors of families with video",
 }
 FAMILIES = (
     "llava",
@@ -157,7 +157,8 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
         "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout", "padded_batches",
         "static_cache", "compiled_decoding" (each whether it is there), and "methods" (name ->
         "layers" where it acts, None where it acts on none, "note" and "refusal", sentences or
-        None).
+        None), "stop_test" ("layers" that CLVS tests at most, "share" of a decoded token's work that
+        one test is, "decode", times plain decoding with all of them; or None).
 
     Raises:
         FoveateError: the model cannot be found, or sees nothing.
@@ -203,7 +204,29 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
         "static_cache": compat.static_cache(model),
         "compiled_decoding": compat.static_decoding(model),
         "methods": _methods(model),
+        "stop_test": _stop_test(model),
     }
+
+
+def _stop_test(model: Any) -> dict[str, Any] | None:
+    """What CLVS's stop test may cost while decoding, from the sizes of the weights.
+
+    A decoded token reads every weight of the language model once. Each layer that is tested reads
+    the output embeddings once more. None where CLVS does not act.
+    """
+    from ..backends.transformers.anatomy import anatomy
+    from ..methods.clvs import CLVS
+
+    own = anatomy(model)
+    try:
+        tested = len(CLVS().resolve(own).setup(own)[1])
+    except FoveateError:
+        return None
+    head = model.get_output_embeddings().weight.numel()
+    decoder = model.get_decoder()
+    table = decoder.get_input_embeddings().weight.numel()  # of which a token reads one row
+    share = head / (sum(p.numel() for p in decoder.parameters()) - table + head)
+    return {"layers": tested, "share": round(share, 4), "decode": round(1 + tested * share, 2)}
 
 
 def _methods(model: Any) -> dict[str, dict[str, Any]]:
@@ -253,6 +276,8 @@ def model_lines(report: dict[str, Any]) -> Iterator[Line]:
         ("compiled_decoding", "compiled decoding"),
     ):
         yield Line(what, "yes" if report[key] else "no", report[key] or None)
+    if report["stop_test"]:
+        yield _stop_line(report["stop_test"])
     for name, entry in report["methods"].items():
         if entry["refusal"]:
             yield Line(name, entry["refusal"])
@@ -261,6 +286,15 @@ def model_lines(report: dict[str, Any]) -> Iterator[Line]:
             where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
             where = where if layers else "outside the layers"
             yield Line(name, f"{where}. {entry['note']}" if entry["note"] else where, True)
+
+
+def _stop_line(test: dict[str, Any]) -> Line:
+    return Line(
+        "clvs's stop test",
+        f"up to {test['layers']} tests per token, each {test['share']:.0%} of a plain token: "
+        f"decoding takes up to {test['decode']:.2f} times as long. clvs(stop_threshold=0) leaves "
+        "it out",
+    )
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -197,11 +197,15 @@ function question() {
 
 async function ask() {
   let asked;
-  if (!await addStack()) return;
+  const busy = !find("stop").hidden;
+  find("stop").hidden = false;
   try {
-    asked = question();
+    if (await addStack()) asked = question();
   } catch (error) {
     tell(error.message, true);
+  }
+  if (!asked) {
+    find("stop").hidden = !busy;
     return;
   }
   running.abort();
