@@ -88,7 +88,11 @@ def evaluate(
         bool, typer.Option("--one-by-one", help="Ask every question alone, which is slow.")
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="Answer in this process (plain) or on workers of Ray Data (ray).")
+        Engine,
+        typer.Option(
+            case_sensitive=False,
+            help="Answer in this process (plain) or on workers of Ray Data (ray).",
+        ),
     ] = Engine.PLAIN,
     workers: Annotated[
         int | None,

@@ -24,6 +24,7 @@ from .common import (
     RevisionOption,
     ShardOption,
     brief,
+    hint,
     load,
     load_plugins,
     new_table,
@@ -122,3 +123,4 @@ def sweep(
         print(note)
     print(best(result))
     print(f"figure: {figure}, numbers: {out / 'sweep.json'}")
+    hint(f"foveate report {out} tests every setting; eval --method takes the best one to others")
