@@ -20,6 +20,7 @@ from .common import (
     PluginOption,
     Progress,
     RevisionOption,
+    hint,
     load,
     load_plugins,
     new_table,
@@ -121,6 +122,7 @@ def analyze(
     else:
         print(content["caption"])
     print(", ".join(f"{what}: {out / analysis.name}.{end}" for what, end in WRITTEN.items()))
+    hint("the same command with a larger --limit adds pictures, with --model M reads yours")
 
 
 WRITTEN = {"figure": "png", "numbers": "json", "what it shows": "md"}

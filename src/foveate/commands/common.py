@@ -25,8 +25,19 @@ if TYPE_CHECKING:
     from ..vlm.vlm import VLM
 
 
+def _model(name: str) -> str:
+    """The pocket model's name in any case; other names as they are."""
+    return "pocket" if name.lower() == "pocket" and not Path(name).exists() else name
+
+
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Use pocket, a saved model's folder, or a hub name.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_model,
+        help="Use pocket, a saved model's folder, or a hub name.",
+    ),
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Use this branch, tag or commit of a hub model; default: main.")

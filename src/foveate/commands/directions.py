@@ -44,7 +44,8 @@ def directions(
     grouping: Annotated[
         Grouping,
         typer.Option(
-            help="Group the tower's states as in the authors' code, or by token as in the paper."
+            case_sensitive=False,
+            help="Group the tower's states as in the authors' code, or by token as in the paper.",
         ),
     ] = Grouping.released,
     trials: Annotated[int, typer.Option(min=1, help="Mask each picture so many times.")] = 50,

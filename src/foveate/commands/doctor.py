@@ -15,7 +15,7 @@ import typer
 from ..base import __version__
 from ..base.errors import FoveateError
 from . import app
-from .common import RevisionOption, quiet
+from .common import RevisionOption, hint, quiet
 
 EXTRAS = {
     "matplotlib": "plot: pictures of attention",
@@ -72,6 +72,12 @@ def doctor(
         healthy &= line.good is not False
         mark = {True: "ok  ", False: "BAD ", None: "    "}[line.good]
         print(f"{mark}{line.subject}: {line.finding}", flush=True)
+    if healthy:
+        hint(
+            f'foveate ask photo.jpg "Is there a cup?" --model {model} --method all'
+            if model
+            else 'foveate ask demo "Is there a car in the image?"; --model M: what works on M'
+        )
     raise typer.Exit(0 if healthy else 1)
 
 

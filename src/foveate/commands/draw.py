@@ -25,7 +25,8 @@ def draw(
     out: Annotated[Path, typer.Option(help="Write to this folder.")],
     seed: Annotated[int, typer.Option(min=0, help="Start with the scene of this number.")] = 0,
     habit: Annotated[
-        Habit, typer.Option(help="Draw scenes as in training, against it, or both.")
+        Habit,
+        typer.Option(case_sensitive=False, help="Draw scenes as in training, against it, or both."),
     ] = Habit.BOTH,
     size: Annotated[
         int, typer.Option(min=32, max=4096, help="Make pictures with sides of this many pixels.")

@@ -93,7 +93,8 @@ def evaluate(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="Answer here (plain), on workers of Ray Data (ray), or with vLLM (vllm)."
+            case_sensitive=False,
+            help="Answer here (plain), on workers of Ray Data (ray), or with vLLM (vllm).",
         ),
     ] = Engine.PLAIN,
     workers: Annotated[

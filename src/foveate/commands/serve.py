@@ -101,7 +101,8 @@ def serve(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="Run the server in this process (plain), or as replicas in Ray Serve (ray)."
+            case_sensitive=False,
+            help="Run the server in this process (plain), or as replicas in Ray Serve (ray).",
         ),
     ] = Engine.PLAIN,
     replicas: Annotated[

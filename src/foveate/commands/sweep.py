@@ -28,6 +28,7 @@ from .common import (
     TensorParallelOption,
     VllmOption,
     brief,
+    hint,
     load_plugins,
     load_with,
     new_table,
@@ -130,3 +131,4 @@ def sweep(
         print(note)
     print(best(result))
     print(f"figure: {figure}, numbers: {out / 'sweep.json'}")
+    hint(f"foveate report {out} tests every setting; eval --method takes the best one to others")

@@ -29,7 +29,9 @@ def train_pocket(
     out: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints, logs and the trained stages.")
     ] = None,
-    until: Annotated[Stage, typer.Option(help="Last stage to train.")] = "yesno",
+    until: Annotated[
+        Stage, typer.Option(case_sensitive=False, help="Last stage to train.")
+    ] = "yesno",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, scenes and questions.")] = 0,
     resume: Resume = True,
     evaluate: Annotated[
@@ -76,8 +78,9 @@ def train_cli(
     base: Annotated[
         Base,
         typer.Option(
+            case_sensitive=False,
             help="What to train beside the injection: nothing, LoRA on the language model, or the "
-            "language model and the projector. The vision tower stays frozen."
+            "language model and the projector. The vision tower stays frozen.",
         ),
     ] = "frozen",
     images: Annotated[
@@ -99,7 +102,10 @@ def train_cli(
     ] = 128,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Precision of training; default: bf16 on a GPU, no (fp32) elsewhere."),
+        typer.Option(
+            case_sensitive=False,
+            help="Precision of training; default: bf16 on a GPU, no (fp32) elsewhere.",
+        ),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Save memory: compute activations twice.")

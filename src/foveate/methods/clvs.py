@@ -34,24 +34,14 @@ class CLVS(Method):
             Published: 0.8 for all models.
         beta: of eq. (7), 0 to 1: how much of M a layer keeps. None: the published value of the
             family: 0.7 for LLaVA-NeXT and Qwen, 0.8 for others.
-<<<<<<< .merge_file_ezAsso
         stop_threshold: tau, any number. Once the uncertainty u of eq. (8), which is never below 0
-            nor above 1, falls below it, the layers above run plain. Each test is a product with
-            the output embeddings; 0 never stops and costs nothing.
+            nor above 1, falls below it, the layers above run plain. 0 or less never stops and
+            costs nothing. Each test is a product with the output embeddings, which is dear where
+            the vocabulary is large: `foveate doctor --model M` says how dear.
         top_k: how many tokens u is computed over, 2 or more. The authors' code: 10.
         stop_from: the first layer tested is the first strictly after this relative depth, 0 to 1,
             as in the authors' code; the paper's words also allow "from".
         stop_every: test every n-th layer, 1 or more. Published: 1.
-=======
-        stop_threshold: tau: once the uncertainty u of eq. (8), 0 to 1, falls below it, the layers
-            above run plain. 0 or less never stops and costs nothing. Each test is a product with
-            the output embeddings, which is dear where the vocabulary is large: `foveate doctor
-            --model M` says how dear.
-        top_k: tokens that u is computed over, as in the authors' code.
-        stop_from: the first layer tested is the first strictly after this relative depth, as in
-            the authors' code; the paper's words also allow "from".
-        stop_every: test every n-th layer; 1 as published.
->>>>>>> .merge_file_CTSJ35
         unified_positions: eq. (2): give all tokens of an image the position of its first token
             in layer 0 and move later tokens up. "visual" leaves later tokens where they are.
             Inferred, as the paper does not define them: several images are unified one by one
