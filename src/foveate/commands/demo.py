@@ -167,9 +167,9 @@ def _spoiled(vlm: VLM) -> Scene:
     _, picture = picture_of(0, "against")
     return Scene(
         title="A question that looking again spoils",
-        told="The hat is small beside the other things. LASER cuts it out and enlarges it, and in "
-        "the crop it no longer is. Methods that crop help to read and do harm where the rest of "
-        "the scene matters.",
+        told="The hat is small beside the other things. LASER's crop cuts the hat at its edge and "
+        "enlarges what is left, and the model no longer sees how small it is. Methods that crop "
+        "help to read and do harm where the rest of the scene matters.",
         picked="Found as the first question about the same scene that the plain model answers "
         "rightly and LASER wrongly.",
         picture=picture,
