@@ -227,6 +227,7 @@ def _llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor
 
+    tokenizer.add_tokens([n * "\n" for n in range(1, 5)])  # vLLM looks them up
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     rope = TEXT["rope_parameters"]
     sliding = {"sliding_window": 24, "layer_types": kinds, "query_pre_attn_scalar": 32}
