@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,20 +24,10 @@ STEPS = 10
 
 
 def pocket(folder: Path) -> Path:
-    """The pocket model, its tower's weights under the names that vLLM knows."""
-    from safetensors.torch import load_file, save_file
+    """The pocket model as vLLM loads it."""
+    from foveate.vlm.loading import pocket_for_vllm
 
-    from foveate.vlm.loading import WEIGHTS
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(WEIGHTS).iterdir():
-        if file.suffix in (".json", ".jinja"):
-            shutil.copy(file, folder)
-    weights = load_file(Path(WEIGHTS) / "model.safetensors")
-    old, new = "vision_tower.", "vision_tower.vision_model."
-    renamed = {k.replace(old, new, 1) if k.startswith(old) else k: v for k, v in weights.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return pocket_for_vllm(folder)
 
 
 def requests(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
