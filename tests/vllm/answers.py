@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,15 +26,10 @@ STEPS = 10
 
 
 def pocket(folder: Path) -> Path:
-    """The pocket model, its tower's weights under the names that vLLM knows."""
-    from foveate.vlm.loading import WEIGHTS
+    """The pocket model as vLLM loads it."""
+    from foveate.vlm.loading import pocket_for_vllm
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(WEIGHTS).iterdir():
-        if file.suffix in (".json", ".jinja"):
-            shutil.copy(file, folder)
-    shutil.copy(Path(WEIGHTS) / "model.safetensors", folder)
-    return tower_renamed(folder)
+    return pocket_for_vllm(folder)
 
 
 def tower_renamed(folder: Path) -> Path:

@@ -6,6 +6,7 @@ whatever is waiting at a time goes through the model together.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import shutil
@@ -143,6 +144,7 @@ class Engine:
         self.folder = Path(tempfile.mkdtemp(prefix="foveate-readings-", dir=place))
         os.environ[FOLDER] = str(self.folder)  # its processes are started with these
         os.environ[FRONT] = str(os.getpid())
+        atexit.register(self.close)  # vLLM then ends what it has started, and is not killed
         # this thread is not the program's first: its copy must not be another's in the middle
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         from vllm import LLM
