@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from foveate import commands
-from tests import models
+from tests import models, newer
 
 
 class _Deprecated(logging.Handler):
@@ -28,7 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# what families of tests/newer.py run: what holds for every method, and the core methods' references
+NEWER_RUN = tuple(
+    f"tests/test_{name}.py"
+    for name in ("models", "invariants", "clvs", "pai", "vcd", "vaf", "var", "spin", "m3id", "dola")
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    newest = {*newer.FAMILIES}
+    items[:] = [
+        item for item in items if not newest & _words(item) or item.nodeid.startswith(NEWER_RUN)
+    ]
     if not (chosen := config.getoption("--families")):
         return
     patterns = chosen.split(",")
@@ -47,7 +58,12 @@ def _words(item: pytest.Item) -> set[str]:
     return {word for value in given if isinstance(value, str) for word in value.split()}
 
 
-@pytest.fixture(params=list(models.FAMILIES))
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in newer.FAMILIES else name
+        for name in models.FAMILIES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> str:
     """Every family's name in turn, for tests that hold for all of them."""
     return request.param

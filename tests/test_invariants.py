@@ -19,7 +19,7 @@ from foveate.backends.transformers.compat import passing
 from foveate.core.method import from_json, methods, parse, text, to_json
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.vlm.prefix import next_position, suffix_batch
-from tests import models
+from tests import models, newer
 
 TOKENS = 6
 # what rewrites chats or searches shows in no single forward: those have such tests of their own
@@ -162,7 +162,11 @@ QUICK = ("llava",)  # the others take minutes
 @pytest.mark.long
 @pytest.mark.parametrize(
     "family",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in models.FAMILIES],
+    [
+        n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
+        for n in models.FAMILIES
+        if n not in newer.FAMILIES
+    ],
 )
 def test_decoding_compiles_to_one_graph(method: Method, family: str) -> None:
     if method.wants("contrast") or method.name == "recorder":
@@ -279,6 +283,8 @@ def test_half_precision_is_as_near_as_the_plain_models(
     """The second stream of VCD and PAI about doubles the error."""
     if method.name in ("avisc", "dola", "only", "var"):
         pytest.skip("rounding may change which layer, heads or tokens are chosen")
+    if family in newer.FAMILIES:
+        pytest.skip("linear attention and experts round in ways of their own")
     if (method.name, family) == ("vista", "gemma3"):
         pytest.skip("what an image adds to its large states is a difference that half rounds away")
     half, dtype = models.build(family, dtype=torch.float16), torch.float16

@@ -83,7 +83,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
 def prompt_positions(model: PreTrainedModel, seen: dict[str, Tensor]) -> Tensor:
     """Positions (C, B, K) of a left-padded conversation; C = 3 for M-RoPE, else 1."""
     mask = seen["attention_mask"]
-    if "image_grid_thw" not in seen:
+    if "image_grid_thw" not in seen or not hasattr(model.model, "get_rope_index"):
         return (mask.cumsum(-1) - 1).clamp(min=0)[None]
     known = inspect.signature(model.model.get_rope_index).parameters
     keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
@@ -133,7 +133,8 @@ class FullMap:
         again = length == 1 and self.phase in ("prompt", "decode")
         self.phase = "prefix" if prefix else "decode" if again else "prompt"
         turn.setdefault("attention_mask", torch.ones_like(turn["input_ids"]))
-        if "image_grid_thw" in self.seen or "image_grid_thw" in turn:
+        told = "mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters
+        if told and ("image_grid_thw" in self.seen or "image_grid_thw" in turn):
             turn.setdefault("mm_token_type_ids", torch.zeros_like(turn["input_ids"]))
         for key in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
             if key in turn:

@@ -83,4 +83,4 @@ def test_a_model_that_looks_at_the_image_aside_is_refused(model_type: str) -> No
 
 def test_a_model_that_writes_no_tokens_one_by_one_is_refused() -> None:
     with pytest.raises(FoveateError, match="does not write one token after the other"):
-        handshake(outline("diffusion_gemma"))
+        handshake(outline("pi0"))

@@ -35,6 +35,13 @@ FAMILIES = (
     "idefics3",
     "mistral3",
     "gemma3",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "idefics2",
+    "glm4v",
+    "lfm2_vl",
+    "kimi_k25",
 )
 """The families that the tests cover. Others work where their attention goes through transformers'
 interface."""

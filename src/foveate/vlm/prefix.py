@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ..backends.transformers.anatomy import anatomy
-from ..backends.transformers.compat import kept_positions, passing
+from ..backends.transformers.cache import repeat_rows
+from ..backends.transformers.compat import kept_positions, passing, reads_both_ways
 from ..backends.transformers.enhance import prefill
 from ..backends.transformers.record import Recorder
 from ..core.method import Method
@@ -67,11 +68,12 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     """Chats about the same images as a shared prefix and suffixes.
 
     None where each needs a prompt of its own: a lone chat, chats without images or about several,
-    methods or settings of the checkpoint that rule it out (`shares_prefix`, `PROCESSORS`) or that
-    need `generate` (a search), prompts that differ before the image, second streams of
-    other pictures each or of other text, a processor whose tokens cannot be told apart.
+    a model that reads prompts in both directions, methods or settings of the checkpoint that rule
+    it out (`shares_prefix`, `PROCESSORS`) or that need `generate` (a search), prompts that differ
+    before the image, second streams of other pictures each or of other text, a processor whose
+    tokens cannot be told apart.
     """
-    if len(chats) < 2 or not same_images(chats):
+    if len(chats) < 2 or not same_images(chats) or reads_both_ways(vlm.model):
         return None
     if any(isinstance(chat.contrast, Chat) for chat in chats):
         return None
@@ -139,7 +141,7 @@ def ask_together(
         batches = list(_batches(vlm, prompts, batch_size))
         for number, rows in enumerate(batches):
             fork = cache if number == len(batches) - 1 else copy.deepcopy(cache)
-            fork.batch_repeat_interleave(len(rows))
+            repeat_rows(fork, len(rows))
             began = start if number == 0 else time.perf_counter()
             written, watch, ends = _generate(vlm, prompts, rows, fork, first, max_new_tokens)
             timings = {

@@ -24,7 +24,7 @@ class ContextCache:
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        super().reorder_cache(_repeated(self, repeats))  # type: ignore[misc]
         if self.foveate is not None:
             index = torch.arange(self.foveate.visual.shape[0]).repeat_interleave(repeats)
             self._select(index)
@@ -97,6 +97,19 @@ class PairedCache(ContextCache):
                 "enhance() with the same methods, or start from a fresh cache."
             )
         return super().update(key_states, *args, **kwargs)  # type: ignore[misc]
+
+
+def repeat_rows(cache: Any, repeats: int) -> None:
+    """Every row of a filled cache `repeats` times, those of linear attention, too."""
+    if isinstance(cache, ContextCache):
+        cache.batch_repeat_interleave(repeats)
+    else:
+        cache.reorder_cache(_repeated(cache, repeats))
+
+
+def _repeated(cache: Any, repeats: int) -> Tensor:
+    # transformers' own batch_repeat_interleave does not know layers of linear attention
+    return torch.arange(batch_of(cache)).repeat_interleave(repeats)
 
 
 def fork(cache: Any) -> Any:

@@ -197,10 +197,9 @@ def sharing(cache: Any) -> Any:
 def decoder_of(model: Any) -> Any:
     """The language model: what holds the decoder layers, without its unembedding."""
     found = unwrapped(model).get_decoder()
-    for name in ("model", "decoder"):  # some name what is around it
-        if not hasattr(found, "layers") and isinstance(getattr(found, name, None), nn.Module):
-            found = getattr(found, name)
-    return found
+    inner = getattr(found, "model", None)  # Llama 4 names what is around it
+    whole = hasattr(found, "layers") or not hasattr(inner, "layers")
+    return found if whole or rotary(inner) is None else inner
 
 
 def reads_both_ways(model: Any) -> bool:
@@ -318,7 +317,7 @@ def replays(decoder: Any) -> bool:
 
 def final_norm(decoder: Any) -> nn.Module | None:
     """What stands between the last decoder layer and the unembedding, or None."""
-    return getattr(decoder, "norm", None)
+    return getattr(decoder, "norm", None) or getattr(decoder, "embedding_norm", None)  # LFM2
 
 
 def feed_forward(layer: nn.Module) -> tuple[nn.Module, ...]:
