@@ -24,6 +24,8 @@ class Live:
         visual: (P,) bool, its visual tokens. first, last: the first and last of them.
         positions: (3, P) int64 under M-RoPE, else None.
         state: what its methods remember from token to token.
+        output: vLLM's list of its tokens, the same as long as the request lives.
+        read: what methods found that read its whole prompt; a `State`.
     """
 
     text: str
@@ -31,6 +33,8 @@ class Live:
     visual: Tensor
     positions: Tensor | None
     state: Any = field(default=None, repr=False)
+    output: Any = field(default=None, repr=False)
+    read: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
 
@@ -72,7 +76,7 @@ class Group:
     places: list[tuple[int, int]]
     done: set[int] = field(default_factory=set)
     acted: set[int] = field(default_factory=set)
-    speaks = spoke = False
+    piece = speaks = spoke = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,13 @@ def _group(
         state.renew()
     if alone is not None:
         alone.state = state
+        if alone.read is not None:
+            state.memories = tuple(
+                read if method.reads_prompt else memory
+                for method, memory, read in zip(
+                    stack.methods, state.memories, alone.read.memories, strict=True
+                )
+            )
     return Group(
         stack=stack,
         acting=acting,

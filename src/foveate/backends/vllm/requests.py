@@ -18,6 +18,18 @@ from .plan import Live
 from .watch import verify
 
 ROWS: dict[int, Live] = {}  # row of the batch -> request, in this process
+_aside: dict[int, Live] = {}  # requests that left the batch, by their list of tokens
+
+
+def _put_aside(row: int) -> None:
+    """A request leaves the batch: it is over, or waits for a step that has room for it."""
+    live = ROWS.pop(row, None)
+    if live is None or live.output is None:
+        return
+    if live.state is not None or live.read is not None:
+        _aside[id(live.output)] = live  # which holds the list, so no other gets its id
+        if len(_aside) > 256:
+            del _aside[next(iter(_aside))]
 
 
 class Requests(LogitsProcessor):
@@ -39,6 +51,7 @@ class Requests(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         ROWS.clear()
+        _aside.clear()
 
     def is_argmax_invariant(self) -> bool:
         return False  # otherwise `apply` is left out of greedy steps
@@ -53,13 +66,17 @@ class Requests(LogitsProcessor):
         if batch_update is None:
             return
         for row in batch_update.removed:
-            ROWS.pop(row, None)
-        for row, params, prompt, _ in batch_update.added:
-            ROWS.pop(row, None)
+            _put_aside(row)
+        for row, params, prompt, output in batch_update.added:
+            _put_aside(row)
             text = asked(params)
             if text and prompt is not None:
                 places = params.extra_args.get(POSITIONS)
-                ROWS[row] = Live(text, len(prompt), visual(params, len(prompt)), places)
+                live = _aside.pop(id(output), None)
+                if live is None or (live.text, live.prompt) != (text, len(prompt)):
+                    live = Live(text, len(prompt), visual(params, len(prompt)), places)
+                    live.output = output
+                ROWS[row] = live
         for one, two, kind in batch_update.moved:
             first, second = ROWS.pop(one, None), ROWS.pop(two, None)
             if first is not None:
