@@ -24,9 +24,7 @@ _aside: dict[int, Live] = {}  # requests that left the batch, by their list of t
 def _put_aside(row: int) -> None:
     """A request leaves the batch: it is over, or waits for a step that has room for it."""
     live = ROWS.pop(row, None)
-    if live is None or live.output is None:
-        return
-    if live.state is not None or live.read is not None:
+    if live is not None and live.output is not None:
         _aside[id(live.output)] = live  # which holds the list, so no other gets its id
         if len(_aside) > 256:
             del _aside[next(iter(_aside))]
