@@ -21,7 +21,9 @@ from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import KEY
 from foveate.backends.vllm.logits import speaking
 from foveate.backends.vllm.plan import Live
+from foveate.backends.vllm.prompts import readings
 from foveate.core.method import parse
+from foveate.core.rows import Stream
 from foveate.core.sequence import Stack
 from tests.test_paged_rows import ANATOMY, params
 
@@ -270,6 +272,42 @@ def test_a_step_that_missed_what_enters_a_layer_stops_the_engine() -> None:
         watch.check_entered()
     watch.enter(1)
     watch.check_entered()
+
+
+SINKS = "var(sink_threshold=1.0, sink_dims=(3,), keep=0.1)"
+
+
+def test_a_prompt_is_read_piece_by_piece() -> None:
+    """Also where the last piece has generated tokens, computed again."""
+    visual = torch.zeros(10, dtype=torch.bool)
+    visual[2:6] = True
+    live = Live(SINKS, 10, visual, None)
+    stack = Stack(ANATOMY, parse(SINKS))
+    whole = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(0))
+
+    def read(start: int, end: int) -> None:
+        (piece,) = readings({1: live}, lambda text: stack, [0, 4, 4 + end - start], [4, end])
+        assert piece.rows.tolist() == list(range(4, 4 + min(end, 10) - start))
+        for layer in range(DEPTH):
+            given = Stream(whole[:, start : min(end, 10)], layer)
+            stack.methods[0].before(given, piece.state.seen_by(0))
+
+    read(0, 10)
+    expected = dict(live.read.memories[0])
+    assert any(key.startswith("sets") for key in expected)
+    for cut in (1, 4, 9):
+        read(0, cut)
+        read(cut, 12)
+        for key, x in live.read.memories[0].items():
+            assert torch.equal(x, expected[key]), (cut, key)
+    assert readings({1: live}, lambda text: stack, [0, 4, 5], [4, 13]) == [], "it decodes"
+
+
+def test_a_prompt_whose_begin_was_not_read_stops_the_engine() -> None:
+    live = Live(SINKS, 10, torch.ones(10, dtype=torch.bool), None)
+    stack = Stack(ANATOMY, parse(SINKS))
+    with pytest.raises(RuntimeError, match="before position 4"):
+        readings({0: live}, lambda text: stack, [0, 6], [10])
 
 
 def test_logits_and_attention_by_one_method_are_refused() -> None:

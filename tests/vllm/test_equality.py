@@ -12,6 +12,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from foveate.core.method import parse
 from tests.vllm import answers
 
+VAR = (  # as the pocket model has no sinks at the published threshold
+    "var(sink_threshold=1.0, max_sink_fraction=0.9, min_visual_mass=0.05, keep=0.1, "
+    "sink_dims=(3, 17))"
+)
 METHODS = [
     "",
     "clvs",
@@ -29,6 +33,8 @@ METHODS = [
     "vaf(enhance=1.8, suppress=0.4)",
     "adhh(threshold=0.3, heads=((2, 0), (2, 1), (5, 3)))",
     "clvs(stop_threshold=0, smoothing=0.5)+pai(alpha=0.5, gamma=1.0)",
+    VAR,
+    f"{VAR}+tarac",
     "dola(plausibility=0)",
     "dola",
     "deco(alpha=2.0, top_p=2.0, top_k=0)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +117,64 @@ def test_guided_answers_are_drawn_from_the_method_s_logits(
         tokens = [int(token["token"].removeprefix("token_id:")) for token in both]
         expected = reference[n]["rows"][0][tokens].diff()
         assert abs(both[1]["logprob"] - both[0]["logprob"] - float(expected)) < 2e-4, one["method"]
+
+
+def test_every_answer_tells_how_many_rows_its_methods_edited(
+    url: str, asked: dict[str, Any]
+) -> None:
+    one, steps = asked["requests"][1] | {"method": "clvs+dola"}, answers.STEPS
+    _, body = post(url, one)
+    assert body["kv_transfer_params"] == {"foveate": [{"clvs": steps, "dola": steps}]}
+    _, body = post(url, one, n=2, temperature=0.7, max_tokens=4)
+    assert body["kv_transfer_params"] == {"foveate": [{"clvs": 4, "dola": 4}] * 2}
+    _, body = post(url, asked["requests"][0])
+    assert body["kv_transfer_params"] is None
+    _, plain = post(url, one)
+    stop = plain["choices"][0]["message"]["content"][2:4]
+    _, body = post(url, one, stop=[stop])
+    count = body["usage"]["completion_tokens"]
+    assert body["kv_transfer_params"]["foveate"][0]["clvs"] in (count, count + 1)
+
+
+def test_streamed_answers_tell_it_where_they_end(url: str, asked: dict[str, Any]) -> None:
+    head = {"content-type": "application/json"}
+    for number, expected in ((2, {"foveate": [{"pai": answers.STEPS}]}), (0, None)):
+        data = body_of(asked["requests"][number], stream=True)
+        request = urllib.request.Request(f"{url}/v1/chat/completions", data, head)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            lines = [x[6:] for x in answer.read().decode().splitlines() if x.startswith("data: {")]
+        last = json.loads(lines[-1])
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert last.get("kv_transfer_params") == expected
+        assert not any("kv_transfer_params" in line for line in lines[:-1])
+
+
+def metrics(url: str) -> dict[str, float]:
+    """What /metrics tells about methods."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return {x.split()[0]: float(x.split()[1]) for x in lines if x.startswith("foveate_")}
+
+
+def test_prometheus_counts_rows_and_answers_by_a_methods_name(
+    url: str, asked: dict[str, Any]
+) -> None:
+    one, rows = asked["requests"][1], 'foveate_rows_edited_total{method="devils"}'
+    for alpha in (0.5, 1.0):
+        post(url, one | {"method": f"devils(alpha={alpha})"})
+    told = metrics(url)
+    assert told[rows] == 2 * answers.STEPS
+    assert told['foveate_answers_total{method="devils"}'] == 2
+
+
+def test_an_answer_that_no_row_of_was_edited_fails(url: str, asked: dict[str, Any]) -> None:
+    """A stop test that always stops before the one layer that CLVS is to edit."""
+    never = "clvs(stop_threshold=1.1,layers=(11,))"
+    status, body = post(url, asked["requests"][1] | {"method": never})
+    assert status == 500, body
+    assert "clvs edited no row of this answer" in body["error"]["message"]
+    status, body = post(url, asked["requests"][1])
+    assert status == 200, "the server goes on"
 
 
 def test_a_beam_search_with_a_method_is_a_bad_request(url: str, asked: dict[str, Any]) -> None:

@@ -147,6 +147,7 @@ class VAR(Method):
     def weights(self, rows: Rows) -> Tensor:
         a, memory = rows.x, rows.memory
         sets, slack = memory[f"sets {rows.layer}"], memory[f"slack {rows.layer}"]
+        sets = sets[:, : a.shape[3]]  # an engine may leave out columns that no row here sees
         known = sets.shape[1]
         prompt = a[..., :known].flatten(1, 2)  # (B, H * R, P), a view
         # what a row gives to all sinks, to the image's content, to the sinks on the image

@@ -58,6 +58,12 @@ def checked(text: str, model: Shape) -> Stack:
         acts = method.edits_attention or method.wants("logits")
         if method.wants("before") and not acts:
             raise FoveateError(f"{method.name} {_ELSEWHERE}.")
+        if getattr(method, "sink_dims", ()) is None:
+            raise FoveateError(
+                f"The sink_dims of this model are not published, and vLLM runs no pass of its own "
+                f"to find them: give them, as in {method.name}(sink_dims=(458, 2570)), or "
+                f"use foveate with transformers, which finds them."
+            )
     return stack
 
 
@@ -83,7 +89,7 @@ def fitting(method: Method, ahead: bool = False) -> Method:
     if method.wants("logits") and (method.edits_attention or method.remembers):
         what = "edits attention" if method.edits_attention else "remembers earlier tokens"
         raise FoveateError(f"{method.name} changes the logits and {what}, so it {_ELSEWHERE}.")
-    if method.reads_prompt:
+    if method.reads_prompt and not (method.remembers and method.edits_attention):
         raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
     return method
 

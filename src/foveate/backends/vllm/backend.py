@@ -19,6 +19,7 @@ from .cache import Packed
 from .hidden import ranks, served
 from .logits import speaking
 from .plan import plan
+from .prompts import readings
 from .requests import ROWS
 from .watch import expect
 
@@ -43,7 +44,8 @@ class Builder(CPUAttentionMetadataBuilder):
             starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
             lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
             asked = ROWS, model.stack, starts, lengths
-            groups: list[Any] = [*plan(*asked, given.block_table, self.block_size)]
+            groups: list[Any] = [*readings(*asked)]  # whose memories the others share
+            groups += plan(*asked, given.block_table, self.block_size)
             groups += speaking(*asked)
             if groups:
                 given.foveate = groups

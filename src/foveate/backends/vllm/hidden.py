@@ -189,13 +189,16 @@ def _before(hidden: Tensor, residual: Tensor | None, number: int) -> None:
     for group in groups:
         state, rows = group.state, None
         for i in group.stack.at("before"):
-            if i not in group.acting or not state.acts(i):
+            method = group.stack.methods[i]
+            if i not in group.acting or method.reads_prompt != group.piece:
+                continue
+            if not group.piece and not state.acts(i):
                 continue
             if rows is None:
                 index = group.rows.to(hidden.device)
                 rows = hidden[index] if residual is None else hidden[index] + residual[index]
-                rows = rows[:, None]
-            group.stack.methods[i].before(Stream(rows, number), state.seen_by(i))
+                rows = rows[None] if group.piece else rows[:, None]
+            method.before(Stream(rows, number), state.seen_by(i))
 
 
 def _fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:

@@ -39,7 +39,7 @@ class Speaking:
     state: State
     acted: set[int] = field(default_factory=set)
     spoke: bool = False
-    speaks = True
+    piece, speaks = False, True
     layers: frozenset[int] = frozenset()  # no attention is edited
     done: frozenset[int] = frozenset()
 

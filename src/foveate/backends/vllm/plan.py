@@ -25,6 +25,7 @@ class Live:
         positions: (3, P) int64 under M-RoPE, else None.
         sink: where its readers leave what they find; None without readers.
         kept: what its group of the last step kept for the next one.
+        read: what methods found that read its whole prompt; a `State`.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Live:
     positions: Tensor | None
     sink: Any = field(default=None, repr=False)
     kept: Kept | None = field(default=None, repr=False)
+    read: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
 
@@ -127,7 +129,7 @@ class Group:
     places: list[tuple[int, int]]
     done: set[int] = field(default_factory=set)
     acted: set[int] = field(default_factory=set)
-    speaks = spoke = False
+    piece = speaks = spoke = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,14 @@ def _group(
     else:
         kept = _begin(stack, phase, lives, length, size, device)
     kept.state.notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
+    read = lives[0].read
+    if read is not None:
+        kept.state.memories = tuple(
+            found if method.reads_prompt else memory
+            for method, memory, found in zip(
+                stack.methods, kept.state.memories, read.memories, strict=True
+            )
+        )
     for live in lives:
         live.kept = kept
     numbers = table[request, :length].long()
@@ -333,7 +343,7 @@ def _past(stack: Stack, live: Live, single: bool) -> tuple[Any, ...]:
     """
     if not any(method.remembers for method in stack.methods):
         return ()
-    if not single:
+    if not single or any(method.reads_prompt for method in stack.methods):
         return (object(),)
     if live.kept is None:
         return ()
