@@ -162,13 +162,12 @@ def engine(pipe: Any, folder: Path, size: Size) -> None:
                 decode += spent
         return prefill, decode / max(tokens - 1, 1)
 
-    pipe.send(threads())
+    pipe.send(torch.get_num_threads())
     for given in iter(pipe.recv, None):
-        pipe.send(answer(*given))
-
-
-def threads() -> int:
-    return torch.get_num_threads()
+        try:
+            pipe.send(answer(*given))
+        except ValueError as error:  # what vLLM refuses
+            pipe.send(str(error))
 
 
 def named(method: str, config: Any) -> str:
@@ -206,9 +205,12 @@ class Engine:
 
     def receive(self) -> Any:
         try:
-            return self.pipe.recv()
+            found = self.pipe.recv()
         except EOFError:
             raise FoveateError("vLLM stopped; what it said stands above.") from None
+        if isinstance(found, str):
+            raise FoveateError(found)
+        return found
 
     def __call__(self, method: str, requests: int, tokens: int) -> tuple[float, float]:
         self.pipe.send((method, requests, tokens))
