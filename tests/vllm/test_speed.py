@@ -15,7 +15,8 @@ from benchmarks import vllm_speed
 @pytest.mark.slow
 def test_script_writes_its_tables(tmp_path: Path) -> None:
     given = ["--sizes", "pocket", "--method", "clvs", "--method", "adhh", "--pairs", "1"]
-    assert vllm_speed.main([*given, "--tokens", "2", "--out", str(tmp_path / "vllm")]) == 0
+    given += ["--prefills", "1", "--tokens", "2"]
+    assert vllm_speed.main([*given, "--out", str(tmp_path / "vllm")]) == 0
     found = json.loads((tmp_path / "vllm.json").read_text())["sizes"]["pocket"]
     assert list(found["figures"]) == ["clvs", "adhh", vllm_speed.OFF]
     for row in found["samples"].values():
