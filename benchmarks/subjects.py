@@ -53,6 +53,17 @@ TINY = QWEN | {
     "num_attention_heads": 4,
     "vocab_size": 500,
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+TINY_ROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}  # of heads 16 wide
+QWEN_VL = {  # the language model of Qwen2.5-VL 7B
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+    "rope_parameters": ROPE | {"mrope_section": [16, 24, 24]},
+}
 LLAMA = {"model_type": "llama", "vocab_size": 32_064}  # its defaults are those of 7B
 TOWER = {
     "model_type": "clip_vision_model",
@@ -61,6 +72,15 @@ TOWER = {
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "patch_size": 4,
+}
+
+
+SMALL_TOWER = {  # of Qwen2.5-VL
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "depth": 1,
+    "num_heads": 1,
+    "fullatt_block_indexes": [0],
 }
 
 
@@ -104,6 +124,31 @@ def llava_next(
     return _prompt(model, length, torch.randn(1, 5, 3, size, size), image_sizes=sizes)
 
 
+def qwen_vl(
+    text_config: dict[str, Any], device: torch.device, dtype: torch.dtype, side: int = 24
+) -> Subject:
+    """A random Qwen2.5-VL shape: side x side visual tokens and 64 of text, behind a tiny tower."""
+    width = text_config["hidden_size"]
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=SMALL_TOWER | {"out_hidden_size": width},
+        image_token_id=3,
+        video_token_id=4,
+        vision_start_token_id=5,
+        vision_end_token_id=6,
+    )
+    model = random_model(config, device, dtype)
+    grid = torch.tensor([[1, 2 * side, 2 * side]], device=device)
+    pixels = torch.randn(4 * side**2, 3 * 2 * 14**2)
+    subject = _prompt(model, side**2 + 64, pixels, image_grid_thw=grid)
+    ids = subject.inputs["input_ids"]
+    visual = ids == model.config.image_token_id
+    subject.inputs["mm_token_type_ids"] = visual.int()
+    start = int(visual[0].int().argmax())
+    ids[0, start - 1], ids[0, start + side**2] = 5, 6
+    return subject
+
+
 def pocket(device: torch.device, dtype: torch.dtype) -> Subject:
     """The shipped model, on a drawn scene and a question."""
     if not list(WEIGHTS.glob("*.safetensors")):
@@ -125,7 +170,9 @@ SIZES: dict[str, Callable[[torch.device, torch.dtype], Subject]] = {
     "0.5b-32k": partial(llava, QWEN | {"vocab_size": 32_064}),
     "next": partial(llava_next, QWEN),
     "7b": partial(llava, LLAMA),
+    "qwen-7b": partial(qwen_vl, QWEN_VL),
     "tiny": partial(llava, TINY, side=6),  # to try the script out
+    "qwen-tiny": partial(qwen_vl, QWEN_VL | TINY | TINY_ROPE, side=6),
 }
 
 

@@ -162,13 +162,12 @@ def engine(pipe: Any, folder: Path, size: Size) -> None:
                 decode += spent
         return prefill, decode / max(tokens - 1, 1)
 
-    pipe.send(threads())
+    pipe.send(torch.get_num_threads())
     for given in iter(pipe.recv, None):
-        pipe.send(answer(*given))
-
-
-def threads() -> int:
-    return torch.get_num_threads()
+        try:
+            pipe.send(answer(*given))
+        except ValueError as error:  # what vLLM refuses
+            pipe.send(str(error))
 
 
 def named(method: str, config: Any) -> str:
@@ -206,9 +205,12 @@ class Engine:
 
     def receive(self) -> Any:
         try:
-            return self.pipe.recv()
+            found = self.pipe.recv()
         except EOFError:
             raise FoveateError("vLLM stopped; what it said stands above.") from None
+        if isinstance(found, str):
+            raise FoveateError(found)
+        return found
 
     def __call__(self, method: str, requests: int, tokens: int) -> tuple[float, float]:
         self.pipe.send((method, requests, tokens))
@@ -226,7 +228,7 @@ class Engine:
 
 
 def measure(
-    folder: Path, size: Size, methods: list[str], pairs: int, tokens: int, say: Say
+    folder: Path, size: Size, methods: list[str], pairs: dict[str, int], tokens: int, say: Say
 ) -> dict[str, Any]:
     """Per row and phase, pairs of CPU seconds: plain, and the row's."""
     on = Engine(folder, size, plug_in=True)
@@ -247,17 +249,23 @@ def measure(
 
 
 def paired(
-    plain: tuple[Engine, str], own: tuple[Engine, str], size: Size, pairs: int, tokens: int
+    plain: tuple[Engine, str],
+    own: tuple[Engine, str],
+    size: Size,
+    pairs: dict[str, int],
+    tokens: int,
 ) -> dict[str, list[tuple[float, float]]]:
-    """Pairs of the two, in turn one or the other first."""
-    out: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    """Of each phase so many pairs of the two, in turn one or the other first."""
+    out: dict[str, list[tuple[float, float]]] = {phase: [] for phase, n in pairs.items() if n}
     for phase, requests, count in (
         ("prefill", size.prompts, 1),
         ("decode", size.requests, tokens),  # the prompts stay in the cache from pair to pair
     ):
+        if phase not in out:
+            continue
         for run, method in (plain, own):
             run(method, requests, min(count, 3))
-        for n in range(pairs):
+        for n in range(pairs[phase]):
             order = (plain, own) if n % 2 else (own, plain)
             spent = {who: who[0](who[1], requests, count)[phase == "decode"] for who in order}
             out[phase].append((spent[plain], spent[own]))
@@ -296,6 +304,9 @@ def tables(sizes: dict[str, Any]) -> Iterator[Table]:
         for name, entry in part["figures"].items():
             line = [name]
             for phase, scale, form in (("prefill", 1, ".3f"), ("decode", 1e3, ".2f")):
+                if phase not in entry:
+                    line += ["", ""]
+                    continue
                 line.append(format(entry[phase]["own"] * scale, form))
                 line.append(ratio(entry[phase]["ratio"]))
             cells.append(line)
@@ -313,7 +324,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Methods inside vLLM, beside the plain model.")
     parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--method", action="append", help="text form of a method; repeatable")
-    parser.add_argument("--pairs", type=int, default=7, help="per method")
+    parser.add_argument("--pairs", type=int, default=7, help="of answers, per method")
+    parser.add_argument("--prefills", type=int, default=3, help="pairs of prefills; 0 for none")
     parser.add_argument("--tokens", type=int, help="of an answer, 2 or more; default by size")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "vllm-cpu", help="of the results, without extension"
@@ -323,8 +335,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     for name in args.sizes:
         if name not in SIZES:
             parser.error(f"there is no size {name!r}; there are {', '.join(SIZES)}")
-    if args.pairs < 1 or (args.tokens is not None and args.tokens < 2):
-        parser.error("--pairs must be 1 or more, and --tokens 2 or more")
+    if args.prefills < 0 or args.pairs < 1 or (args.tokens is not None and args.tokens < 2):
+        parser.error("--pairs must be 1 or more, --prefills 0 or more, and --tokens 2 or more")
     for method in args.method:
         try:
             parse(method)
@@ -343,7 +355,8 @@ def measured(args: argparse.Namespace, name: str, say: Say) -> dict[str, Any]:
     try:
         size.make(folder)
         say(f"{name}: {size.requests} requests of {tokens} tokens ...")
-        found = measure(folder, size, args.method, args.pairs, tokens, say)
+        pairs = {"prefill": args.prefills, "decode": args.pairs}
+        found = measure(folder, size, args.method, pairs, tokens, say)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     note = f"{size.requests} requests at once, {tokens} tokens each, float32, "

@@ -5,11 +5,12 @@ over HTTP with ``"vllm_xargs": {"foveate": "..."}``. Requests without one are th
 
 `admission` refuses what cannot run, in the front end. `requests` knows which row of a step belongs
 to which request. `plan` decides once per step which rows are edited. `rows` shows a method the
-columns that it needs and one more for the rest of the row. `backend` puts the result into what the
-attention kernel gave, `hidden` lets a method read what enters a layer, `prompts` a whole prompt's
-and `logits` the next token's. `reading` brings attention to a front end. `blocks` keeps edited blocks of the KV cache apart from plain ones.
-`watch` stops a step that was not edited and counts what was, `count` brings that to the client.
-`compat` names every place of vLLM that is not a plug-in.
+columns that it needs and one more for the rest of the row; `cache` reads them from the KV cache.
+`backend` puts the result into what the attention kernel gave. `hidden` lets a method read what
+enters a layer, `prompts` a whole prompt's, and `logits` edits the next token's. `blocks` keeps
+edited blocks of the KV cache apart from plain ones. `watch` stops a step that was not edited and
+counts what was, `count` brings that to the client. `engine` asks a vLLM of our own, and `reading`
+brings attention back from it. `compat` names every place of vLLM that is not a plug-in.
 """
 
 from __future__ import annotations

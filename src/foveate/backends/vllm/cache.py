@@ -12,7 +12,10 @@ from .plan import Blocks
 
 
 class Cache(Protocol):
-    """What `rows` reads of a layer. P is the number of blocks of each row times their size."""
+    """What `rows` reads of a layer. P is the number of blocks of each row times their size.
+
+    Keys and values stay until those of another layer are read.
+    """
 
     def scores(self, query: Tensor, blocks: Blocks, scale: float) -> Tensor:
         """(B, H, 1, P) float32 scaled products of queries (B, H, 1, D) and the blocks' keys."""
@@ -51,18 +54,20 @@ class Packed:
 
     def values(self, blocks: Blocks) -> Tensor:
         batch, count = blocks.number.shape
-        found = self.halves.index_select(0, self._places(blocks)[1])
-        return found.view(batch, self.heads, count * self.size, self.width)
+        return self._copied(blocks, "values").view(batch, self.heads, count * self.size, self.width)
 
     def _keys(self, blocks: Blocks) -> Tensor:
         """(B * Hkv * N, 1, size, D), a view of copied blocks."""
-        found = self.halves.index_select(0, self._places(blocks)[0])
-        return found.view(-1, 1, self.width, self.size).transpose(2, 3)
+        return self._copied(blocks, "keys").view(-1, 1, self.width, self.size).transpose(2, 3)
 
-    def _places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Where the halves of keys and of values lie, (B * Hkv * N,) each; once per step."""
-        if blocks.places is None:
+    def _copied(self, blocks: Blocks, kind: str) -> Tensor:
+        """The halves of blocks that hold keys or values, (B * Hkv * N, size * D)."""
+        if blocks.places is None:  # once per step
             head = torch.arange(self.heads, device=blocks.number.device)[:, None]
             keys = ((blocks.number[:, None] * self.heads + head) * 2).flatten()
-            blocks.places = keys, keys + 1
-        return blocks.places
+            blocks.places = {"keys": keys, "values": keys + 1}
+        place, room = blocks.places[kind], blocks.room
+        shape = (len(place), self.halves.shape[1])
+        if kind not in room or room[kind].shape != shape or room[kind].dtype != self.halves.dtype:
+            room[kind] = self.halves.new_empty(shape)
+        return torch.index_select(self.halves, 0, place, out=room[kind])

@@ -50,11 +50,13 @@ class Kept:
     Attributes:
         lives: its requests. state: what its methods see and remember.
         few: the columns that are shown one by one; None where all are.
+        rooms: for the blocks that are shown, and for all of them, see `Blocks`.
     """
 
     lives: tuple[Live, ...]
     state: State
     few: Few | None
+    rooms: tuple[dict[str, Tensor], ...] = field(default_factory=lambda: ({}, {}))
 
 
 @dataclass(eq=False)
@@ -78,9 +80,12 @@ class Blocks:
 
     Attributes:
         number: (B, N) int64. places: where a cache keeps them, once it was asked.
+        room: what copies of them are written into, layer by layer: to get new memory from the
+            system each time takes longer than to copy.
     """
 
     number: Tensor
+    room: dict[str, Tensor] = field(default_factory=dict)
     places: Any = None
 
 
@@ -252,13 +257,15 @@ def _group(
     for live in lives:
         live.kept = kept
     numbers = table[request, :length].long()
+    shown = Blocks(numbers, kept.rooms[0])
     valid = torch.arange(length * size, device=device) <= position
-    shown, mask, rest = numbers, valid, None
+    mask, rest = valid, None
     if kept.few is not None:
         few = kept.few
         others = valid & ~pad(few.among, (0, valid.shape[1] - few.among.shape[1]))
-        rest = Rest(Blocks(numbers), few.columns[:, None, None], others[:, None, None])
-        shown, mask = numbers.gather(1, few.numbers), few.mask
+        every = Blocks(numbers, kept.rooms[1])
+        rest = Rest(every, few.columns[:, None, None], others[:, None, None])
+        shown, mask = Blocks(numbers.gather(1, few.numbers), kept.rooms[0]), few.mask
     query = [row.query for row in asked]
     rows, end = torch.tensor(query, device=device), query[0] + len(query)
     return Group(
@@ -266,7 +273,7 @@ def _group(
         acting=acting,
         rows=rows,
         at=slice(query[0], end) if query == list(range(query[0], end)) else rows,
-        shown=Blocks(shown),
+        shown=shown,
         mask=mask[:, None, None],
         rest=rest,
         state=kept.state,
