@@ -17,6 +17,7 @@ from foveate.backends.vllm.engine import Engine, Produced, Request, Stopped
 from foveate.benchmarks.pocket import PocketBench
 from foveate.evaluation.ask import Plan, evaluate
 from foveate.evaluation.run import RECORDS
+from foveate.evaluation.sampled import Sampled
 from foveate.insight.trace import Uncertainty
 from foveate.vlm.served import ServedVLM
 
@@ -119,7 +120,8 @@ def test_a_run_whose_engine_stops_keeps_its_records_and_goes_on(
     monkeypatch.setattr(compat, "on_cpus", lambda: True)
     vlm = ServedVLM.load("pocket")
     vlm.engine = first = Fake(20)
-    plan = Plan([PocketBench()], ["vanilla", "clvs"], tmp_path, limit=1, batch_size=8)
+    sampled = (Sampled(temperature=1.5),)
+    plan = Plan([PocketBench()], ["vanilla", "clvs", sampled], tmp_path, limit=1, batch_size=8)
     with pytest.raises(Stopped):
         evaluate(plan, vlm)
     assert first.closed
@@ -134,3 +136,5 @@ def test_a_run_whose_engine_stops_keeps_its_records_and_goes_on(
     assert len(keys) == len(set(keys))
     texts = {tuple(map(str, request.methods)) for request in second.asked}
     assert texts == {(), ("clvs",)}
+    seeds = [request.sampling["seed"] for request in second.asked if "seed" in request.sampling]
+    assert len(seeds) == len(set(seeds)) > 0

@@ -135,7 +135,7 @@ def test_an_evaluation_has_the_records_and_scores_of_transformers(
         plan = Plan([bench], methods, tmp_path / name, limit=2)
         results[name] = evaluate(plan, vlm)["benchmarks"][str(bench)]["methods"]
     check_alike(records(tmp_path / "vllm"), records(tmp_path / "plain"))
-    for method in methods:
+    for method in results["plain"]:
         ours, theirs = (results[name][method]["scores"] for name in ("vllm", "plain"))
         assert ours == pytest.approx(theirs, abs=1e-6, nan_ok=True)
     begun = read_run(tmp_path / "vllm")
@@ -187,7 +187,7 @@ def test_methods_that_vllm_cannot_run_are_refused_before_it_starts(
 def test_a_run_that_was_killed_goes_on_and_leaves_no_process(plain: VLM, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "foveate.commands", "eval", "pocket", "--engine", "vllm"]
-    command += ["--limit", "3", "--batch-size", "4", "--out", str(out)]
+    command += ["--limit", "2", "--batch-size", "4", "--out", str(out)]
     command += [part for option in OPTIONS for part in ("--vllm", option)]
     given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (tmp_path / "log").open("w") as log:
@@ -206,7 +206,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_no_process(plain: VLM, tmp_pat
         time.sleep(0.2)
     subprocess.run(command, env=given, check=True, capture_output=True, timeout=600)
     assert 8 <= begun < len(records(out))
-    evaluate(Plan([PocketBench()], ["vanilla", "clvs"], tmp_path / "plain", limit=3), plain)
+    evaluate(Plan([PocketBench()], ["vanilla", "clvs"], tmp_path / "plain", limit=2), plain)
     check_alike(records(out), records(tmp_path / "plain"))
 
 

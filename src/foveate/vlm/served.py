@@ -281,7 +281,7 @@ class ServedVLM(VLM):
         Raises:
             FoveateError: one cannot run.
         """
-        stack = tuple(method for method in methods if not method.is_neutral)
+        stack = tuple(method for method in methods if method.stages and not method.is_neutral)
         readers = tuple(map(_as_reader, (m for m in stack if _reads(m))))
         named = [m for m in stack if not _reads(m)]
         acting = tuple(m for m in named if m.edits_attention or not m.wants("rewrite"))
