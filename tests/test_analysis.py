@@ -666,7 +666,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not stop.value.code
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "decay.json").read_text())
-    assert found["caption"] in out
+    assert "vanilla object" in " ".join(out.split())
+    assert f"what it shows: {tmp_path / 'decay.md'}" in out
     assert found["command"] == (
         f"foveate analyze decay --model pocket --data none --limit 2 --out {tmp_path}"
     )

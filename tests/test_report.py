@@ -329,7 +329,7 @@ def test_the_command_prints_the_verdicts(
     assert lines[0].startswith(
         f"pocket, POPE: {POPE}: clvs makes no significant difference: +16.67 points"
     )
-    assert lines[-1] == f"report: {folder / 'report.html'}"
+    assert lines[-2] == f"report: {folder / 'report.html'}"
     assert (folder / "report.html").read_text().count("<img ") == 5
     with pytest.raises(SystemExit) as end:
         main(["report", str(folder), str(folder)])

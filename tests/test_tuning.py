@@ -372,7 +372,7 @@ def test_ctrl_c_says_how_to_go_on(data: Path, small: str, tmp_path: Path) -> Non
     os.kill(child.pid, signal.SIGINT)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "go on with the same command" in error
+    assert "the same command goes on from the last checkpoint" in error
     assert "Traceback" not in error
 
 
