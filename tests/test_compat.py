@@ -1,4 +1,4 @@
-"""Two files know what transformers keeps private or has renamed: compat.py and compat_parts.py."""
+"""The files compat*.py know what transformers keeps private or has renamed, and no others do."""
 
 from __future__ import annotations
 

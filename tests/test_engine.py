@@ -17,7 +17,7 @@ from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
-from foveate.backends.transformers import compat
+from foveate.backends.transformers import compat, compat_cache
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.backends.transformers.context import Context
@@ -806,7 +806,7 @@ def test_fewer_keys_than_the_prompt_are_an_error(monkeypatch: pytest.MonkeyPatch
     model, inputs = windowed(sliding_window=8), models.inputs("llava")
     monkeypatch.setattr(compat, "layer_kinds", lambda config: ("full_attention",) * 4)
     with torch.no_grad(), enhance(model, PAI(gamma=1.0)):
-        cache = compat.empty_cache(model.get_decoder())
+        cache = compat_cache.empty_cache(model.get_decoder())
         out = model(**inputs, **passing(model, cache))
         token = {"input_ids": torch.tensor([[40]]), "position_ids": torch.tensor([[30]])}
         with pytest.raises(FoveateError, match=r"Layer \d keeps 8 keys of a prompt of \d+ tokens"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import enhance
-from foveate.backends.transformers import compat
+from foveate.backends.transformers import compat_cache
 from foveate.backends.transformers.compat import cache_of, passing
 from foveate.backends.transformers.few_rows import multiply
 from foveate.methods.pai import PAI
@@ -55,7 +55,7 @@ def test_a_cache_of_whole_windows_decodes_the_streams_one_after_the_other() -> N
     model, inputs = models.build("gemma3"), models.inputs("gemma3")  # unpadded, as windows count
     usual = generate(model, inputs, PAI(**STRONG))
     with torch.no_grad(), enhance(model, PAI(**STRONG)):
-        out, cache = model(**inputs, **passing(model, compat.whole_cache())), None
+        out, cache = model(**inputs, **passing(model, compat_cache.whole_cache())), None
         for step in range(1, 5):
             assert difference(out.logits[:, -1], usual.logits[step - 1]) < ROUNDING
             cache = cache_of(out)
@@ -63,7 +63,7 @@ def test_a_cache_of_whole_windows_decodes_the_streams_one_after_the_other() -> N
             more = {"input_ids": token, "attention_mask": _grown(inputs, step)}
             more["position_ids"] = more["attention_mask"].sum(1, keepdim=True) - 1
             out = model(**more, **passing(model, cache))
-    assert not compat.grows(model.get_decoder(), cache)
+    assert not compat_cache.grows(model.get_decoder(), cache)
 
 
 def _grown(inputs: dict[str, Tensor], steps: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.transformers import compat, compat_parts
+from ..backends.transformers import compat, compat_cache, compat_parts
 from ..base.errors import FoveateError
 
 
@@ -65,14 +65,14 @@ class Ablation:
             given = kwargs.get("position_ids")
             if given is None:
                 embeds, past = kwargs["inputs_embeds"], compat.cache_in(kwargs)
-                last = compat.length(past) + embeds.shape[1] - 1
+                last = compat_cache.length(past) + embeds.shape[1] - 1
                 given = torch.tensor([[last]], device=embeds.device)
             positions.append(given[..., -1:])
 
         with _removing([self.decoder.register_forward_pre_hook(note, with_kwargs=True)]):
             out = self.model.generate(
                 **inputs,
-                **compat.passing(self.model, compat.whole_cache()),
+                **compat.passing(self.model, compat_cache.whole_cache()),
                 use_cache=True,
                 do_sample=False,
                 num_beams=1,

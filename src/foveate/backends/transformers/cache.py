@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import FoveateError
-from .compat import batch_of, length, sharing
+from .compat_cache import batch_of, length, sharing
 from .context import Context
 
 

@@ -22,7 +22,7 @@ from ...base.interrupts import interruptible, whole
 from ...core.method import Method, as_stack
 from ...core.sequence import Stack
 from ...core.visual import visual_mask, visual_token_ids
-from . import compat
+from . import compat, compat_cache
 from .anatomy import anatomy
 from .attention import register, release
 from .handshake import check_feed_forwards, check_layers, handshake
@@ -156,7 +156,7 @@ def prefill(model: Any, inputs: dict[str, Any]) -> Any:
             f"{type(model).__name__} reads a prompt in both directions, so what stands before the "
             "question depends on it and cannot be shared: ask every question with its image."
         )
-    cache = compat.empty_cache(compat.decoder_of(model))
+    cache = compat_cache.empty_cache(compat.decoder_of(model))
     enhanced = compat.decoder_of(model) in _enhanced
     marked = {"foveate": "prefix"} if enhanced else {}
     with torch.no_grad():

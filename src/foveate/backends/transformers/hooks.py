@@ -19,9 +19,9 @@ from ...core.prompt import Vision
 from ...core.rows import Phase, Stream
 from ...core.sequence import Stack
 from ...core.visual import visual_mask
-from . import compat, compat_parts
+from . import compat, compat_cache, compat_parts
 from .cache import adopt
-from .compat import length
+from .compat_cache import length
 from .context import Aside, Context
 from .feeding import FeedForwards
 from .heartbeat import astray, lost, note_beside_graphs
@@ -135,7 +135,7 @@ class Hooks:
 
     def start(self, kwargs: dict[str, Any], cache: Any, phase: Phase, new: int) -> Context:
         """The context of a new prompt of `new` tokens."""
-        if compat.is_quantized(cache):
+        if compat_cache.is_quantized(cache):
             raise FoveateError(
                 "A quantised cache returns changed keys, so attention rows would not be exact: "
                 "use the default cache."
@@ -168,7 +168,7 @@ class Hooks:
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, Tensor) and mask.dim() == 2) or mask.shape[1] <= new:
             return
-        if mask.shape[1] == compat.capacity(cache):  # as wide as a static cache will be
+        if mask.shape[1] == compat_cache.capacity(cache):  # as wide as a static cache will be
             return
         names = " or ".join(compat.CACHE_NAMES)
         raise FoveateError(

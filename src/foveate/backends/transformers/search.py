@@ -21,9 +21,9 @@ from ...base.errors import FoveateError
 from ...core.rows import Sequences
 from ...core.search import Beams
 from ...core.sequence import Stack
-from . import compat, compat_parts
+from . import compat, compat_cache, compat_parts
 from .cache import fork, keep_column
-from .compat import length
+from .compat_cache import length
 
 
 class Prompt:
@@ -290,12 +290,12 @@ def _run(
         )
     out = compat_parts.read_prompt(model, ids, config, kwargs)
     cache, logits = compat.cache_of(out), out.logits[:, -1].to(ids.device)
-    if not compat.renews(cache):
+    if not compat_cache.renews(cache):
         raise FoveateError(
             f"{method.name} tries tokens and takes them back, which the cache of "
             f"{type(model).__name__} cannot: its layers do not all keep keys and values."
         )
-    alone = len(stack.methods) == 1 and not flash and compat.keeps_all(cache)
+    alone = len(stack.methods) == 1 and not flash and compat_cache.keeps_all(cache)
     given = mask, cache, logits, alone, config, processors, criteria
     prompts = [Prompt(row, ids, *given) for row in range(len(ids))]
     found = [method.search(CacheBeams(model, prompt, i, method.num_beams)) for prompt in prompts]

@@ -16,9 +16,10 @@ from torch.nn.functional import pad
 from ...base.errors import FoveateError
 from ...core.prompt import Prompt
 from ...core.sequence import Stack
-from . import compat, compat_parts
+from . import compat, compat_cache, compat_parts
 from .cache import adopt, side_by_side
-from .compat import NOT_INPUTS, length
+from .compat import NOT_INPUTS
+from .compat_cache import length
 from .context import Aside, Context
 from .heartbeat import lost
 from .pictures import pictures
@@ -45,7 +46,7 @@ class Other:
         if index is None or not length(self.cache):
             fork.cache = copy.deepcopy(self.cache)
         else:
-            fork.cache = compat.rows(self.cache, index)
+            fork.cache = compat_cache.rows(self.cache, index)
         if index is not None:
             index = index.to(self.mask.device)
             fork.mask = self.mask.index_select(0, index)
@@ -132,7 +133,9 @@ class Streams:
                 "both directions: use a method without a second stream, or one that changes "
                 "pixels, such as vcd."
             )
-        fresh = ctx.other is None and kwargs.get("labels") is None and not compat.allocated(cache)
+        fresh = (
+            ctx.other is None and kwargs.get("labels") is None and not compat_cache.allocated(cache)
+        )
         if ctx.paired or (alike and fresh):
             ctx.paired = True
             if cache is not None:
@@ -158,7 +161,7 @@ class Streams:
             return False
         if torch.compiler.is_compiling() or ctx.other.cache is None or compat.latent(ctx.decoder):
             return False
-        return all(compat.grows(ctx.decoder, each) for each in (cache, ctx.other.cache))
+        return all(compat_cache.grows(ctx.decoder, each) for each in (cache, ctx.other.cache))
 
     def placed(self, ctx: Context, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments in a decode step, with each stream's own positions."""
@@ -247,7 +250,7 @@ class Streams:
         config, mask = ctx.decoder.config, kwargs.get("attention_mask")
         asked, side = kwargs.get("use_cache"), None
         if not filled and (cache is not None or (config.use_cache if asked is None else asked)):
-            side = compat.empty_cache(ctx.decoder)  # where the model makes its own, too
+            side = compat_cache.empty_cache(ctx.decoder)  # where the model makes its own, too
         elif cache is not None:
             side = _beside(cache)
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
