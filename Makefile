@@ -165,7 +165,7 @@ $(VLLM)/.installed: pyproject.toml tools/torchvision_schemas.py
 	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requires.txt
 	$(VLLM)/bin/python tools/torchvision_schemas.py
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
-	$(VLLM)/bin/python -m pip install --quiet --group test jinja2 scipy openai
+	$(VLLM)/bin/python -m pip install --quiet --group test jinja2 scipy matplotlib openai
 	touch $@
 
 # mitigv names torch and, for LLaVA and Qwen, transformers from 5.0 on: the lock's are both.

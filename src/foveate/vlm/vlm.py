@@ -22,12 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    BatchFeature,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import BatchFeature, LogitsProcessorList
 
 from ..backends.transformers.anatomy import anatomy
 from ..backends.transformers.enhance import attach
@@ -43,7 +38,8 @@ from ..families.layout import Grid, grids
 from .chat import Answer, Chat, Turn, render
 from .generation import generation_options
 from .loading import commit, load
-from .watch import Probabilities, Stop
+from .streaming import pieces
+from .watch import Probabilities
 
 Methods = str | Method | Sequence[str | Method] | None
 """Nothing, one method, or several, as text ("clvs(smoothing=0.7)+vcd") or as objects."""
@@ -182,7 +178,8 @@ class VLM:
         methods = _stack(method)
         chats = self.rewrite([self.chat(decode_all(image), question, system)], methods)
         options = generation_options(self.model, self.tokenizer, max_new_tokens, generation)
-        return self._pieces(chats, self.inputs(chats), methods, options)
+        using = functools.partial(self.using, methods, chats)
+        return pieces(self.model, self.tokenizer, self.inputs(chats), options, using)
 
     @property
     def device(self) -> torch.device:
@@ -415,37 +412,6 @@ class VLM:
             return {k: v for k, v in inputs.items() if k.startswith("pixel_values")}
         shape = inputs["input_ids"].shape
         return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == shape}
-
-    def _pieces(
-        self,
-        chats: list[Chat],
-        inputs: BatchFeature,
-        methods: tuple[Method, ...],
-        options: dict[str, Any],
-    ) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = Stop()
-        criteria = StoppingCriteriaList([*options.get("stopping_criteria", []), stop])
-        options = {**options, "streamer": streamer, "stopping_criteria": criteria}
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with self.using(methods, chats):
-                    self.model.generate(**inputs, **options)
-            except BaseException as error:  # handed to whoever iterates
-                failures.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=work, name="foveate-stream", daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stop.now = True
-            thread.join()
-        if failures:
-            raise failures[0]
 
     @functools.cached_property
     def _spellings(self) -> tuple[list[int], list[int]]:
