@@ -59,10 +59,14 @@ def test_a_request_that_waited_for_room_remembers(requests: Requests) -> None:
 
 
 def test_answers_of_one_request_are_told_apart(requests: Requests) -> None:
-    shared, first, second = tarac(), [7], [7, 8]
+    first: list[int] = []
+    second: list[int] = []
+    shared = tarac()
     update(requests, [(0, shared, PROMPT, first), (1, shared, PROMPT, second)])
     one, two = ROWS[0], ROWS[1]
     assert one is not two
+    first += [7]
+    second += [7]
     update(requests, removed=[0, 1])
     update(requests, [(0, shared, PROMPT, second), (1, shared, PROMPT, first)])
     assert {0: two, 1: one} == ROWS
