@@ -78,15 +78,17 @@ def _admission() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from .admission import admit
+    from .admission import admit, beside_adapters
     from .asked import asked
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = plain(self, *args, **kwargs)
             try:
-                if asked(request.sampling_params):
+                if text := asked(request.sampling_params):
                     _refuse_other_devices()
+                    if self.vllm_config.lora_config is not None:
+                        beside_adapters(text)
                 admit(self.vllm_config.model_config.hf_config, request)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
