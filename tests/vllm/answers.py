@@ -7,8 +7,7 @@
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole
 vocabulary's log-probabilities (steps, V). With "in order" vLLM answers one request after the other;
-"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request, "lora" is an
-adapter's folder.
+"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request.
 """
 
 from __future__ import annotations
@@ -140,7 +139,6 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             )
         )
     turns = []
-    loras = [_adapter(asked.get("lora")) for asked in job["requests"]]
     for _ in range(job.get("turns", 1)):
         answers, done = [], []
         if job.get("in order"):
@@ -149,7 +147,7 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                     llm.reset_prefix_cache()
                 done += llm.generate(prompt, how, use_tqdm=False)
         else:
-            done = llm.generate(prompts, params, use_tqdm=False, lora_request=loras)
+            done = llm.generate(prompts, params, use_tqdm=False)
         for out in done:
             steps = out.outputs[0].logprobs
             rows = [[step[t].logprob for t in range(len(step))] for step in steps]
@@ -164,12 +162,6 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
             )
         turns.append(answers)
     return turns
-
-
-def _adapter(folder: str | None) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return None if folder is None else LoRARequest("adapter", 1, folder)
 
 
 def _storm(job: dict[str, Any]) -> dict[str, Any]:

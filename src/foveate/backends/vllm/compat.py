@@ -90,7 +90,7 @@ def _admission() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from .admission import admit
+    from .admission import admit, beside_adapters
     from .asked import asked
     from .reading import asked_to_read
 
@@ -98,8 +98,11 @@ def _admission() -> None:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = plain(self, *args, **kwargs)
             try:
-                if asked(request.sampling_params) or asked_to_read(request.sampling_params):
+                text = asked(request.sampling_params)
+                if text or asked_to_read(request.sampling_params):
                     refuse_other_devices()
+                if text and self.vllm_config.lora_config is not None:
+                    beside_adapters(text)
                 admit(self.vllm_config.model_config.hf_config, request)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error

@@ -12,11 +12,13 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...base.errors import FoveateError
@@ -122,7 +124,9 @@ class Sink:
         """The step is over."""
         for step, notes in self.steps.items():
             if self.writes and notes:
-                torch.save(notes, f"{self.path}-{step}")
+                tensors: dict[str, Tensor] = {}
+                told = json.dumps(_written(notes, tensors))
+                save_file(tensors, f"{self.path}-{step}", {"notes": told})
         self.steps.clear()
 
 
@@ -140,10 +144,36 @@ def collect(path: Path, steps: int) -> list[dict[str, Any]]:
                 "vLLM has answered without a reading of its attention: it runs attention in a way "
                 "that foveate does not know; use a version that foveate's documentation names."
             )
-        notes.append(torch.load(file, weights_only=True))
+        with safe_open(file, "pt") as found:
+            notes.append(_read(json.loads(found.metadata()["notes"]), found.get_tensor))
     for file in path.parent.glob(f"{path.name}-*"):
         file.unlink(missing_ok=True)
     return notes
+
+
+def _written(x: Any, tensors: dict[str, Tensor]) -> list[Any]:
+    """Nested dictionaries, lists and tuples for JSON; the tensors go into `tensors`."""
+    if isinstance(x, Tensor):
+        name = str(len(tensors))
+        tensors[name] = x.contiguous()
+        return ["tensor", name]
+    if isinstance(x, dict):
+        return ["dict", [[key, _written(value, tensors)] for key, value in x.items()]]
+    if isinstance(x, list | tuple):
+        return [type(x).__name__, [_written(value, tensors) for value in x]]
+    return ["value", x]
+
+
+def _read(told: list[Any], tensor: Callable[[str], Tensor]) -> Any:
+    """What `_written` wrote."""
+    kind, x = told
+    if kind == "tensor":
+        return tensor(x)
+    if kind == "dict":
+        return {key: _read(value, tensor) for key, value in x}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_read(value, tensor) for value in x)
+    return x
 
 
 def record(notes: list[dict[str, Any]]) -> Record | None:
