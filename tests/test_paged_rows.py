@@ -38,6 +38,7 @@ ANATOMY: Any = SimpleNamespace(
     tower=None,
     shape={"model_type": "llava", "layers": DEPTH, "attention_heads": H},
     layer_device=lambda layer: torch.device("cpu"),
+    turns=lambda layer: True,
 )
 # prompt's length, tokens after this step, new tokens of this step, images as (first, length)
 REQUESTS = [

@@ -165,7 +165,7 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     size = {"height": 32, "width": 32}
     tower = CLIP | {"image_size": [32, 32], "patch_size": [8, 8], "model_type": "internvl_vision"}
     config = InternVLConfig(
-        text_config=TEXT | {"model_type": "qwen2"},
+        text_config=TEXT | {"model_type": "qwen3"},
         vision_config=tower,
         image_token_id=_id(tokenizer, "context_image_token"),
         image_seq_length=4,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +28,38 @@ _NEEDS = {  # of other stages
 }
 
 
+# decoders whose rotary embedding was held against transformers' inside vLLM
+_TURNED = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text", "gemma3_text")
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShapeAnatomy(ModelAnatomy):
+    """The anatomy of a model that vLLM runs; sizes are those of its configuration."""
+
+    def turns(self, layer: int) -> bool:
+        if self.text_kind not in _TURNED:
+            raise FoveateError(
+                f"Keys of {self.text_kind} cannot be moved to a common position in vLLM: that was "
+                "held against transformers for other decoders only. Switch unified positions off, "
+                "as in clvs(unified_positions=False), or use foveate serve."
+            )
+        return True
+
+
 class Shape:
     """A model without weights: what methods ask of one before it runs."""
 
     def __init__(self, config: Any) -> None:
         self.model = without_weights(config)
         self.decoder = self.model.get_decoder()
-        self.anatomy: ModelAnatomy = anatomy(self.model)
+        self.anatomy = ShapeAnatomy(**fields_of(anatomy(self.model)))
+
+
+def fields_of(plain: ModelAnatomy) -> dict[str, Any]:
+    """What an anatomy is made of, for another kind of it."""
+    return {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
 
 
 _shapes: dict[int, tuple[Any, Shape]] = {}

@@ -7,7 +7,6 @@ otherwise keep the Python of the warm-up, when there was nothing to do.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +20,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from ...base.errors import FoveateError
 from ...core.rows import Stream
 from ...core.sequence import Stack
-from ..transformers.anatomy import ModelAnatomy
-from .admission import Shape, shape
+from .admission import Shape, ShapeAnatomy, fields_of, shape
 from .asked import acting
 from .reading import apart
 from .watch import check_entered, enter, step
@@ -43,8 +41,8 @@ def first_rank() -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ServedAnatomy(ModelAnatomy):
-    """The anatomy of a model that vLLM runs; sizes are those of its configuration.
+class ServedAnatomy(ShapeAnatomy):
+    """The same with the weights that vLLM has loaded.
 
     Attributes:
         speak: its own `compute_logits`. processor: what scales and caps logits in there.
@@ -104,7 +102,7 @@ class Served:
         language: Any = getattr(model, "get_language_model", lambda: model)()
         decoder = language.model
         plain = self.shape.anatomy
-        given = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+        given = fields_of(plain)
         # vLLM decides by the checkpoint, and its configuration may say otherwise
         head, embedding = language.lm_head, decoder.embed_tokens
         given["tied"] = head is embedding or head.weight is embedding.weight
