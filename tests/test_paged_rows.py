@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.backends.vllm import compat, watch
 from foveate.backends.vllm import rows as paged
-from foveate.backends.vllm import watch
-from foveate.backends.vllm.admission import beside_adapters, check_text
+from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
 from foveate.backends.vllm.blocks import with_method
 from foveate.backends.vllm.cache import Packed
@@ -267,10 +267,10 @@ def test_what_cannot_run_is_refused_in_one_sentence(text: Any, sentence: str) ->
         check_text(params(text))
 
 
-def test_a_method_that_computes_logits_within_a_step_is_refused_beside_adapters() -> None:
-    beside_adapters("clvs(stop_threshold=0)+pai(gamma=1)")
-    with pytest.raises(FoveateError, match="clvs computes logits within a step"):
-        beside_adapters("pai(gamma=1)+clvs")
+def test_methods_are_refused_beside_adapters() -> None:
+    compat.refuse_adapters(SimpleNamespace(lora_config=None))
+    with pytest.raises(FoveateError, match="adapter merged into the model"):
+        compat.refuse_adapters(SimpleNamespace(lora_config=object()))
 
 
 def test_a_step_that_was_not_edited_stops_the_engine() -> None:

@@ -131,21 +131,6 @@ def check_text(params: Any) -> None:
         fitting(method)
 
 
-def beside_adapters(text: str) -> None:
-    """Whether methods can run in a vLLM that serves LoRA adapters.
-
-    Raises:
-        FoveateError: one of them computes logits of some rows of a step; a layer with adapters
-            computes those of all of them or fails.
-    """
-    for method in acting(text):
-        if method.wants("before"):
-            raise FoveateError(
-                f"{method.name} computes logits within a step, which vLLM cannot do with "
-                "--enable-lora: use clvs(stop_threshold=0) or another method, or start without it."
-            )
-
-
 def admit(config: Any, request: Any) -> None:
     """Whether a request can be answered as it asks; notes where its images lie.
 

@@ -90,7 +90,7 @@ def _admission() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from .admission import admit, beside_adapters
+    from .admission import admit
     from .asked import asked
     from .reading import asked_to_read
 
@@ -98,11 +98,9 @@ def _admission() -> None:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = plain(self, *args, **kwargs)
             try:
-                text = asked(request.sampling_params)
-                if text or asked_to_read(request.sampling_params):
+                if asked(request.sampling_params) or asked_to_read(request.sampling_params):
                     refuse_other_devices()
-                if text and self.vllm_config.lora_config is not None:
-                    beside_adapters(text)
+                    refuse_adapters(self.vllm_config)
                 admit(self.vllm_config.model_config.hf_config, request)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
@@ -147,6 +145,15 @@ def on_cpus() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def refuse_adapters(config: Any) -> None:
+    """Refuse methods and readers where vLLM serves LoRA adapters."""
+    if config.lora_config is not None:
+        raise FoveateError(
+            "foveate's methods do not run beside LoRA adapters in vLLM: start it without "
+            "--enable-lora and with the adapter merged into the model, or ask without a method."
+        )
 
 
 def refuse_other_devices() -> None:
