@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +117,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has written a file for LLaVA."""
     known = {name: grid for name, grid in layout._layouts().items() if name != "llava"}
     monkeypatch.setattr(layout, "_layouts", lambda: known)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ CLEAR = 0.4  # an answer of so much of the token's clearest tells light from dar
 FEW = 0.25  # patterns are fine enough when no greater share of the tokens tells light from dark
 SURE = 1.5  # an answer of 1 / SURE of the clearest counts as all light or all dark
 AGREE = 0.6  # the least share of a line's tokens that lie where the line says
-LEAST = 3.0  # score of the smallest grid, unless the picture has fewer tokens
+LEAST = 2.5  # score of the smallest grid, unless the picture has fewer tokens
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ class _Lines:
     rows: int
     cols: int
     period: int  # tokens from a line's first to the next line's
-    score: float  # 1 per token at its place, less where it is off, -1 where it lies elsewhere
+    score: float  # sum over tokens, 1 at its place, less where it is off, -1 where it lies
+    # elsewhere, times the square of their mean: better several good grids than one that fits badly
     across: tuple[float, float]  # middle of the first column, and the step to the next
     down: tuple[float, float]
 
@@ -239,7 +240,7 @@ def _grids(x: np.ndarray, y: np.ndarray, steps: tuple[float, float]) -> list[_Li
     found: list[_Lines] = []
     at, count = 0, len(x)
     seeing = np.flatnonzero(~np.isnan(x))
-    least, spare = min(LEAST, 0.75 * len(seeing)), (1 - NEEDED) * len(seeing)
+    least, spare = min(LEAST, 0.5 * len(seeing)), (1 - NEEDED) * len(seeing)
     best_at = functools.cache(lambda start: _best(x, y, start, steps))
     for first in map(int, seeing):
         if first < at:
@@ -304,6 +305,8 @@ def _lines(
     gain = np.where(right, 1 - (off**2 + beside**2) / 2, -1)
     gain = np.where(seen, gain, 0)[:rows].sum(0).cumsum()
     cols = int(np.argmax(gain)) + 1
+    mean = float(gain[cols - 1]) / (int(seen[:rows].sum()) or 1)
+    score = float(gain[cols - 1]) * mean**2
     inside = (right & seen)[:rows, :cols]
     row, col = np.nonzero(inside)
     return _Lines(
@@ -311,7 +314,7 @@ def _lines(
         rows,
         cols,
         period,
-        float(gain[cols - 1]),
+        score,
         _fitted(col, xs[:rows, :cols][inside], across),
         _fitted(row, ys[:rows, :cols][inside], down),
     )
@@ -369,15 +372,23 @@ def _tidy(lines: list[_Lines], size: tuple[int, int]) -> list[Grid]:
         if not dx and not dy:
             grids.append(Grid(1, 1, one.start, WHOLE, one.period - 1))
             continue
-        across = x, dx or dy * size[1] / size[0]
-        down = y, dy or dx * size[0] / size[1]
-        grids.append(replace(one, across=across, down=down).grid())
+        one = replace(
+            one,
+            across=(x, dx or dy * size[1] / size[0]),
+            down=(y, dy or dx * size[0] / size[1]),
+        )
+        grids.append(one.grid())
     edges: list[dict[float, float]] = []
     for axis, name in enumerate(("cols", "rows")):
         cells = [(g.box[axis + 2] - g.box[axis]) / getattr(g, name) for g in grids]
         near = min(cells, default=1.0) / 2
         edges.append(_merged([e for g in grids for e in (g.box[axis], g.box[axis + 2])], near))
-    return [replace(g, box=tuple(edges[i % 2][g.box[i]] for i in range(4))) for g in grids]
+    across, down = edges
+    return [
+        replace(grid, box=(across[left], down[top], across[right], down[bottom]))
+        for grid in grids
+        for left, top, right, bottom in [grid.box]
+    ]
 
 
 def _merged(values: list[float], near: float) -> dict[float, float]:
