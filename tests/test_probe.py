@@ -55,7 +55,7 @@ def test_looking_agrees_with_the_file_on_pictures_of_all_shapes(name: str) -> No
     for size in SHAPES + some:
         confidence, same, of = compared(look(name), size)
         assert same == of, size
-        assert confidence > 0.9, size
+        assert confidence > 0.85, size
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_looking_agrees_where_every_token_sees_all_others(name: str) -> None:
     for size in [(96, 96), (160, 120)]:
         confidence, same, of = compared(eye, size)
         assert same == of, size
-        assert confidence > 0.9, size
+        assert confidence > 0.85, size
 
 
 @pytest.mark.parametrize("name", ["squeezed", "llava_next", "qwen2_5_vl", "internvl"])

@@ -38,7 +38,7 @@ Look = Callable[[Image.Image], Tensor]
 
 NEEDED = 0.7
 """The least confidence with which a layout is used. In our tests (`tests/test_probe.py`) layouts
-that are right have more than 0.9, and tokens in no order or without a place less than 0.1."""
+that are right have more than 0.85, and tokens in no order or without a place less than 0.1."""
 
 LIGHT, DARK = 235, 20  # grey values of 255, inside what cameras and screens give
 SILENT = 1e-3  # of the median token's response: tokens below it do not see the picture
