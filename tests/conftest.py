@@ -58,6 +58,14 @@ def _words(item: pytest.Item) -> set[str]:
     return {word for value in given if isinstance(value, str) for word in value.split()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Layouts that tests find are not kept among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOVEATE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(
     params=[
         pytest.param(name, marks=pytest.mark.slow) if name in newer.FAMILIES else name

@@ -22,8 +22,9 @@ known from that: `foveate doctor --model NAME` tells what is found in a model be
 ## Accepted
 
 *layers*: how many decoder layers see the whole image through plain attention and can be edited, of
-all of them, in the default configuration. *layout*: it is known where image tokens lie on the
-image, so there are heat maps, and ViCrop, CARVE and LASER crop. *edits*: the last row is edited and
+all of them, in the default configuration. *layout*: a file knows where image tokens lie on the
+image, for heat maps and for ViCrop, CARVE and LASER; without a file foveate looks, and
+`foveate doctor --model NAME --probe` says how well that goes. *edits*: the last row is edited and
 no other, leaving restores the model, and PAI and CLVS equal slow references on full attention maps.
 *unified*: CLVS with unified positions does, too. *stream*: a second stream of text alone equals
 whole runs by hand. *batch*: a padded batch equals single runs. *static*: a static cache equals a

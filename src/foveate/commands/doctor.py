@@ -7,7 +7,7 @@ import json
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +46,9 @@ FAMILIES = (
 """The families that the tests cover. Others work where their attention goes through transformers'
 interface."""
 
+PROBED = 640, 480
+"""The picture size, width and height, at which `--probe` looks."""
+
 
 @app.command()
 def doctor(
@@ -54,6 +57,12 @@ def doctor(
         typer.Option("--model", "-m", help="Check this model instead. No weights are needed."),
     ] = None,
     revision: RevisionOption = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe", help="With --model: load the weights and look where image tokens lie."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was found with --model as JSON.")
     ] = False,
@@ -63,11 +72,11 @@ def doctor(
     The exit code is 1 if foveate itself does not work here, or refuses the model.
     """
     quiet()
-    if (as_json or revision) and not model:
-        option = "--json" if as_json else "--revision"
+    if (as_json or revision or probe) and not model:
+        option = "--json" if as_json else "--revision" if revision else "--probe"
         raise FoveateError(f"{option} is about a model: name one with --model.")
     if model:
-        report = examine(model, revision)
+        report = examine(model, revision, probe)
         if as_json:
             print(json.dumps(report, indent=1))
             raise typer.Exit(1 if report["refusal"] else 0)
@@ -161,17 +170,21 @@ def _pocket() -> Line:
 # -- one model -------------------------------------------------------------------------------------
 
 
-def examine(name: str, revision: str | None = None) -> dict[str, Any]:
-    """What foveate finds in a model, from its configuration alone; nothing is computed.
+def examine(name: str, revision: str | None = None, probe: bool = False) -> dict[str, Any]:
+    """What foveate finds in a model, from its configuration alone.
+
+    Args:
+        probe: load the weights, too, and look where the tokens of a picture lie.
 
     Returns:
         JSON-ready: "model", "revision", "commit", "class", "model_type", "versions"; "refusal", a
         sentence or None. Of a model that is not refused also "cache_argument", "attention",
-        "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout", "padded_batches",
-        "static_cache", "compiled_decoding" (each whether it is there), and "methods" (name ->
-        "layers" where it acts, None where it acts on none, "note" and "refusal", sentences or
-        None), "stop_test" ("layers" that CLVS tests at most, "share" of a decoded token's work that
-        one test is, "decode", times plain decoding with all of them; or None).
+        "layers" (kind -> 0-based layers), "image_tokens" (ids), "layout" (see `_layout`),
+        "padded_batches", "static_cache", "compiled_decoding" (each whether it is there), and
+        "methods" (name -> "layers" where it acts, None where it acts on none, "note" and
+        "refusal", sentences or None), "stop_test" ("layers" that CLVS tests at most, "share" of a
+        decoded token's work that one test is, "decode", times plain decoding with all of them; or
+        None).
 
     Raises:
         FoveateError: the model cannot be found, or sees nothing.
@@ -181,7 +194,6 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
     from ..backends.transformers import compat
     from ..backends.transformers.handshake import handshake
     from ..core.visual import visual_token_ids
-    from ..families.layout import layout_of
     from ..vlm.loading import commit, outline
 
     model = outline(name, revision)
@@ -207,17 +219,73 @@ def examine(name: str, revision: str | None = None) -> dict[str, Any]:
         kind: [i for i, other in enumerate(hands.kinds) if other == kind]
         for kind in dict.fromkeys(hands.kinds)
     }
+    layout = _layout(model, report, probe)
     return report | {
         "cache_argument": hands.cache,
         "attention": hands.attention,
         "layers": kinds,
         "image_tokens": list(visual_token_ids(model.config)),
-        "layout": layout_of(model.config) is not None,
+        "layout": layout,
         "padded_batches": compat.takes_masks(model),
         "static_cache": compat.static_cache(model),
         "compiled_decoding": compat.static_decoding(model),
-        "methods": _methods(model),
+        "methods": _methods(model, layout["known"] is not False),
         "stop_test": _stop_test(model),
+    }
+
+
+def _layout(model: Any, report: dict[str, Any], probe: bool) -> dict[str, Any]:
+    """How it is known where the model's image tokens lie on the image.
+
+    Returns:
+        "by" ("file" or "probe"), "file" (its module, or None), "known" (None where nobody has
+        looked yet), "needed" (the least confidence of the probe) and "looked": per size of
+        pictures that was looked at "size" (width, height), "confidence", "pictures" (how many it
+        took) and "agrees", how many tokens lie where the file says, of how many, or None.
+    """
+    from ..families.layout import layout_of
+    from ..families.probe import NEEDED
+    from ..vlm.probing import kept
+
+    file = layout_of(model.config)
+    found = kept(report["model"], report["commit"]) if file is None else {}
+    looked = [_looked(size, one) for size, one in found.items()]
+    if probe:
+        looked = _look(report["model"], report["revision"])
+    sure = [one["confidence"] >= NEEDED for one in looked]
+    return {
+        "by": "probe" if file is None else "file",
+        "file": file and file.__module__,
+        "known": True if file else any(sure) if sure else None,
+        "needed": NEEDED,
+        "looked": looked,
+    }
+
+
+def _look(name: str, revision: str | None) -> list[dict[str, Any]]:
+    from PIL import Image
+
+    from ..families.layout import layout_of
+    from ..families.probe import agreement
+    from ..vlm import VLM
+    from ..vlm.probing import Looked
+
+    vlm = VLM.load(name, revision=revision)
+    found = Looked(vlm).found(PROBED)
+    agrees = None
+    if layout_of(vlm.model.config):
+        grids = vlm.grids(vlm.chat([Image.new("RGB", PROBED)], "?", None))
+        agrees = agreement(found, grids)
+    return [_looked(PROBED, found) | {"agrees": agrees}]
+
+
+def _looked(size: tuple[int, int], found: Any) -> dict[str, Any]:
+    confidence = round(found.confidence, 3)
+    return {
+        "size": size,
+        "confidence": confidence,
+        "pictures": found.pictures,
+        "agrees": None,
     }
 
 
@@ -242,18 +310,22 @@ def _stop_test(model: Any) -> dict[str, Any] | None:
     return {"layers": tested, "share": round(share, 4), "decode": round(1 + tested * share, 2)}
 
 
-def _methods(model: Any) -> dict[str, dict[str, Any]]:
-    """Where every method acts with its published parameters, or why it does not."""
+def _methods(model: Any, placed: bool) -> dict[str, dict[str, Any]]:
+    """Where every method acts with its published parameters, or why it does not.
+
+    Args:
+        placed: whether it is known, or can be looked for, where image tokens lie.
+    """
     from ..backends.transformers.anatomy import anatomy
     from ..core.method import methods
 
-    report = {}
+    shape, report = replace(anatomy(model), placed=placed), {}
     for name, cls in methods().items():
         layers = refusal = None
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             try:
-                layers = cls().resolve(anatomy(model)).layers
+                layers = cls().resolve(shape).layers
             except FoveateError as error:
                 refusal = str(error)
         report[name] = {
@@ -281,8 +353,7 @@ def model_lines(report: dict[str, Any]) -> Iterator[Line]:
         yield Line(f"layers of {kind}", f"{len(layers)} ({ranges(layers)})")
     ids = ", ".join(map(str, report["image_tokens"]))
     yield Line("image tokens", ids or "named nowhere: pass image_token_id to enhance()", bool(ids))
-    layout = "known" if report["layout"] else "not known: no heat maps on the image, no crops"
-    yield Line("image layout", layout, report["layout"] or None)
+    yield _layout_line(report["layout"])
     for key, what in (
         ("padded_batches", "padded batches"),
         ("static_cache", "static cache"),
@@ -308,6 +379,30 @@ def _stop_line(test: dict[str, Any]) -> Line:
         f"decoding takes up to {test['decode']:.2f} times as long. clvs(stop_threshold=0) leaves "
         "it out",
     )
+
+
+def _layout_line(layout: dict[str, Any]) -> Line:
+    seen = "; ".join(_seen(one) for one in layout["looked"])
+    if layout["by"] == "file":
+        told = f"known, from {layout['file']}"
+        return Line("image layout", f"{told}; {seen}" if seen else told, True)
+    if layout["known"] is None:
+        return Line(
+            "image layout",
+            "in no file, so it is looked for once the weights are loaded, some twenty pictures for "
+            "every new size of pictures; --probe looks now",
+        )
+    if layout["known"]:
+        return Line("image layout", f"in no file; {seen}", True)
+    lost = f"{layout['needed']} is needed: no heat maps on the image, no crops"
+    return Line("image layout", f"in no file, and not known; {seen}, and {lost}")
+
+
+def _seen(one: dict[str, Any]) -> str:
+    told = "looking found it with confidence {confidence:.2f} at {size[0]} x {size[1]} pixels"
+    if one["agrees"] is not None:
+        told += ", and {agrees[0]} of {agrees[1]} tokens are where the file says"
+    return told.format(**one)
 
 
 def ranges(numbers: Iterable[int]) -> str:

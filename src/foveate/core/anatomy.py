@@ -57,7 +57,7 @@ class Anatomy(ABC):
         vocabulary: rows of the unembedding.
         layer_kinds: what each layer attends to, such as "full_attention".
         tied: whether the unembedding is the embedding.
-        placed: whether it is known where the image's tokens lie on the image.
+        placed: whether it is known, or can be looked for, where the image's tokens lie on it.
         tower: the vision tower, or None where it cannot be read.
         dtype, device: of the weights.
         kept: what `setup` made and wants to find again; lives as long as the model.

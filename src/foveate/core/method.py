@@ -230,7 +230,8 @@ class Method(Form):
         if self.looks_again and not anatomy.placed:
             raise FoveateError(
                 f"{self.name} has to know where {kind}'s image tokens lie on the image, and "
-                "foveate.families has no layout for it: use a method that does not look again."
+                "no layout file describes it, and without its weights here foveate cannot look "
+                "for itself: use a method that does not look again."
             )
         about_layers = self.edits_attention or self.wants("before") or self.wants("mlp")
         if not (about_layers or self.looks_again):

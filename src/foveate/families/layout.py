@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,12 @@ class Grid:
             top + (row + 1) * height,
         )
 
+    def cells(self) -> Iterator[tuple[int, Box]]:
+        """Tokens that have a place, in order, and what they cover."""
+        for token in range(self.start, self.stop):
+            if (cell := self.cell(token)) is not None:
+                yield token, cell
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -120,6 +126,7 @@ def grids(
     inputs: dict[str, Any],
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     processor: Any = None,
+    layout: Layout | None = None,
 ) -> list[list[Grid]]:
     """The grids of every sample, in the order of its images; see `foveate.families` for layouts.
 
@@ -132,6 +139,7 @@ def grids(
         sizes: per sample, the (width, height) of its original images; layouts that crop, pad or
             tile by the image's shape need them.
         processor: the model's processor, asked how it crops, pads or tiles.
+        layout: None = the one of `layout_of`.
 
     Raises:
         FoveateError: where the layout is not known, or does not account for every visual token.
@@ -139,7 +147,7 @@ def grids(
     mask = visual_mask(
         visual_token_ids(model.config), inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     )
-    layout = layout_of(model.config)
+    layout = layout or layout_of(model.config)
     unknown = FoveateError(
         f"The spatial layout of {model.config.model_type}'s image tokens is not known: "
         "attention is recorded all the same, but it cannot be drawn on the image."
@@ -180,9 +188,10 @@ def _layouts() -> dict[str, Layout]:
     """Layouts by the model type, or the vision tower's, that a file of the folder names."""
     package = importlib.import_module("foveate.families")
     names = [
-        f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)
+        f"{package.__name__}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name not in ("layout", "probe")
     ]
-    names.remove(__name__)
     layouts: dict[str, Layout] = {}
 
     def take(module: Any) -> None:

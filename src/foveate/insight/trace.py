@@ -26,7 +26,7 @@ from ..base.files import make_folder, replacing, write_text
 from ..base.images import ImageLike, decode
 from ..core import Anatomy, Method, Rows, Sequences, Stream
 from ..core.method import as_stack, text
-from ..families.layout import WHOLE, Box, Grid, grids, together
+from ..families.layout import WHOLE, Box, Grid, together
 from ..methods.clvs import CLVS
 from ..vlm.chat import Chat
 from ..vlm.vlm import VLM, Methods
@@ -190,8 +190,8 @@ class _Prompt:
 
     @classmethod
     def of(cls, vlm: VLM, chat: Chat) -> _Prompt:
-        inputs, sizes = vlm.inputs([chat]), [[image.size for image in chat.images]]
-        return cls(chat, inputs, grids(vlm.model, inputs.data, sizes, vlm.processor)[0])
+        inputs = vlm.inputs([chat])
+        return cls(chat, inputs, vlm.grids(chat, inputs))
 
     def asked_as(self, vlm: VLM, chat: Chat) -> _Prompt:
         """The prompt of a rewritten chat; nothing is prepared again where it asks the same."""

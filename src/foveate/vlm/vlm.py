@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, LogitsProcessorList
 
-from ..backends.transformers.anatomy import anatomy
+from ..backends.transformers.anatomy import anatomy, has_weights
 from ..backends.transformers.enhance import attach
 from ..backends.transformers.few_rows import fast_rows
 from ..backends.transformers.record import Record, Recorder
@@ -34,10 +34,11 @@ from ..base.images import ImageLike, decode_all
 from ..base.interrupts import taken, whole
 from ..base.memory import Size
 from ..core.method import Method, as_stack
-from ..families.layout import Grid, grids
+from ..families.layout import Grid, Layout, grids, layout_of
 from .chat import Answer, Chat, Turn, render
 from .generation import generation_options
 from .loading import commit, load
+from .probing import Looked
 from .streaming import pieces
 from .watch import Probabilities
 
@@ -224,10 +225,21 @@ class VLM:
             self._processed.move_to_end(key)
             return self._processed[key]
 
-    def grids(self, chat: Chat) -> list[Grid]:
-        """Where each image's visual tokens lie on it; refused where the layout is not known."""
+    def grids(self, chat: Chat, inputs: BatchFeature | None = None) -> list[Grid]:
+        """Where each image's visual tokens lie on it; refused where that is not known.
+
+        Args:
+            inputs: what `inputs` made of the chat, where it has been called.
+        """
+        given = self.processed(chat) if inputs is None else inputs
         sizes = [[image.size for image in chat.images]]
-        return grids(self.model, self.processed(chat).data, sizes, self.processor)[0]
+        return grids(self.model, given.data, sizes, self.processor, self.layout)[0]
+
+    @functools.cached_property
+    def layout(self) -> Layout | None:
+        """From a file of `foveate.families`, else found by looking, which needs weights."""
+        known = layout_of(self.model.config)
+        return Looked(self) if known is None and has_weights(self.model) else known
 
     def chat(
         self,

@@ -132,16 +132,24 @@ class ModelAnatomy(Anatomy):
 
     def _place(self) -> torch.device | None:
         """Where token ids go; None for a model without weights."""
-        decoder: Any = self.decoder
-        place = decoder.get_input_embeddings().weight.device
-        if place.type != "meta":
-            return place
-        return torch.device("cpu") if compat.offloaded(decoder) else None  # hooks bring weights
+        return _place(self.decoder)
 
     def _first(self, place: torch.device) -> Tensor:
         """The BOS token, (1, 1) int64; token 0 where the model names none."""
         bos = getattr(cast(Any, self.decoder).config, "bos_token_id", None)
         return torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
+
+
+def _place(decoder: Any) -> torch.device | None:
+    place = decoder.get_input_embeddings().weight.device
+    if place.type != "meta":
+        return place
+    return torch.device("cpu") if compat.offloaded(decoder) else None  # hooks bring weights
+
+
+def has_weights(model: Any) -> bool:
+    """Whether a model can run here; one on the meta device cannot."""
+    return _place(compat.decoder_of(compat.unwrapped(model))) is not None
 
 
 def anatomy(model: Any) -> ModelAnatomy:
@@ -160,7 +168,7 @@ def anatomy(model: Any) -> ModelAnatomy:
         vocabulary=text.vocab_size,
         layer_kinds=compat.layer_kinds(text),
         tied=head.weight is model.get_input_embeddings().weight,
-        placed=layout_of(config) is not None,
+        placed=layout_of(config) is not None or has_weights(model),
         tower=_tower(model),
         dtype=model.dtype,
         device=model.device,
