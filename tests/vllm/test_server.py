@@ -86,7 +86,7 @@ def test_several_answers_of_one_request(
         one = asked["requests"][n]
         _, body = post(url, one, n=3, temperature=1, top_k=1)  # vLLM refuses n=3 at temperature 0
         assert [c["token_ids"] for c in body["choices"]] == 3 * [reference[n]["tokens"]]
-    _, body = post(url, asked["requests"][1], n=3, temperature=3.0, seed=1)
+    _, body = post(url, asked["requests"][1], n=3, temperature=2.0, seed=1)
     assert len({tuple(c["token_ids"]) for c in body["choices"]}) > 1
 
 
