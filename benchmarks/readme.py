@@ -101,7 +101,9 @@ def gain_table() -> Iterator[list[str]]:
                 rows = [
                     p
                     for p in ROWS
-                    if (p.benchmark, p.model) == (benchmark, model) and score in p.values
+                    if (p.benchmark, p.model) == (benchmark, model)
+                    and score in p.values
+                    and not p.ablation
                 ]
                 for source in dict.fromkeys(p.source for p in rows):
                     given = [p for p in rows if p.source == source]

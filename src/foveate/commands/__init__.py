@@ -32,6 +32,7 @@ ORDER = (
         "eval",
         "sweep",
         "report",
+        "reproduce",
         "analyze",
     ),
     *("demo", "draw", "doctor", "train"),
