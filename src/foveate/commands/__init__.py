@@ -35,7 +35,7 @@ ORDER = (
         "reproduce",
         "analyze",
     ),
-    *("demo", "draw", "doctor", "train"),
+    *("demo", "draw", "doctor", "verify", "train"),
 )
 
 app = typer.Typer(
