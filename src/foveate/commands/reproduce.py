@@ -164,7 +164,7 @@ def _dry_run(
     questions = max(row.questions for _, row in recipe.rows(paper_model))
     counted = "the paper's number"
     try:
-        if plan.root is None:
+        if plan.root is None and b.hub:
             raise FoveateError(
                 "from the hub, of which a dry run fetches nothing: --data-root DIR names a copy."
             )

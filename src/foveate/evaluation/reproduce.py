@@ -202,7 +202,7 @@ def _notes(
     if images < FEW:
         notes.append(f"With fewer than some {FEW} images the intervals are too narrow.")
     if len(asked) < papers:
-        notes.append(f"The paper asked {papers}: with fewer our scores differ by chance alone.")
+        notes.append(f"The paper asked {papers}: on fewer, scores may differ by chance.")
     if model_of(used) != model:
         notes.append(f"The paper asked {model}. We asked {used}, which is another model.")
     for method, records in answers.items():
