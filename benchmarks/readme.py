@@ -21,9 +21,11 @@ from report import between, grid
 
 from foveate.core.method import Method, methods
 from foveate.evaluation.published import ROWS, Published
+from foveate.insight.verify.report import COLUMNS, table_row
 
 ROOT = Path(__file__).resolve().parent.parent
 CROPS = ROOT / "docs" / "look-again" / "crops.json"
+VERIFIED = ROOT / "verified"  # what `foveate verify` wrote
 SHOWN = ("vanilla", "vicrop", "carve", "laser", "oracle")  # of CROPS; the last is the ceiling
 KINDS = {  # of the short table of methods
     "look again": "read where the model looks, then show it that part of the picture, enlarged",
@@ -101,7 +103,9 @@ def gain_table() -> Iterator[list[str]]:
                 rows = [
                     p
                     for p in ROWS
-                    if (p.benchmark, p.model) == (benchmark, model) and score in p.values
+                    if (p.benchmark, p.model) == (benchmark, model)
+                    and score in p.values
+                    and not p.ablation
                 ]
                 for source in dict.fromkeys(p.source for p in rows):
                     given = [p for p in rows if p.source == source]
@@ -142,17 +146,37 @@ def _range(ratios: Iterable[str]) -> str:
     return " to ".join(ends)
 
 
+def verified_table() -> Iterator[list[str]]:
+    """Checkpoints of the hub that somebody has verified."""
+    yield list(COLUMNS)
+    rows = [table_row(report) for report in _verified() if report["commit"]]
+    yield from rows or [["nobody has verified real weights yet", *[""] * (len(COLUMNS) - 1)]]
+
+
+def small_table() -> Iterator[list[str]]:
+    """Models from elsewhere that were verified: they show that the command works."""
+    yield list(COLUMNS)
+    yield from (table_row(report) for report in _verified() if not report["commit"])
+
+
+def _verified() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text("utf-8")) for file in sorted(VERIFIED.glob("*.json"))]
+
+
 TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "kinds": kind_table,
     "speed": speed_table,
     "questions": question_table,
     "print": print_table,
     "gains": gain_table,
+    "verified": verified_table,
+    "verified, small": small_table,
 }
 PAGES = {  # a page, and the tables in it
     "README.md": ("print", "kinds"),
     "docs/guides/which-method.md": ("gains", "print"),
     "docs/evidence/speed.md": ("speed", "questions"),
+    "docs/guides/verify.md": ("verified", "verified, small"),
 }
 
 

@@ -32,9 +32,10 @@ ORDER = (
         "eval",
         "sweep",
         "report",
+        "reproduce",
         "analyze",
     ),
-    *("demo", "draw", "doctor", "train"),
+    *("demo", "draw", "doctor", "verify", "train"),
 )
 
 app = typer.Typer(

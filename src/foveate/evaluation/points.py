@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from ..base import stats
 from ..base.errors import FoveateError
@@ -18,6 +18,7 @@ GROUPS = 50  # of images, for the intervals of scores that are not a mean over q
 
 Records = list[EvalRecord]
 ByMethod = dict[str, Records]
+T = TypeVar("T")
 
 
 @dataclass
@@ -122,20 +123,35 @@ def _fill_score(
         without = _without_each(score, records[point.method])
         left = [new - old for new, old in zip(without, parts, strict=True)]
         point.value, point.difference = value, change
-        if left and not any(map(math.isnan, left)):
-            middle = fmean(left)
-            pseudo = [change + (len(left) - 1) * (middle - part) for part in left]
-            point.low, point.high = stats.interval(pseudo, range(len(left))) or (None, None)
+        point.low, point.high = _ends(change, left) or (None, None)
     return whole
 
 
-def _without_each(measure: Callable[[Records], float], records: Records) -> list[float]:
-    """The score without one group of images, for each of up to `GROUPS` groups drawn at random.
+def intervals(b: Benchmark, answers: Records) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of a benchmark's own scores; a score without one is left out."""
+    whole, parts = b.score(answers), _without_each(b.score, answers)
+    found = {
+        name: _ends(value, [p.get(name, math.nan) for p in parts]) for name, value in whole.items()
+    }
+    return {name: ends for name, ends in found.items() if ends is not None}
 
-    How the score changes when a group is missing is what that group contributes: the jackknife's
+
+def _ends(value: float, without: list[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a score, or of a difference, from what it is `_without_each` group.
+
+    How it changes when a group is missing is what that group contributes: the jackknife's
     pseudo-values (Tukey 1958). We resample these instead of single questions where a score is not
     a mean over questions (F1, pairs that must both be right, CHAIR).
     """
+    if not without or any(map(math.isnan, [value, *without])):
+        return None
+    middle = fmean(without)
+    pseudo = [value + (len(without) - 1) * (middle - part) for part in without]
+    return stats.interval(pseudo, range(len(pseudo)))
+
+
+def _without_each(measure: Callable[[Records], T], records: Records) -> list[T]:
+    """The score without one group of images, for each of up to `GROUPS` groups drawn at random."""
     images = list(dict.fromkeys(map(image_of, records)))
     count = min(len(images), GROUPS)
     if count < 2:

@@ -34,6 +34,8 @@ class Published:
         source: a key of `PROTOCOLS`.
         questions: how many the paper asked.
         options: the benchmark's options for which the row is about the same questions.
+        ablation: whether the method lacks a part here. Such rows are for who turns it off
+            (`foveate.evaluation.reproduce`), not for a comparison by the method's name.
     """
 
     model: str
@@ -44,6 +46,10 @@ class Published:
     source: str
     questions: int
     options: dict[str, Any]
+
+    @property
+    def ablation(self) -> bool:
+        return self.variant.startswith("without ")
 
 
 @dataclass
@@ -112,6 +118,7 @@ def compare(
         row
         for row in ROWS
         if (row.model, row.benchmark) == (known, b.name)
+        and not row.ablation
         and all(options.get(key) == value for key, value in row.options.items())
     ]
     plain = ours.get(VANILLA, {})

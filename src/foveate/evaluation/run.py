@@ -167,7 +167,7 @@ class Run:
         self.units: list[list[Question]] = []
         for b in plan.benchmarks:
             samples = b.samples(plan.root, self.problems[str(b)])
-            self.units += _units(b, _limited(samples, plan.limit), plan.shard)
+            self.units += _units(b, limited(samples, plan.limit), plan.shard)
         for name, problems in self.problems.items():
             for line in problems.lines():
                 warnings.warn(f"{name}: {line}", stacklevel=3)
@@ -382,7 +382,7 @@ def _session(row: dict[str, Any]) -> Hashable:
 # -- questions -------------------------------------------------------------------------------------
 
 
-def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
     """The first `limit` questions of every split."""
     if limit is None:
         return samples

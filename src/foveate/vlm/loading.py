@@ -139,6 +139,14 @@ def commit(name: str, revision: str | None = None) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None
 
 
+def at_hand(name: str, revision: str | None = None) -> bool:
+    """Whether the weights are on this machine: a folder, or in the hub's cache."""
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return _is_local(name) or any(
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files
+    )
+
+
 def _options(offline: bool, revision: str | None) -> dict[str, Any]:
     """The options of every `from_pretrained`."""
     options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
