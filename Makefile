@@ -71,7 +71,7 @@ test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
 
 test-inspect: $(INSPECT)/.installed
-	$(INSPECT)/bin/python -m pytest tests/inspect
+	$(INSPECT)/bin/python -m pytest tests/inspectai
 
 test-serve: $(SERVE)/.installed
 	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serving -m "slow or not slow"
