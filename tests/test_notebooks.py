@@ -57,6 +57,7 @@ def test_a_notebook_is_whole_and_names_the_lines_for_a_large_model(path: Path) -
     assert len(names) == 2
     source = "\n".join(map(notebooks.text_of, code))
     assert all(f"\n{name} = " in f"\n{source}" for name in names), "the same two lines"
+    assert "Image.open" not in block or "from PIL import Image\n" in source
 
 
 @each
