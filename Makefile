@@ -23,6 +23,7 @@ $(error TRANSFORMERS is locked or newest, not $(TRANSFORMERS))
 endif
 BIN := $(ENV)/bin
 LMMS := $(VENV)/lmms
+INSPECT := $(VENV)/inspect
 SERVE := $(VENV)/serve
 VLLM := $(VENV)/vllm
 OLDEST := $(VENV)/oldest
@@ -38,7 +39,7 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-serve test-vllm lint speed \
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-inspect test-serve test-vllm lint speed \
 	peers docs lock clean installed testing
 
 demo: installed
@@ -68,6 +69,9 @@ test-newest:
 
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
+
+test-inspect: $(INSPECT)/.installed
+	$(INSPECT)/bin/python -m pytest tests/inspectai
 
 test-serve: $(SERVE)/.installed
 	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serving -m "slow or not slow"
@@ -146,6 +150,13 @@ $(LMMS)/.installed: pyproject.toml tests/lmms/requirements.txt
 	$(LMMS)/bin/python -m pip install --quiet $(TORCH)
 	$(LMMS)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	$(LMMS)/bin/python -m pip install --quiet --requirement tests/lmms/requirements.txt --editable .
+	touch $@
+
+$(INSPECT)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(INSPECT)
+	$(INSPECT)/bin/python -m pip install --quiet --upgrade pip
+	$(INSPECT)/bin/python -m pip install --quiet $(TORCH)
+	$(INSPECT)/bin/python -m pip install --quiet inspect-ai==0.3.285 pytest --editable ".[serve]"
 	touch $@
 
 $(SERVE)/.installed: pyproject.toml constraints.txt

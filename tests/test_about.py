@@ -177,6 +177,7 @@ def test_the_command_prints_all_about_one_method(run: Any) -> None:
         for part in ("Cross-layer vision smoothing", "smoothing", "before, scores, weights",
                      "@article{zhao2025clvs,", "docs/methods/clvs.md", "decode"):  # fmt: skip
             assert part in out
+        assert "next: foveate ask --method clvs" in out
     assert "did you mean 'clvs'?" in run("methods", "clvz")[2]
     assert "docs/methods/index.md#inferred" in out
 

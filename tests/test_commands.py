@@ -226,6 +226,7 @@ def test_methods(run, folder):
     assert code == 0
     assert "clvs" in out
     assert "layers=None" in out
+    assert out.endswith("next: foveate methods NAME tells all about one of them\n")
     code, out, err = run("methods", "--model", folder)
     assert code == 0
     assert "layers=0..5" in out

@@ -270,7 +270,9 @@ def test_a_mistake_is_one_sentence(
 def test_a_killed_run_goes_on(run: Run, folder: Path, tmp_path: Path) -> None:
     data = written(tmp_path, 30)
     command = ["directions", str(folder), "--data", str(data), "--trials", "20", "--out"]
-    assert run(*command, tmp_path / "whole")[0] == 0
+    code, out, _ = run(*command, tmp_path / "whole")
+    assert code == 0
+    assert "next: foveate eval" in out
     records = tmp_path / "out.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "foveate.commands", *command, str(tmp_path / "out")],

@@ -383,6 +383,7 @@ def test_the_pocket_models_list_is_one_that_adhh_takes(run, tmp_path: Path):
     code, printed, err = run("--scenes", 3, "--max-new-tokens", 24, "--out", out)
     assert (code, err) == (0, "")
     assert "3 captions: " in printed
+    assert "next: foveate eval" in printed
     found = Artifact.from_pretrained(out, HEADS)
     assert found.made["hallucinated"] > 0 < found.made["real"]
     assert found.made["command"] == "foveate heads pocket --limit 3 --max-new-tokens 24"

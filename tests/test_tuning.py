@@ -268,7 +268,7 @@ def test_two_processes_walk_the_curve_of_one(data: Path, small: str, tmp_path: P
     two = launched([*common, "--out", str(tmp_path / "two"), "--batch-size", "2"], processes=2)
     out, error = two.communicate(timeout=300)
     assert two.returncode == 0, error
-    assert out.count("foveate ask") == 1, "one process speaks for both"
+    assert out.count("next: foveate ask") == 1, "one process speaks for both"
     recipe = Recipe(base="full", steps=5, base_rate=1e-3, batch_size=4)
     tune(small, mixed, tmp_path / "one", recipe, images=data.parent)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["settings"]["processes"] == 2

@@ -2,6 +2,7 @@
 
 * An entry of the navigation that ends in `*` takes the pages that lie there. Without any it goes.
 * Files of the repository that pages link to are on the site, too: `SHOWN`.
+* Every notebook is a page, with the outputs that it holds.
 * `<!-- commands -->` becomes the command line's reference, `<!-- errors -->` the list of errors.
 * `<!-- not run: WHY -->`, before a block that no test runs, becomes a line that readers see.
 * At the end, every page is searched for scripts, styles, fonts and pictures from other machines.
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import errors  # noqa: E402
+import notebooks  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 
@@ -37,6 +39,10 @@ SHOWN = {  # a file of the repository, and its page
         f"benchmarks/results/{path.name}": f"evidence/results/{path.name}"
         for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"))
     },
+}
+NOTEBOOKS = {  # a notebook, and its page
+    f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md"
+    for path in sorted(notebooks.FOLDER.glob("*.ipynb"))
 }
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s]+)(?=\))")
 REMOTE = re.compile(
@@ -57,6 +63,11 @@ def on_files(files: Any, config: Any) -> Any:
         if source.endswith("weights/README.md"):  # its head is for the model hub
             text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
         files.append(File.generated(config, page, content=text))
+    for source, page in NOTEBOOKS.items():
+        text, pictures = notebooks.markdown(ROOT / source)
+        files.append(File.generated(config, page, content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
 
 
@@ -109,7 +120,7 @@ def _on_site(link: str, source: str, here: str) -> str:
     if not path:
         return link
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-    inside = SHOWN.get(target)
+    inside = SHOWN.get(target) or NOTEBOOKS.get(target)
     if inside is None and target.startswith("docs/"):
         inside = target.removeprefix("docs/")
     if inside is None:  # mkdocs says that there is no such page

@@ -12,7 +12,7 @@ import typer
 
 from ..base.errors import FoveateError
 from . import app
-from .common import DeviceOption, DtypeOption, Progress, RevisionOption, load, note
+from .common import DeviceOption, DtypeOption, Progress, RevisionOption, hint, load, note
 
 
 class Grouping(StrEnum):
@@ -97,4 +97,5 @@ def directions(
         )
     for name, tensor in artifact.tensors.items():
         print(f"{name}: {' x '.join(map(str, tensor.shape))}")
-    print(f"directions: {path}, for --method \"vti(path='{path}')\"")
+    print(f"directions: {path}")
+    hint(f"foveate eval BENCHMARK --model {model} --method vanilla --method \"vti(path='{path}')\"")

@@ -17,6 +17,7 @@ from .common import (
     JsonOption,
     Progress,
     RevisionOption,
+    hint,
     load,
     new_table,
     print_table,
@@ -126,4 +127,7 @@ def heads(
         table.add_row(str(layer), str(head), f"{score:+.4f}")
     print_table(table)
     print(f"{found.made['images']} captions: {counted(found.made)}")
-    print(f"heads: {path}, for --method \"adhh(heads='{path}')\"")
+    print(f"heads: {path}")
+    hint(
+        f"foveate eval BENCHMARK --model {model} --method vanilla --method \"adhh(heads='{path}')\""
+    )

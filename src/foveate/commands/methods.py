@@ -12,7 +12,7 @@ import typer
 
 from ..base.errors import FoveateError
 from . import app
-from .common import RevisionOption, brief, load, new_table, note, print_table
+from .common import RevisionOption, brief, hint, load, new_table, note, print_table
 
 if TYPE_CHECKING:
     from ..evaluation.about import About, Cost
@@ -63,7 +63,7 @@ def _list(known: dict[str, About], here: dict[str, Any]) -> None:
             lines = [values] if isinstance(values, str) else [f"{k}={v}" for k, v in values.items()]
         table.add_row(name, "\n".join(lines), it.paper and f"arXiv {it.paper}", f"{it.summary}.")
     print_table(table)
-    print("All about one of them: foveate methods NAME")
+    hint("foveate methods NAME tells all about one of them")
 
 
 def _explain(it: About, here: Any) -> None:
@@ -100,6 +100,11 @@ def _explain(it: About, here: Any) -> None:
         print(f"\n{it.citation}")
     if it.page and any("nferred" in text for text in (it.text, *(p.text for p in it.parameters))):
         print(f"\n{_filled(INFERRED)}")
+    print()
+    hint(
+        f"foveate ask --method {it.name} tries it; foveate methods {it.name} --model M shows the "
+        "values that model M gets"
+    )
 
 
 def _entry(it: About, here: Any) -> dict[str, Any]:

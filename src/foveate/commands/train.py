@@ -152,7 +152,7 @@ def train_cli(
         )  # fmt: skip
     if tuned.main:
         asked = tuned.model or (f"{model} --revision {revision}" if revision else model)
-        print(f'foveate ask IMAGE "QUESTION" --model {asked} --method "{tuned.method}"')
+        hint(f'foveate ask IMAGE "QUESTION" --model {asked} --method "{tuned.method}"')
 
 
 @contextmanager
