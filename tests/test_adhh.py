@@ -245,10 +245,11 @@ def test_a_file_holds_pairs_or_what_foveate_heads_writes(tmp_path: Path, bare: b
     file.write_text(json.dumps(pairs if bare else whole))
     method = ADHH(threshold=0.3, heads=str(file))
     assert method.resolve(anatomy(model)) == LISTED.resolve(anatomy(model))
+    inputs = models.inputs("llava")
     with torch.no_grad(), enhance(model, method):
-        a = model(**models.inputs("llava")).logits
+        a = model(**inputs).logits
     with torch.no_grad(), enhance(model, LISTED):
-        assert torch.equal(model(**models.inputs("llava")).logits, a)
+        assert torch.equal(model(**inputs).logits, a)
 
 
 @pytest.mark.parametrize(

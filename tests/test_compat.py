@@ -54,7 +54,7 @@ def problems(text: str, own: frozenset[str]) -> Iterator[str]:
 
 
 def _private(name: str) -> bool:
-    python = ("_getframe",)
+    python = ("_getframe", "_exit")
     return name.startswith("_") and not name.endswith("__") and name not in python
 
 

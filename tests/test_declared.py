@@ -136,7 +136,8 @@ def tokens(vlm: VLM, method: Method) -> int:
     seen: list[int] = []
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"].shape[:2].numel())
+        given = kwargs.get("inputs_embeds")
+        seen.append((kwargs["input_ids"] if given is None else given).shape[:2].numel())
 
     vlm.readings.clear()
     handle = vlm.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)

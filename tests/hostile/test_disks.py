@@ -55,7 +55,7 @@ def commands(model: str, data: Path, out: Path) -> dict[str, list[Any]]:
         "trace": ["trace", "demo", "Is there a cup?", "--model", model, "--out", out,
                   "--max-new-tokens", 2, "--method", "vanilla"],
         "analyze": ["analyze", "decay", "--model", model, "--limit", 2, "--out", out],
-        "demo": ["demo", "--model", model, "--out", out],
+        "demo": ["demo", "--out", out],
         "heads": ["heads", "pocket", "--scenes", 4, "--max-new-tokens", 6,
                   "--out", out / "heads"],
         "train": ["train", "cli", "--model", "pocket", "--data", data, "--out", out, "--steps", 2,

@@ -35,10 +35,10 @@ def tower_renamed(folder: Path) -> Path:
     """Write a CLIP or SigLIP tower's weights under the names that vLLM knows."""
     from safetensors.torch import load_file, save_file
 
-    file, old, new = folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model."
-    weights = load_file(file)
-    renamed = {k.replace(old, new, 1) if k.startswith(old) else k: v for k, v in weights.items()}
-    save_file(renamed, file, {"format": "pt"})
+    from foveate.backends.vllm import compat
+
+    file = folder / "model.safetensors"
+    save_file(compat.tower_renamed(load_file(file)), file, {"format": "pt"})
     return folder
 
 

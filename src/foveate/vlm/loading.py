@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from ..backends.transformers import compat, compat_parts
+from ..backends.vllm.compat import tower_renamed
 from ..base.errors import FoveateError
 
 WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
@@ -121,11 +122,7 @@ def pocket_for_vllm(folder: Path) -> Path:
     for file in WEIGHTS.iterdir():
         if file.suffix in (".json", ".jinja"):
             shutil.copy(file, folder)
-    old, new = "vision_tower.", "vision_tower.vision_model."
-    weights = {
-        k.replace(old, new, 1) if k.startswith(old) else k: v
-        for k, v in load_file(WEIGHTS / "model.safetensors").items()
-    }
+    weights = tower_renamed(load_file(WEIGHTS / "model.safetensors"))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 

@@ -12,12 +12,12 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, CompileConfig
 from transformers.cache_utils import (
     Cache,
 )
@@ -391,6 +391,15 @@ def keeping_positions(model: Any) -> Iterator[None]:
         yield
     finally:
         keep_positions(model, deltas)
+
+
+def graphs() -> Any:
+    """How `generate` compiles decoding to whole graphs that run eagerly, on a CPU, too."""
+    config: Any = CompileConfig(
+        fullgraph=True, backend="eager", dynamic=False, mode=cast(str, None)
+    )
+    config._compile_all_devices = True
+    return config
 
 
 # -- generation ------------------------------------------------------------------------------------

@@ -390,3 +390,9 @@ def check_layers(impls: list[Any]) -> None:
             "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
         }
     )
+
+
+def tower_renamed(weights: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's weights with those of a CLIP or SigLIP tower named as vLLM names them."""
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    return {k.replace(old, new, 1) if k.startswith(old) else k: v for k, v in weights.items()}

@@ -11,12 +11,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import CompileConfig
 
 from ...backends.transformers import compat
 from ...backends.transformers.anatomy import anatomy
@@ -195,16 +194,13 @@ def compiled(lab: Lab, stack: Stack) -> Finding:
         return Finding(None, "transformers does not compile this model")
     if any(m.wants("contrast") for m in stack):
         return Finding(None, "a second stream is not one static graph")
-    config: Any = CompileConfig(
-        fullgraph=True, backend="eager", dynamic=False, mode=cast(str, None)
-    )
-    config._compile_all_devices = True  # also on a CPU
     chats = lab.chats(stack)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
-        ours = lab.produce(stack, chats, cache_implementation="static", compile_config=config)
+        how = {"cache_implementation": "static", "compile_config": compat.graphs()}
+        ours = lab.produce(stack, chats, **how)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     return _judged(lab, stack, "compiled", lab.produce(stack, chats), ours)
 
 
