@@ -51,11 +51,12 @@ def test_neutral_parameters_that_are_not_are_caught(lab, monkeypatch) -> None:
 
 
 def test_results_that_are_apart_are_caught(lab) -> None:
+    torch.manual_seed(0)
     tokens, logits = torch.zeros(2, 3, dtype=torch.long), torch.randn(3, 2, 50)
     a, near = Produced(tokens, logits), Produced(tokens, logits + 1e-6)
     assert checks._judged(lab, (get("clvs")(),), "x", a, near).passed
     far = logits.clone()
-    far[2, 1] += torch.randn(50)
+    far[2, 1] += 2 * torch.randn(50)
     found = checks._judged(lab, (get("clvs")(),), "x", a, Produced(tokens, far))
     assert found.passed is False
     assert found.numbers["gap"] > 0.5
