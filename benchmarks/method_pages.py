@@ -30,7 +30,7 @@ from foveate.evaluation.published import PROTOCOLS, ROWS, VANILLA, method_name
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "methods"
 COSTS = ROOT / "src" / "foveate" / "evaluation" / "costs.json"
-BENCH = ROOT / "docs" / "pocket-bench" / "report.json"
+BENCH = ROOT / "docs" / "pocket-bench"  # report.json here and in its folders
 # whose costs the table of all methods shows; what reads the vision tower is measured with one
 SHOWN = {"methods-cpu": "0.5b", "cli-cpu": "0.5b-clip"}
 FORWARDS = ("methods-cpu", "cli-cpu", "speed-cpu")
@@ -294,7 +294,8 @@ def load(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _verdicts() -> list[dict[str, Any]]:
-    return json.loads(BENCH.read_text("utf-8"))["sections"][0]["verdicts"]
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(BENCH.rglob("report.json"))]
+    return [verdict for report in found for verdict in report["sections"][0]["verdicts"]]
 
 
 # -- the files -------------------------------------------------------------------------------------
