@@ -488,7 +488,7 @@ class _OwnAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-class _RemoteLike(tf.PreTrainedModel):
+class _RemoteLike(tf.PreTrainedModel, tf.GenerationMixin):
     config_class = tf.LlavaConfig
 
     def __init__(self, config: tf.LlavaConfig) -> None:
@@ -496,6 +496,7 @@ class _RemoteLike(tf.PreTrainedModel):
         width = config.text_config.hidden_size
         self.embed = nn.Embedding(VOCAB, width)
         self.layers = nn.ModuleList(_OwnAttention(width, i) for i in range(2))
+        self.config.num_hidden_layers = 2
         self.lm_head = nn.Linear(width, VOCAB, bias=False)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -136,7 +136,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Less(Method):
+class Less(Method, register=False):
     """Takes mass away from the image."""
 
     by: float = 8.0

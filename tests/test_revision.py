@@ -230,7 +230,6 @@ def test_commands_refuse_a_revision_of_what_is_not_on_the_hub(
 ) -> None:
     for command in (
         ["ask", "demo", "Is there a car?"],
-        ["demo"],
         ["methods", "--model", "pocket"],
         ["heads", "pocket", "--limit", "1"],
         ["serve", "--port", "0"],

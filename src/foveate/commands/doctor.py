@@ -300,7 +300,7 @@ def _stop_test(model: Any) -> dict[str, Any] | None:
 
     own = anatomy(model)
     try:
-        tested = len(CLVS().resolve(own).setup(own)[1])
+        tested = len(CLVS().resolve(own).setup(own).tested)
     except FoveateError:
         return None
     head = model.get_output_embeddings().weight.numel()

@@ -98,7 +98,7 @@ class Uncertainty(Method, register=False):
         if stream.layer > 0:
             clvs = CLVS(top_k=self.top_k, final_norm=self.final_norm)
             uncertainty = clvs.uncertainty(stream.last, seq.plan)
-            for u, notes in zip(uncertainty, seq.notes, strict=True):
+            for u, notes in zip(uncertainty, seq.notes, strict=False):  # a search has more rows
                 steps = notes.setdefault("uncertainty", [])
                 if stream.layer == 1:
                     steps.append([])
@@ -246,7 +246,7 @@ def _trace_one(
             for step in uncertainty
         ),
         threshold=acting.stop_threshold if acting else None,
-        tested=tuple(sorted(resolved.setup(anatomy(vlm.model))[1])) if resolved else (),
+        tested=tuple(sorted(resolved.setup(anatomy(vlm.model)).tested)) if resolved else (),
     )
 
 

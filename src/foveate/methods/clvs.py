@@ -10,13 +10,25 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import Anatomy, Method, Rows, Sequences, Stream
 from ..core.visual import runs
+
+
+class Plan(NamedTuple):
+    """What CLVS needs to know of a model.
+
+    Attributes:
+        tested: the layers after which u is computed. moves: whether positions are unified.
+    """
+
+    anatomy: Anatomy
+    tested: frozenset[int]
+    moves: bool
 
 
 @dataclass(frozen=True)
@@ -97,21 +109,22 @@ class CLVS(Method):
     def columns(self) -> Literal["visual", "through", "all"]:  # type: ignore[override]
         return "visual" if self.unified_positions is False else "through"
 
-    def setup(self, anatomy: Anatomy) -> tuple[Anatomy, frozenset[int]]:
-        """The anatomy, and the layers after which u is computed."""
+    def setup(self, anatomy: Anatomy) -> Plan:
         layers = self.layers or ()
-        if layers and self.unified_positions is not False and not anatomy.turns(layers[0]):
+        moves = bool(layers) and self.unified_positions is not False
+        if moves and not anatomy.turns(layers[0]):
+            moves = False
             warnings.warn(
                 f"clvs: layer {layers[0]} of {anatomy.kind} has no position embedding, so unified "
                 "positions change nothing there.",
                 stacklevel=2,
             )
         if self.stop_threshold <= 0 or not layers:
-            return anatomy, frozenset()
+            return Plan(anatomy, frozenset(), moves)
         start = math.floor(self.stop_from * anatomy.depth) + 1
         tested = range(start, anatomy.depth, self.stop_every)
         # a test after the last smoothed layer could stop nothing
-        return anatomy, frozenset(layer for layer in tested if layer < layers[-1])
+        return Plan(anatomy, frozenset(layer for layer in tested if layer < layers[-1]), moves)
 
     def is_first(self, layer: int) -> bool:
         """Whether a layer is layer 0 of the paper."""
@@ -120,7 +133,7 @@ class CLVS(Method):
     # -- layer 0: unified positions, eq. (2) and (3) -----------------------------------------------
 
     def scores(self, rows: Rows) -> Tensor:
-        if self.unified_positions is False or not self.is_first(rows.layer):
+        if not rows.plan.moves or not self.is_first(rows.layer):
             return rows.x
         if rows.phase != "decode" or not rows.has_moved:
             rows.move(*self.unified(rows.seq))
@@ -181,11 +194,11 @@ class CLVS(Method):
     # -- uncertainty, eq. (8) ----------------------------------------------------------------------
 
     def before(self, stream: Stream, seq: Sequences) -> Tensor:
-        anatomy, tested = seq.plan
-        if stream.layer - 1 not in tested or seq.phase == "prefix":
+        plan: Plan = seq.plan
+        if stream.layer - 1 not in plan.tested or seq.phase == "prefix":
             return stream.x
         memory = seq.memory
-        active = self.uncertainty(stream.last, anatomy) >= self.stop_threshold
+        active = self.uncertainty(stream.last, plan.anatomy) >= self.stop_threshold
         if "active" in memory:
             active &= memory["active"].to(active.device)
         memory["active"] = active

@@ -37,22 +37,9 @@ class ModelRotary:
         return compat.rotate(self.module, x, *rotation).to(x.dtype)
 
 
-class Still(ModelRotary):
-    """A layer whose queries and keys carry no positions: nothing turns."""
-
-    def rotation(self, by: Tensor) -> tuple[Tensor, Tensor]:
-        return self.like, self.like
-
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return x
-
-
 def rotary(decoder: Any, module: nn.Module, like: Tensor) -> ModelRotary | None:
     """The rotary embeddings of a layer; None where the decoder has no single module for them."""
-    if compat.rotary(decoder) is None:
-        return None
-    turns = _turning.get(decoder, {}).get(getattr(module, "layer_idx", -1), True)
-    return (ModelRotary if turns else Still)(decoder, module, like)
+    return ModelRotary(decoder, module, like) if compat.rotary(decoder) is not None else None
 
 
 def turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
@@ -71,25 +58,26 @@ def turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
 
 
 def _turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
-    kept: dict[int, tuple[nn.Module, Tensor]] = {}
+    found: list[tuple[nn.Module, Tensor]] = []
     usual = compat.kernel("sdpa")
 
     def look(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kept[module.layer_idx] = module, key
+        if getattr(module, "layer_idx", None) == layer:
+            found.append((module, key.float()))
         return usual(module, query, key, *args, **kwargs)
 
     axes = compat.position_axes(model)
     by = torch.tensor(_PLACES[:axes], device=place)[:, None, None]
-    keys = []
     compat.register_attention(_PROBE, look, like="sdpa")
     try:
         with compat.attending(decoder.config, _PROBE), torch.no_grad():
             for positions in (torch.zeros_like(by), by):
                 _read(decoder, positions if axes > 1 else positions[0], place)
-                keys.append(kept[layer][1].float())
     finally:
         compat.forget_attention(_PROBE)
-    module, (before, after) = kept[layer][0], keys
+    if len(found) != 2:
+        return True  # its attention was not reached, which the checks of a block name
+    (module, before), (_, after) = found
     allowed = (1e-3 if decoder.dtype == torch.float32 else 3e-2) * float(after.abs().max())
     if _apart(before, after) <= allowed:
         return False
