@@ -11,7 +11,7 @@ import torch
 from foveate import FoveateError, enhance
 from foveate.backends.transformers.anatomy import anatomy
 from foveate.methods.dola import DoLa
-from tests import models
+from tests import models, newer
 from tests.references import dola as reference
 from tests.references.full import difference, generate
 
@@ -37,7 +37,7 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(family: str, kin
     every = tuple(range(models.build(family).get_decoder().config.num_hidden_layers))
     worst, layers = compare(family, kind, DoLa(layers=every))
     # Gemma3 scales its embeddings, and unembedded without the norm they are eight times larger
-    assert worst < (2e-5 if family == "gemma3" else 1e-5)
+    assert worst < (5e-5 if family in newer.FAMILIES else 2e-5 if family == "gemma3" else 1e-5)
     assert len(layers) > 1, "samples and steps choose for themselves"
 
 

@@ -41,9 +41,21 @@ def method(request: pytest.FixtureRequest) -> Method:
             with pytest.raises(FoveateError, match="cli follows the images of"):
                 found.resolve(anatomy(models.build(family)))
             pytest.skip(f"refused: cli does not know how {family} projects its images")
-    if "family" in request.fixturenames:
-        return models.ready(found, request.getfixturevalue("family"))
-    return found
+    if "family" not in request.fixturenames:
+        return found
+    family = request.getfixturevalue("family")
+    if family in newer.FAMILIES:  # on hybrids the layers of an example may not see the image
+        try:
+            found.resolve(anatomy(models.build(family)))
+        except FoveateError as error:
+            assert "does not see the whole image" in str(error)
+            pytest.skip(f"refused: {error}")
+    return models.ready(found, family)
+
+
+def near(family: str) -> float:
+    """How far rounding may carry logits; routers of experts and the delta rule amplify it."""
+    return 5e-4 if family in newer.FAMILIES else 2e-5
 
 
 def logits(model: Any, inputs: dict[str, Tensor], method: Method | None, **options: Any) -> Tensor:
@@ -113,7 +125,7 @@ def test_other_rows_are_untouched(method: Method, family: str, model: Any) -> No
     count = 1
     if method.rows == "text":
         count = int((inputs["input_ids"] == models.IMAGE).flip(1).int().argmax())
-    if method.wants("contrast"):  # rows of a larger batch are rounded differently
+    if method.wants("contrast") or "moe" in family:  # rows are grouped, and rounded, differently
         assert close(plain[:, :-count], edited[:, :-count])
     else:
         assert torch.equal(plain[:, :-count], edited[:, :-count])
@@ -139,20 +151,22 @@ def test_weights_are_finite_and_sum_to_one(method: Method, family: str, model: A
 def test_padded_batch_equals_single_runs(
     method: Method, family: str, model: Any, kind: str
 ) -> None:
+    if method.name == "vista" and "linear_attention" in anatomy(model).layer_kinds:
+        pytest.skip("the image has not reached the first layer: its steering vector is rounding")
     batch = logits(model, models.inputs(family, kind, batch=3), method)
     for row in range(3):
         if kind == "mixed" and row == 1 and method.needs_image:
             single = logits(model, models.inputs(family, kind, row=row), None)
         else:
             single = logits(model, models.inputs(family, kind, row=row), method)
-        assert close(batch[:, row], single[:, 0], 2e-5)
+        assert close(batch[:, row], single[:, 0], near(family))
 
 
 # 6
 def test_static_cache_equals_dynamic(method: Method, family: str, model: Any) -> None:
     inputs = models.inputs(family, batch=3)
     static = logits(model, inputs, method, cache_implementation="static")
-    assert close(static, logits(model, inputs, method), 2e-5)
+    assert close(static, logits(model, inputs, method), near(family))
 
 
 # 7

@@ -53,7 +53,7 @@ def commands(model: str, data: Path, out: Path) -> dict[str, list[Any]]:
         "sweep": ["sweep", "vaf", "--over", "suppress=0.5,0.7", "--bench", BENCH, "--out", out,
                   *asks],
         "trace": ["trace", "demo", "Is there a cup?", "--model", model, "--out", out,
-                  "--max-new-tokens", 2, "--method", "vanilla"],
+                  "--max-new-tokens", 2, "--method", "vanilla", "--force"],
         "analyze": ["analyze", "decay", "--model", model, "--limit", 2, "--out", out],
         "demo": ["demo", "--out", out],
         "heads": ["heads", "pocket", "--scenes", 4, "--max-new-tokens", 6,
