@@ -48,7 +48,8 @@ def method(request: pytest.FixtureRequest) -> Method:
         try:
             found.resolve(anatomy(models.build(family)))
         except FoveateError as error:
-            assert "does not see the whole image" in str(error)
+            if "does not see the whole image" not in str(error):
+                raise
             pytest.skip(f"refused: {error}")
     return models.ready(found, family)
 
