@@ -44,6 +44,7 @@ def method(request: pytest.FixtureRequest) -> Method:
     if "family" not in request.fixturenames:
         return found
     family = request.getfixturevalue("family")
+    found = models.ready(found, family)
     if family in newer.FAMILIES:  # on hybrids the layers of an example may not see the image
         try:
             found.resolve(anatomy(models.build(family)))
@@ -51,7 +52,7 @@ def method(request: pytest.FixtureRequest) -> Method:
             if "does not see the whole image" not in str(error):
                 raise
             pytest.skip(f"refused: {error}")
-    return models.ready(found, family)
+    return found
 
 
 def near(family: str) -> float:
