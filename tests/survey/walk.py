@@ -66,6 +66,7 @@ def _apart(model_type: str, say: Callable[[str], None]) -> dict[str, Any]:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             warnings.simplefilter("ignore")
+            transformers.logging.set_verbosity_error()  # of what it logs a test makes errors
             torch.set_num_threads(1)
             torch.manual_seed(0)
             row = examine(model_type)
