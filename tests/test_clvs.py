@@ -63,6 +63,13 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(
     assert worst(out, expected(model, inputs, out, **parameters)) < 1e-5
 
 
+def test_a_bos_token_without_an_embedding_does_not_stop_it() -> None:
+    model, inputs = models.build("qwen2_5_vl", fresh=True), models.inputs("qwen2_5_vl")
+    model.get_decoder().config.bos_token_id = model.get_input_embeddings().num_embeddings
+    with enhance(model, CLVS()), torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_equals_the_reference(name: str, variant: str) -> None:

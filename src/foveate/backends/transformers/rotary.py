@@ -95,7 +95,8 @@ def _turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
 def _read(decoder: Any, positions: Tensor, place: torch.device) -> None:
     """One token at `positions` through the decoder."""
     bos = getattr(decoder.config, "bos_token_id", None)
-    token = torch.tensor([[bos if isinstance(bos, int) else 0]], device=place)
+    known = isinstance(bos, int) and bos < decoder.get_input_embeddings().weight.shape[0]
+    token = torch.tensor([[bos if known else 0]], device=place)  # 0 may be padding, which is zero
     decoder(input_ids=token, position_ids=positions, use_cache=False)
 
 
