@@ -1,8 +1,11 @@
 """What a package says about itself, in every place that says it."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from foveate.base import __version__
 
@@ -30,3 +33,12 @@ def test_workflows_run_targets_that_exist() -> None:
     run = [t for w in WORKFLOWS for t in re.findall(r"run: make ([\w-]+)", w.read_text("utf-8"))]
     assert len(run) >= 4
     assert set(run) <= targets
+
+
+def test_the_package_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["foveate", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("foveate", run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"foveate {__version__}\n")
