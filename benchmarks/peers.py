@@ -32,11 +32,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import report  # beside this file, as are the next three
-import torch
 from report import RESULTS, Kind, Say, Table, ratio, spread, timed
 from speed import MIB, peak
 from subjects import VLMS
@@ -328,17 +326,12 @@ KIND = Kind("peers", ABOUT, tables)
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="foveate and mitigv, in one run.")
     parser.add_argument("--sizes", default=",".join(VLMS), help=f"of {', '.join(VLMS)}")
     parser.add_argument("--method", action="append", help=f"of {', '.join(PEERS)}; repeatable")
     parser.add_argument("--repetitions", type=int, default=3, help="answers per row")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer, 2 or more")
-    parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 elsewhere")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--out", type=Path, help="path of the results, without extension")
-    args = parser.parse_args(given)
+    args = report.parsed(parser, given)
     args.sizes, args.method = args.sizes.split(","), args.method or list(PEERS)
     for kind, chosen, known in (
         ("size", args.sizes, list(VLMS)),
@@ -349,10 +342,6 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
                 parser.error(f"there is no {kind} {name!r}; there are {', '.join(known)}")
     if args.repetitions < 1 or args.tokens < 2:
         parser.error("--repetitions must be 1 or more, and --tokens 2 or more")
-    dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
-    args.dtype = getattr(torch, dtype, None)
-    if not (isinstance(args.dtype, torch.dtype) and args.dtype.is_floating_point):
-        parser.error(f"there is no dtype {dtype!r}; use float32, bfloat16 or float16")
     if importlib.util.find_spec(THEIRS) is None:
         parser.error("mitigv is not installed here: run `make peers`, which installs it apart")
     args.out = args.out or RESULTS / f"peers-{args.device.type}"
@@ -374,8 +363,6 @@ def measured(args: argparse.Namespace, size: str, say: Say) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     known = functools.partial(measured, args)
     return report.run(KIND, args.sizes, known, args.device, args.out)
 

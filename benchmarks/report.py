@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -36,6 +37,23 @@ class Kind:
     name: str
     about: str
     tables: Callable[[dict[str, Any]], Iterator[Table]]
+
+
+def parsed(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
+    """The arguments with --device, --dtype, --threads (set here) and --out, of every script."""
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 elsewhere")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--out", type=Path, help="path of the results, without extension")
+    args = parser.parse_args(given)
+    dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+    args.dtype = getattr(torch, dtype, None)
+    if not (isinstance(args.dtype, torch.dtype) and args.dtype.is_floating_point):
+        parser.error(f"there is no dtype {dtype!r}; use float32, bfloat16 or float16")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 def timed(model: Any, call: Callable[[], Any]) -> tuple[float, Any]:

@@ -321,11 +321,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", action="append", help="text form of a method; repeatable")
     parser.add_argument("--repetitions", type=int, default=5, help="prefill pairs per row")
     parser.add_argument("--tokens", type=int, default=4, help="decoded tokens per measurement")
-    parser.add_argument("--device", type=torch.device, default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 elsewhere")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--out", type=Path, help="path of the results, without extension")
-    args = parser.parse_args(given)
+    args = report.parsed(parser, given)
     if args.eval or args.look:
         part, name, known = (asks, "eval", list(VLMS)) if args.eval else (looks, "look", list(VLMS))
         args.kind, usual, sizes = part.KIND, part.METHODS, known
@@ -338,10 +334,6 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
             parser.error(f"there is no size {size!r}; there are {', '.join(known)}")
     if args.repetitions < 1 or args.tokens < 1:
         parser.error("--repetitions and --tokens must be 1 or more")
-    dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
-    args.dtype = getattr(torch, dtype, None)
-    if not (isinstance(args.dtype, torch.dtype) and args.dtype.is_floating_point):
-        parser.error(f"there is no dtype {dtype!r}; use float32, bfloat16 or float16")
     try:
         chosen = [row for method in args.method or usual for row in _rows(method)]
     except FoveateError as error:
@@ -384,8 +376,6 @@ def measured(args: argparse.Namespace, size: str, say: Say) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     known = functools.partial(measured, args)
     return report.run(args.kind, args.sizes, known, args.device, args.out)
 
