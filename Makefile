@@ -25,6 +25,7 @@ BIN := $(ENV)/bin
 LMMS := $(VENV)/lmms
 INSPECT := $(VENV)/inspect
 SERVE := $(VENV)/serve
+WHEEL := $(VENV)/wheel
 VLLM := $(VENV)/vllm
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
@@ -39,7 +40,7 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-inspect test-serve test-vllm lint speed \
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-inspect test-serve test-wheel test-vllm lint speed \
 	peers docs lock clean installed testing
 
 demo: installed
@@ -75,6 +76,15 @@ test-inspect: $(INSPECT)/.installed
 
 test-serve: $(SERVE)/.installed
 	FOVEATE_LOAD_SECONDS=120 $(SERVE)/bin/python -m pytest tests/serving -m "slow or not slow"
+
+# PYTHON=python3.13 tries the wheel on that Python.
+test-wheel:
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(WHEEL)/bin/python -m pip install --quiet $(TORCH)
+	$(WHEEL)/bin/python -m pip wheel $(LOCKED) --no-deps --wheel-dir $(WHEEL)/dist .
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt $(WHEEL)/dist/*.whl pytest
+	$(WHEEL)/bin/python -m pytest tests/wheel
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/test_paged_rows.py -m "slow or not slow"
