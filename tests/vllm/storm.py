@@ -15,6 +15,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 PUT_ASIDE, LEAVES = 0.2, 0.08
 WEATHER: Counter[str] = Counter()
+SCHEDULERS: list[Any] = []
 
 
 class Storm(AsyncScheduler):
@@ -23,6 +24,7 @@ class Storm(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.draw, self.weather = random.Random(0), WEATHER
+        SCHEDULERS[:] = [self]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         aside = [one for one in self.running if self.draw.random() < PUT_ASIDE]
@@ -47,8 +49,10 @@ def storm(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     from foveate.backends.vllm.hidden import served
+    from foveate.backends.vllm.logits import TWINS
     from foveate.backends.vllm.plan import Live
     from foveate.backends.vllm.requests import ROWS
+    from foveate.backends.vllm.twins import pairs_of
 
     sizes = {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 192}
     sizes |= {"enforce_eager": True, "dtype": "float32", "scheduler_cls": Storm}
@@ -89,6 +93,8 @@ def storm(job: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     held = {
         "rows": len(ROWS),
+        "twins": len(TWINS),
+        "pairs": len(pairs_of(SCHEDULERS[0]).alive),
         "lives": sum(isinstance(one, Live) for one in gc.get_objects()),
         "stacks": len(served().stacks),
     }

@@ -23,6 +23,13 @@ METHODS = [
     "tarac(beta=1.5, layers=(2, 5))",
     "",
 ]
+SECOND = [
+    "vcd(beta=0)",
+    "",
+    "m3id(forgetting=0.1, beta=0)",
+    "pai(gamma=1.5, plausibility=0)",
+    "icd(prefix=(20, 31, 42), where='question', beta=0)",
+]
 NEAR = 5e-4  # of a log-probability
 
 
@@ -30,15 +37,26 @@ NEAR = 5e-4  # of a log-probability
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_family_answers_as_in_transformers(name: str, tmp_path: Path) -> None:
     """One or two pictures per request, methods and plain requests in one batch."""
+    check(name, METHODS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_second_streams_of_a_family(name: str, tmp_path: Path) -> None:
+    check(name, SECOND[:2] if name == "gemma3" else SECOND, tmp_path)
+
+
+def check(name: str, methods: list[str], tmp_path: Path) -> None:
+    """Answers of vLLM are those of transformers."""
     tiny = families.FAMILIES[name]
     model = tiny.save(tmp_path / name)
-    asked = families.requests(tmp_path, METHODS, tiny.mark)
+    asked = families.requests(tmp_path, methods, tiny.mark)
     job: dict[str, Any] = {"model": str(model), "requests": asked, "leaves out": tiny.leaves_out}
     (reference,) = answers.run("transformers", job | {"out": str(tmp_path / "reference")})
     job |= {"out": str(tmp_path / "vllm"), "options": {"block_size": 32} | tiny.options}
     (turn,) = answers.run("vllm", job, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     found = []
-    for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
+    for method, ours, theirs in zip(methods, turn, reference, strict=True):
         assert ours["ids"] == theirs["ids"]
         worst = float((ours["rows"] - theirs["rows"]).abs().max())
         found.append((worst, ours["tokens"] == theirs["tokens"], method))

@@ -169,7 +169,7 @@ def test_methods_that_vllm_cannot_run_are_refused_before_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vlm = ServedVLM.load("pocket")
-    for method in ("vcd", "laser", "opera"):
+    for method in ("sid", "laser", "opera"):
         with pytest.raises(FoveateError, match=f"{method} needs .* foveate with transformers"):
             evaluate(Plan([PocketBench()], [method], tmp_path / method), vlm)
     with (

@@ -32,6 +32,6 @@ def test_script_writes_its_tables(tmp_path: Path) -> None:
 def test_a_method_that_vllm_refuses_stops_the_script_with_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--sizes", "pocket", "--method", "vcd", "--pairs", "1", "--tokens", "2"]
+    given = ["--sizes", "pocket", "--method", "sid", "--pairs", "1", "--tokens", "2"]
     assert vllm_speed.main([*given, "--out", str(tmp_path / "vllm")]) == 2
     assert "does not run inside vLLM" in capsys.readouterr().out

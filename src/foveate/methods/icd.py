@@ -53,6 +53,7 @@ class ICD(Method):
 
     name: ClassVar[str] = "icd"
     paper: ClassVar[str] = "2403.18715"
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "beta": 0.0}
     example: ClassVar[dict[str, Any]] = {
         "alpha": 1.0,

@@ -50,6 +50,7 @@ class VCD(Method):
     name: ClassVar[str] = "vcd"
     paper: ClassVar[str] = "2311.16922"
     needs_pixels: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0, "beta": 0.0}
     example: ClassVar[dict[str, Any]] = {"alpha": 1.0, "beta": 0.0}
 

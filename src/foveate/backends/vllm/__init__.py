@@ -27,8 +27,9 @@ def register() -> None:
     """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`)."""
     if switched_off():
         return
-    from . import compat, orphans
+    from . import compat, compat_twins, orphans
 
     compat.check_version()
     compat.install()
+    compat_twins.install()
     orphans.follow()

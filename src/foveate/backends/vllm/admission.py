@@ -15,15 +15,19 @@ from ...core.method import Method
 from ...core.sequence import Stack
 from ..transformers.anatomy import ModelAnatomy, anatomy
 from ..transformers.compat_parts import without_weights
-from .asked import IMAGES, KEY, LIVES, POSITIONS, acting, asked
+from .asked import IMAGES, KEY, LIVES, PAIR, POSITIONS, TWIN, acting, asked, visual
 from .reading import apart, asked_to_read, joined
+from .second import second
 
-_RUN = {"begin", "before", "scores", "weights", "logits"}  # the stages that vLLM runs
+# the stages that vLLM runs
+_RUN = {"begin", "before", "contrast", "scores", "weights", "logits"}
 _NEEDS = {  # of other stages
     "rewrite": "to read the model's attention before it answers",
-    "contrast": "a second stream beside the answer",
     "see": "the states of the vision tower",
     "mlp": "the feed-forward layers",
+    "other_embeds": "to change what its second stream embeds",
+    "other_row": "to read the attention of its second stream",
+    "other_hidden": "to hide tokens from every row of its second stream",
     "search": "a search of its own",
 }
 
@@ -81,6 +85,11 @@ def checked(text: str, model: Shape) -> Stack:
     """
     methods, readers = apart(text)
     stack = Stack(model.anatomy, (*map(fitting, acting(methods)), *readers))
+    owners = [stack.methods[i].name for i in stack.at("contrast")]
+    if len(owners) > 1:
+        raise FoveateError(
+            f"{' and '.join(owners)} each need a second stream, and there is one: leave one out."
+        )
     for method in stack.methods[: -len(readers) or None]:
         acts = method.edits_attention or method.wants("logits")
         if method.wants("before") and not acts:
@@ -110,12 +119,18 @@ def fitting(method: Method, ahead: bool = False) -> Method:
     run = _RUN | {"rewrite"} if ahead else _RUN
     needs = [stage for stage in (*_NEEDS, *method.stages) if method.wants(stage)]
     missing = next((stage for stage in needs if stage not in run), None)
+    if method.wants("rewrite") and method.wants("contrast"):
+        raise FoveateError(
+            f"{method.name} changes the chat for its second stream, so it {_ELSEWHERE}."
+        )
     if missing is not None:
         what = _NEEDS.get(missing, f"the stage {missing}")
         raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
-    if method.wants("logits") and (method.edits_attention or method.remembers):
-        what = "edits attention" if method.edits_attention else "remembers earlier tokens"
-        raise FoveateError(f"{method.name} changes the logits and {what}, so it {_ELSEWHERE}.")
+    if method.wants("logits") and method.edits_attention and method.remembers:
+        raise FoveateError(
+            f"{method.name} changes the logits by what it remembers of the attention, so it "
+            f"{_ELSEWHERE}."
+        )
     if method.reads_prompt and not (method.remembers and method.edits_attention):
         raise FoveateError(f"{method.name} reads every row of the prompt, so it {_ELSEWHERE}.")
     return method
@@ -131,21 +146,24 @@ def check_text(params: Any) -> None:
         fitting(method)
 
 
-def admit(config: Any, request: Any) -> None:
+def admit(config: Any, request: Any) -> Stack | None:
     """Whether a request can be answered as it asks; notes where its images lie.
 
     Args:
         config: the model's transformers configuration. request: an `EngineCoreRequest`.
+
+    Returns:
+        Its methods; None for the plain model.
 
     Raises:
         FoveateError: it cannot.
     """
     params = request.sampling_params
     if params is None:
-        return
+        return None
     text, readers = asked(params), asked_to_read(params)
     if not text and not readers:
-        return
+        return None
     stack = checked(joined(text, readers), shape(config))
     if request.prompt_token_ids is None:
         raise FoveateError(
@@ -161,11 +179,16 @@ def admit(config: Any, request: Any) -> None:
             f"The prompt has no image, so {'+'.join(stack.needs_image)} would do nothing: send an "
             f"image, or leave out {KEY}."
         )
-    sent = {k: v for k, v in params.extra_args.items() if k not in (POSITIONS, LIVES)}
+    ours = (POSITIONS, LIVES, PAIR, TWIN)
+    sent = {k: v for k, v in params.extra_args.items() if k not in ours}
     params.extra_args = sent | {IMAGES: images} | ({KEY: text} if text else {})
-    if any(method.remembers for method in stack.methods):
+    if stack.owner is not None:
+        ids = request.prompt_token_ids
+        second(stack, config, ids, visual(params, len(ids)), request.mm_features)
+    if any(method.remembers and method.edits_attention for method in stack.methods):
         # what it remembers of earlier tokens is made by computing them
         params.skip_reading_prefix_cache = True
+    return stack
 
 
 def _runs(place: Any) -> list[tuple[int, int]]:

@@ -15,6 +15,8 @@ KEY = "foveate"  # a method's text form, from the client
 IMAGES = "foveate images"  # (first column, length) of every run of visual tokens, from admission
 POSITIONS = "foveate positions"  # (3, P) under M-RoPE, from the worker
 LIVES = "foveate lives"  # what the request remembers, from the worker
+PAIR = "foveate pair"  # of a request and its twin: the request's id, from the engine
+TWIN = "foveate twin"  # whether it is the twin
 
 
 def asked(params: Any) -> str:

@@ -101,7 +101,9 @@ def _admission() -> None:
                 if asked(request.sampling_params) or asked_to_read(request.sampling_params):
                     refuse_other_devices()
                     refuse_adapters(self.vllm_config)
-                admit(self.vllm_config.model_config.hf_config, request)
+                stack = admit(self.vllm_config.model_config.hf_config, request)
+                if stack is not None and stack.owner is not None:
+                    refuse_second_streams(self.vllm_config)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
             return request
@@ -154,6 +156,33 @@ def refuse_adapters(config: Any) -> None:
             "foveate's methods do not run beside LoRA adapters in vLLM: start it without "
             "--enable-lora and with the adapter merged into the model, or ask without a method."
         )
+
+
+def refuse_second_streams(config: Any) -> None:
+    """Refuse second streams where vLLM's scheduler keeps other rules.
+
+    Args:
+        config: vLLM's configuration.
+
+    Raises:
+        FoveateError: with the reason.
+    """
+    scheduler, cache = config.scheduler_config, config.model_config.multimodal_config
+    reasons = {
+        "the priority policy may preempt one of two streams": scheduler.policy != "fcfs",
+        "max_num_seqs leaves no room for two requests": scheduler.max_num_seqs < 2,
+        "a KV connector moves one of two streams": config.kv_transfer_config is not None,
+        "an encoder connector moves one of two streams": config.ec_transfer_config is not None,
+        "a shared-memory cache hides the pixels from the scheduler": (
+            cache.mm_processor_cache_type == "shm"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise FoveateError(
+                f"A method with a second stream cannot run in this vLLM: {reason}; start it "
+                "otherwise, or use foveate serve."
+            )
 
 
 def refuse_other_devices() -> None:
@@ -249,15 +278,16 @@ def _adding_up() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from .count import attach, take_in
+    from .twins import after
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def update_from_output(self: Any, scheduler_output: Any, output: Any) -> Any:
             step = getattr(output, "foveate", None)
-            if step is None:
-                return plain(self, scheduler_output, output)
-            sums = take_in(self.requests, step)
+            sums = take_in(self.requests, step) if step else {}
             outputs = plain(self, scheduler_output, output)
-            attach(outputs, sums)
+            if sums:
+                attach(outputs, sums)
+            after(self, outputs)
             return outputs
 
         return update_from_output

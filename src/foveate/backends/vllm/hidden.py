@@ -137,9 +137,11 @@ class Served:
                 raise FoveateError(
                     "foveate: this rank has no logits to edit; set FOVEATE_VLLM=off."
                 )
-            logits = logits.float()
+            plain = logits.float()
+            coupled = any(group.others for group in speaking)
+            logits = plain.clone() if coupled else plain
             for group in speaking:
-                group.edit(logits)
+                group.edit(logits, plain)
         return logits
 
 

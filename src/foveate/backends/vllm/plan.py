@@ -26,6 +26,8 @@ class Live:
         sink: where its readers leave what they find; None without readers.
         kept: what its group of the last step kept for the next one.
         read: what methods found that read its whole prompt; a `State`.
+        pair: the name that it shares with its twin; "" without one.
+        told: what its methods remember of logits; see `logits.Told`.
     """
 
     text: str
@@ -35,6 +37,8 @@ class Live:
     sink: Any = field(default=None, repr=False)
     kept: Kept | None = field(default=None, repr=False)
     read: Any = field(default=None, repr=False)
+    pair: str = ""
+    told: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
 

@@ -13,8 +13,9 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 from ...base.errors import FoveateError
 from . import switched_off
 from .admission import check_text
-from .asked import LIVES, POSITIONS, asked, visual
+from .asked import LIVES, PAIR, POSITIONS, TWIN, asked, visual
 from .hidden import first_rank
+from .logits import TWINS, Twin
 from .plan import Live
 from .reading import Sink, asked_to_read, joined
 from .watch import verify
@@ -41,6 +42,7 @@ class Requests(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         ROWS.clear()
+        TWINS.clear()
 
     def is_argmax_invariant(self) -> bool:
         return False  # otherwise `apply` is left out of greedy steps
@@ -58,18 +60,30 @@ class Requests(LogitsProcessor):
         if batch_update is None:
             return
         for row in batch_update.removed:
-            ROWS.pop(row, None)
+            _leave(row)
         for row, params, prompt, said in batch_update.added:
-            ROWS.pop(row, None)
+            _leave(row)
             text = joined(asked(params), asked_to_read(params))
             if text and prompt is not None:
                 ROWS[row] = _live(params, text, len(prompt), said)
+            elif params.extra_args and TWIN in params.extra_args:
+                TWINS[row] = Twin(params.extra_args[PAIR], len(prompt))
         for one, two, kind in batch_update.moved:
-            first, second = ROWS.pop(one, None), ROWS.pop(two, None)
-            if first is not None:
-                ROWS[two] = first
-            if kind == MoveDirectionality.SWAP and second is not None:
-                ROWS[one] = second
+            for table in (ROWS, TWINS):
+                _move(table, one, two, kind)
+
+
+def _leave(row: int) -> None:
+    ROWS.pop(row, None)
+    TWINS.pop(row, None)
+
+
+def _move(table: dict[int, Any], one: int, two: int, kind: Any) -> None:
+    first, second = table.pop(one, None), table.pop(two, None)
+    if first is not None:
+        table[two] = first
+    if kind == MoveDirectionality.SWAP and second is not None:
+        table[one] = second
 
 
 def _live(params: Any, text: str, prompt: int, said: list[int]) -> Live:
@@ -85,10 +99,12 @@ def _live(params: Any, text: str, prompt: int, said: list[int]) -> Live:
         mine = [one for one in lives if len(lives) == 1 or len(one[1]) == len(said)]
     if len(mine) != 1:
         places = params.extra_args.get(POSITIONS)
-        mine = [[Live(text, prompt, visual(params, prompt), places), said]]
+        live = Live(text, prompt, visual(params, prompt), places)
+        live.pair = params.extra_args.get(PAIR, "")
+        mine = [[live, said]]
         if asked_to_read(params):
             mine[0][0].sink = Sink(params, writes=first_rank())
         lives += mine
     mine[0][1] = said
-    live: Live = mine[0][0]
-    return live
+    found: Live = mine[0][0]
+    return found

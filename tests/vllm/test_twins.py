@@ -1,0 +1,74 @@
+"""Second streams in vLLM: answers are those of transformers, whatever the scheduler does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from foveate.core.method import parse
+from tests.vllm import answers
+from tests.vllm.test_equality import NEAR, apart
+
+METHODS = [
+    "vcd(beta=0)",
+    "",
+    "vcd",
+    "m3id(forgetting=0.1, beta=0)",
+    "m3id(confidence=0.9)",
+    "pai(alpha=0.0, gamma=1.5, plausibility=0)",
+    "pai(alpha=1.0, gamma=1.5)",
+    "icd(prefix=(20, 31, 42), where='question', beta=0)",
+    "clvs(stop_threshold=0)+vcd(alpha=0.5, beta=0)",
+    "tarac(beta=1.5)+m3id(beta=0)",
+    "vcd(beta=0)+dola(plausibility=0)",
+    "dola(plausibility=0)+m3id(beta=0)",
+    "",
+]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "chunks, small blocks, prefix cache": {
+        "options": {
+            "enable_chunked_prefill": True,
+            "max_num_batched_tokens": 64,
+            "block_size": 32,
+        },
+        "turns": 2,
+    },
+    "compiled": {"options": {"enforce_eager": False}},
+    "two ranks": {"options": {"tensor_parallel_size": 2}},
+    "preempted": {"options": {"kv_cache_memory_bytes": 9 * 2**20, "block_size": 32}},
+    "in step": {"options": {"async_scheduling": False}},
+    "three rows": {"options": {"max_num_seqs": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("twins")
+    model = answers.pocket(folder / "pocket")
+    asked = answers.requests(folder, METHODS)
+    return {"model": str(model), "requests": asked, "out": str(folder / "answers")}
+
+
+@pytest.fixture(scope="module")
+def reference(job: dict[str, Any]) -> list[dict[str, Any]]:
+    return answers.run("transformers", job)[0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_second_streams_give_the_answers_of_transformers(
+    setting: str, job: dict[str, Any], reference: list[dict[str, Any]]
+) -> None:
+    asked = job | SETTINGS[setting] | {"out": job["out"] + "-vllm"}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if setting == "two ranks":
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    for turn in answers.run("vllm", asked, **environment):
+        for method, ours, theirs in zip(METHODS, turn, reference, strict=True):
+            assert ours["tokens"] == theirs["tokens"], method
+            assert apart(ours, theirs) < NEAR, method
+            if method:
+                assert ours["edited"] == [{m.name: answers.STEPS for m in parse(method)}]
