@@ -190,6 +190,8 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
         out = out.clone()
         for group in groups:
             if layer in group.layers:
+                if group.rest is None and group.at_work(layer):
+                    out[group.at] = torch.nan  # the kernel may be left out
                 given = cache.queries[layer], cache.layer(layer), out, SCALE
                 paged.edit(group, layer, *given, lambda like: None)
         assert (out - expected[layer]).abs().max() < 2e-5

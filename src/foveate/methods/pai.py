@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..core import Method, Prompt, Rows, Sequences, plausible
@@ -70,8 +69,8 @@ class PAI(Method):
     def scores(self, rows: Rows) -> Tensor:
         if rows.phase == "prompt" and not self.boost_first_token:
             return rows.x
-        boosted = torch.add(rows.x, rows.x.abs(), alpha=self.alpha)
-        return torch.where(rows.visual[:, None, None], boosted, rows.x)
+        gain = self.alpha * rows.visual
+        return rows.x.addcmul(rows.x.abs(), gain[:, None, None])  # z + gain |z|
 
     # -- the guidance ------------------------------------------------------------------------------
 

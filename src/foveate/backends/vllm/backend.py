@@ -54,7 +54,10 @@ class Builder(CPUAttentionMetadataBuilder):
 
 
 class Impl(CPUAttentionBackendImpl):
-    """The kernel, then the rows that methods edit."""
+    """The kernel, then the rows that methods edit.
+
+    Rows that are read as a whole need no kernel, so it is left out of a layer where all are.
+    """
 
     def forward(
         self,
@@ -69,21 +72,29 @@ class Impl(CPUAttentionBackendImpl):
         **kwargs: Any,
     ) -> Tensor:
         given = (layer, query, key, value, kv_cache, attn_metadata, output)
-        out = super().forward(*given, *args, **kwargs)
         groups = getattr(attn_metadata, "foveate", None)
         if groups is None:
-            return out
-        cache = Packed(kv_cache)
-        number = extract_layer_index(layer.layer_name)
-        shape = served().shape
-        module = shape.decoder.layers[number].self_attn
-        turn = functools.partial(rotary, shape.decoder, module)
+            return super().forward(*given, *args, **kwargs)
+        number = _number(layer.layer_name)
+        groups = [group for group in groups if number in group.layers]
+        whole = [group for group in groups if group.rest is None and group.at_work(number)]
+        if sum(len(group.places) for group in whole) < attn_metadata.num_actual_tokens:
+            super().forward(*given, *args, **kwargs)
         view = output.view(-1, self.num_heads, self.head_size)
         asked = query.view(-1, self.num_heads, self.head_size)
         for group in groups:
-            if number in group.layers:
-                rows.edit(group, number, asked, cache, view, self.scale, turn, ranks())
-        return out
+            turn = functools.partial(_rotary, number)
+            rows.edit(group, number, asked, Packed(kv_cache), view, self.scale, turn, ranks())
+        return output
+
+
+_number = functools.cache(extract_layer_index)
+
+
+def _rotary(number: int, like: Tensor) -> Any:
+    """Rotary embeddings of a layer."""
+    decoder = served().shape.decoder
+    return rotary(decoder, decoder.layers[number].self_attn, like)
 
 
 class Backend(CPUAttentionBackend):

@@ -99,12 +99,14 @@ class Rest:
 
     Attributes:
         blocks: every block of the rows. columns: (B, 1, 1, P) int64, where the columns lie among
-            theirs that are shown one by one. mask: (B, 1, 1, M) bool, all others of the row.
+            theirs that are shown one by one.
+        bias: (B, 1, 1, M) float32, what is added to the scores of theirs: 0 to all others of the
+            row.
     """
 
     blocks: Blocks
     columns: Tensor
-    mask: Tensor
+    bias: Tensor
 
 
 @dataclass(eq=False)
@@ -117,7 +119,8 @@ class Group:
         stack: the methods, resolved. acting: those of them that edit these rows.
         rows: (B,) int64, among the step's query rows. at: the same, as an index.
         shown: the cache blocks of columns that are shown one by one.
-        mask: (B, 1, 1, P) bool, those columns.
+        bias: (B, 1, 1, P) float32, what is added to their scores: 0, and so little to columns that
+            are none of the row that their weight is 0; with a last 0 for the rest.
         rest: the others; None where every column is shown.
         state: what the methods see and remember.
         layers: which are edited. done: those that were, so far in this step.
@@ -131,7 +134,7 @@ class Group:
     rows: Tensor
     at: Tensor | slice
     shown: Blocks
-    mask: Tensor
+    bias: Tensor
     rest: Rest | None
     state: State
     layers: frozenset[int]
@@ -139,6 +142,13 @@ class Group:
     done: set[int] = field(default_factory=set)
     acted: set[int] = field(default_factory=set)
     piece = speaks = spoke = False
+
+    def at_work(self, layer: int) -> list[int]:
+        """The methods that edit a layer in this step; none where they rest."""
+        if layer not in self.layers:
+            return []
+        edits = self.stack.edits[layer]
+        return [i for i in edits if i in self.acting and self.state.acts(i)]
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,9 @@ class _Row:
     def step(self) -> int:
         """Which token it writes; 0 is the prompt's last row."""
         return self.position - self.live.prompt + 1
+
+
+_LOW = -1e30  # as a score
 
 
 def plan(
@@ -268,8 +281,9 @@ def _group(
         few = kept.few
         others = valid & ~pad(few.among, (0, valid.shape[1] - few.among.shape[1]))
         every = Blocks(numbers, kept.rooms[1])
-        rest = Rest(every, few.columns[:, None, None], others[:, None, None])
-        shown, mask = Blocks(numbers.gather(1, few.numbers), kept.rooms[0]), few.mask
+        rest = Rest(every, few.columns[:, None, None], _bias(others))
+        shown = Blocks(numbers.gather(1, few.numbers), kept.rooms[0])
+        mask = pad(few.mask, (0, 1), value=True)
     query = [row.query for row in asked]
     rows, end = torch.tensor(query, device=device), query[0] + len(query)
     return Group(
@@ -278,7 +292,7 @@ def _group(
         rows=rows,
         at=slice(query[0], end) if query == list(range(query[0], end)) else rows,
         shown=shown,
-        mask=mask[:, None, None],
+        bias=_bias(mask),
         rest=rest,
         state=kept.state,
         layers=frozenset(
@@ -286,6 +300,11 @@ def _group(
         ),
         places=[(row.request, row.position) for row in asked],
     )
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """(B, 1, 1, P) float32 to add to scores, of (B, P) bool; adding is faster than filling."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _LOW)[:, None, None]
 
 
 def _begin(

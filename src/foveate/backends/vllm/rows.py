@@ -86,22 +86,22 @@ def edit(
     """Put the edited rows of one layer and one group into the kernel's output.
 
     Args:
-        query: (tokens, H, D). out: (tokens, H, D), changed in place. scale: of products.
+        query: (tokens, H, D). scale: of products.
+        out: (tokens, H, D), changed in place; not read where every column is shown.
         rotary: rotary embeddings of the layer, for states like its argument.
         ranks: see `ServedRows`.
     """
     group.done.add(layer)
-    state = group.state
-    acting = [i for i in group.stack.edits[layer] if i in group.acting and state.acts(i)]
+    acting = group.at_work(layer)
     if not acting:
         return
     group.acted.update(acting)
     asked = query[group.at].unsqueeze(2)  # (B, H, 1, D)
     value = cache.values(group.shown)
-    share = [Acting(group.stack.methods[i], state.seen_by(i), 1) for i in acting]
+    share = [Acting(group.stack.methods[i], group.state.seen_by(i), 1) for i in acting]
 
-    def edited(x: Tensor, keys: Callable[[], Tensor], mask: Tensor) -> Tensor:
-        given = asked, value, mask, scale, share[0].seq, lambda: rotary(x)
+    def edited(x: Tensor, keys: Callable[[], Tensor]) -> Tensor:
+        given = asked, value, group.bias, scale, share[0].seq, lambda: rotary(x)
         return edited_weights(ServedRows(x, layer, keys, ranks, *given), share)
 
     def keys() -> Tensor:
@@ -110,17 +110,15 @@ def edit(
     rest = group.rest
     if rest is None:
         x = cache.scores(asked, group.shown, scale)
-        out[group.at] = weighted(edited(x, keys, group.mask), value).squeeze(2).to(out.dtype)
+        out[group.at] = weighted(edited(x, keys), value).squeeze(2).to(out.dtype)
         return
     # the kernel of CPUs returns no log-sum-exp, so the keys of the rest are read, too
     every = cache.scores(asked, rest.blocks, scale)
     x = every.gather(3, rest.columns.expand(-1, every.shape[1], -1, -1))
-    x = x.masked_fill(~group.mask, _LOW)
-    others = every.masked_fill(~rest.mask, _LOW)
-    lse = others.logsumexp(-1, keepdim=True)
-    columns, mask = torch.cat([x, lse], -1), pad(group.mask, (0, 1), value=True)
-    plain = columns.softmax(-1)
-    weights = edited(columns, lambda: pad(keys(), (0, 0, 0, 1)), mask)
+    others = every + rest.bias
+    columns = torch.cat([x, others.logsumexp(-1, keepdim=True)], -1)
+    plain = (columns + group.bias).softmax(-1)
+    weights = edited(columns, lambda: pad(keys(), (0, 0, 0, 1)))
     gain = weights[..., -1:] / plain[..., -1:].clamp(min=_LEAST)
     if bool((gain > MOST).any()):
         new = weighted(weights[..., :-1], value)
@@ -131,5 +129,4 @@ def edit(
     out[group.at] = new.squeeze(2).to(out.dtype)
 
 
-_LOW = -1e30  # a column that is not there
 _LEAST = 1e-30
