@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Prompt, Rows, Sequences, plausible
+from ..core import Method, Prompt, Rows, Sequences, Simple, plausible
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class PAI(Method):
             return rows.x
         boosted = torch.add(rows.x, rows.x.abs(), alpha=self.alpha)
         return torch.where(rows.visual[:, None, None], boosted, rows.x)
+
+    def simple(self, rows: Rows) -> Simple:
+        left = rows.phase == "prompt" and not self.boost_first_token
+        return Simple() if left else Simple(lift=(0.0, self.alpha, 0.0))
 
     # -- the guidance ------------------------------------------------------------------------------
 
