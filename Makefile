@@ -88,6 +88,7 @@ test-wheel:
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/test_paged_rows.py -m "slow or not slow"
+	TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest tests/vllm/test_kernels.py -m "slow or not slow"
 
 lint: testing
 	$(BIN)/ruff check .

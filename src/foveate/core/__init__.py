@@ -9,6 +9,7 @@ from .plausible import away_from, plausible, together
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
 from .search import Beams, Found
+from .simple import Mixing, Simple
 from .turn import turned
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "Found",
     "FoveateError",
     "Method",
+    "Mixing",
     "Prompt",
     "Rows",
     "Sequences",
+    "Simple",
     "Stream",
     "Vision",
     "away_from",

@@ -24,6 +24,7 @@ from .anatomy import Anatomy
 from .prompt import Prompt, Vision
 from .rows import FeedForward, Rows, Sequences, Stream
 from .search import Beams, Found
+from .simple import Simple
 
 __all__ = [
     "Method",
@@ -108,6 +109,8 @@ class Method(Form):
         super().__init_subclass__(**kwargs)
         cls._number = next(_numbers)
         cls.stages = frozenset(s for s in STAGES if getattr(cls, s) is not getattr(Method, s))
+        if cls.__dict__.keys() & {"scores", "weights"} and "simple" not in cls.__dict__:
+            cls.simple = Method.simple  # type: ignore[method-assign]  # what a parent says is another edit
         if register:
             registry.add(cls)
 
@@ -156,6 +159,13 @@ class Method(Form):
     def weights(self, rows: Rows) -> Tensor:
         """Weights (B, H, R, K) float32: after the softmax."""
         return rows.x
+
+    def simple(self, rows: Rows) -> Simple | None:
+        """What `scores` and `weights` do to these rows as numbers; None where it is only code.
+
+        Not a stage: an engine with a kernel for such edits may ask, and then calls neither.
+        """
+        return None
 
     def other_embeds(self, embeds: Tensor, seq: Sequences) -> Tensor:
         """Input embeddings (B, N, D) of a piece of prompt that the second stream is to read.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Anatomy, Method, Rows, Sequences, Stream
+from ..core import Anatomy, Method, Mixing, Rows, Sequences, Simple, Stream
 from ..core.visual import runs
 
 
@@ -190,6 +190,17 @@ class CLVS(Method):
         if "active" in memory:
             smoothed = torch.where(memory["active"].to(a.device)[:, None, None, None], smoothed, a)
         return smoothed
+
+    def simple(self, rows: Rows) -> Simple | None:
+        if self.is_first(rows.layer) or self.memory_norm or self.beta is None:
+            return None
+        pull, push = 1 - self.smoothing, 0.0
+        if self.mode == "add":
+            pull, push = 0.0, self.smoothing - 1
+        gate = "active" if "active" in rows.memory else ""
+        return Simple(
+            mixing=Mixing("M", self.beta, 1 - self.beta, self.pool, pull, push, gate=gate)
+        )
 
     # -- uncertainty, eq. (8) ----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Rows
+from ..core import Method, Rows, Simple
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,6 @@ class Devils(Method):
         z = rows.x
         agreed = rows.over_heads(z.abs(), "mean")
         return torch.add(z, agreed * rows.visual[:, None, None], alpha=self.alpha)
+
+    def simple(self, rows: Rows) -> Simple:
+        return Simple(agreed=self.alpha)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core import Method, Prompt, Rows, Sequences, plausible
+from ..core import Method, Prompt, Rows, Sequences, Simple, plausible
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class PAI(Method):
             return rows.x
         gain = self.alpha * rows.visual
         return rows.x.addcmul(rows.x.abs(), gain[:, None, None])  # z + gain |z|
+
+    def simple(self, rows: Rows) -> Simple:
+        left = rows.phase == "prompt" and not self.boost_first_token
+        return Simple() if left else Simple(lift=(0.0, self.alpha, 0.0))
 
     # -- the guidance ------------------------------------------------------------------------------
 

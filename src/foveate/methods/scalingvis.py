@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Rows
+from ..core import Method, Rows, Simple
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class ScalingVis(Method):
 
     def scores(self, rows: Rows) -> Tensor:
         return scaled(rows, self.weight)
+
+    def simple(self, rows: Rows) -> Simple:
+        return Simple(times=(0.0, self.weight - 1, 0.0))
 
 
 def scaled(rows: Rows, weight: float | Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import Method, Rows
+from ..core import Method, Mixing, Rows, Simple
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class TARAC(Method):
         memory[layer] = updated
         x = torch.add(x, used, alpha=self.beta)  # x + beta A
         return x / x.sum(-1, keepdim=True)
+
+    def simple(self, rows: Rows) -> Simple | None:
+        if self.pool == "head" or self.normalise:
+            return None
+        name, updated = f"layer {rows.layer}", self.inject == "updated"
+        mixing = Mixing(name, self.alpha, 1.0, self.pool, push=self.beta, updated=updated)
+        return Simple(mixing=mixing)
 
     def plus(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
         """A, with the columns that have come since, and alpha A + S."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..core import Method, Rows
+from ..core import Method, Rows, Simple
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,7 @@ class VAF(Method):
         gain = (self.enhance - 1) * rows.visual + (self.suppress - 1) * rows.system
         scale = z if self.mode == "multiply" else z.abs()
         return z.addcmul(scale, gain[:, None, None])  # z + gain z
+
+    def simple(self, rows: Rows) -> Simple:
+        gain = self.suppress - 1, self.enhance - 1, 0.0
+        return Simple(times=gain) if self.mode == "multiply" else Simple(lift=gain)

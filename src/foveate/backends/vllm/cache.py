@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...core.edit import products
+from ...core.edit import Acting, edited_weights, products, weighted
 from .plan import Blocks
 
 
@@ -25,6 +26,12 @@ class Cache(Protocol):
 
     def values(self, blocks: Blocks) -> Tensor:
         """(B, Hkv, P, D)."""
+
+    def weighted(self, weights: Tensor, blocks: Blocks) -> Tensor:
+        """(B, H, 1, D) float32: weights (B, H, 1, P) float32 times the blocks' values."""
+
+    def edited(self, rows: Any, acting: Sequence[Acting], blocks: Blocks) -> Tensor:
+        """See `core.edit.edited_weights`; the blocks are those that `rows` shows one by one."""
 
 
 class Packed:
@@ -55,6 +62,12 @@ class Packed:
     def values(self, blocks: Blocks) -> Tensor:
         batch, count = blocks.number.shape
         return self._copied(blocks, "values").view(batch, self.heads, count * self.size, self.width)
+
+    def weighted(self, weights: Tensor, blocks: Blocks) -> Tensor:
+        return weighted(weights, self.values(blocks))
+
+    def edited(self, rows: Any, acting: Sequence[Acting], blocks: Blocks) -> Tensor:
+        return edited_weights(rows, acting)
 
     def _keys(self, blocks: Blocks) -> Tensor:
         """(B * Hkv * N, 1, size, D), a view of copied blocks."""

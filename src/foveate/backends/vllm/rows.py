@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.edit import Acting, edited_weights, weighted
+from ...core.edit import Acting
 from ...core.rows import Rows
 from .cache import Cache
 from .plan import Group
@@ -37,15 +37,15 @@ class ServedRows(Rows):
     """Rows whose heads may lie on several ranks, and whose keys are gathered when asked for.
 
     Args:
-        keys: gives (B, Hkv, K, D). ranks: vLLM's group of ranks; None where this process has all
-            heads. Others as of `Rows`.
+        keys, values: give (B, Hkv, K, D). ranks: vLLM's group of ranks; None where this process has
+            all heads. Others as of `Rows`.
     """
 
-    __slots__ = ("_keys", "ranks")
+    __slots__ = ("_keys", "_values", "ranks")
 
     def __init__(self, x: Tensor, layer: int, keys: Any, ranks: Any, *given: Any) -> None:
-        query, value, mask, scale, seq, rotary = given
-        self.x, self.layer, self.query, self.value = x, layer, query, value
+        query, values, mask, scale, seq, rotary = given
+        self.x, self.layer, self.query, self._values = x, layer, query, values
         self.mask, self.scale, self.seq, self._rotary = mask, scale, seq, rotary
         self._keys, self.ranks = keys, ranks
 
@@ -53,8 +53,12 @@ class ServedRows(Rows):
     def key(self) -> Tensor:  # type: ignore[override]
         return self._keys()
 
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        return self._values()
+
     def seen_by(self, seq: Any, x: Tensor, count: int) -> ServedRows:
-        given = self.query, self.value, self.mask, self.scale, seq, self._rotary
+        given = self.query, self._values, self.mask, self.scale, seq, self._rotary
         return ServedRows(x, self.layer, self._keys, self.ranks, *given)
 
     def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
@@ -97,20 +101,23 @@ def edit(
         return
     group.acted.update(acting)
     asked = query[group.at].unsqueeze(2)  # (B, H, 1, D)
-    value = cache.values(group.shown)
     share = [Acting(group.stack.methods[i], group.state.seen_by(i), 1) for i in acting]
 
     def edited(x: Tensor, keys: Callable[[], Tensor]) -> Tensor:
-        given = asked, value, group.bias, scale, share[0].seq, lambda: rotary(x)
-        return edited_weights(ServedRows(x, layer, keys, ranks, *given), share)
+        given = asked, values, group.bias, scale, share[0].seq, lambda: rotary(x)
+        return cache.edited(ServedRows(x, layer, keys, ranks, *given), share, group.shown)
 
     def keys() -> Tensor:
         return cache.keys(group.shown)
 
+    def values() -> Tensor:
+        return cache.values(group.shown)
+
     rest = group.rest
     if rest is None:
         x = cache.scores(asked, group.shown, scale)
-        out[group.at] = weighted(edited(x, keys), value).squeeze(2).to(out.dtype)
+        new = cache.weighted(edited(x, keys), group.shown)
+        out[group.at] = new.squeeze(2).to(out.dtype)
         return
     # the kernel of CPUs returns no log-sum-exp, so the keys of the rest are read, too
     every = cache.scores(asked, rest.blocks, scale)
@@ -121,10 +128,10 @@ def edit(
     weights = edited(columns, lambda: pad(keys(), (0, 0, 0, 1)))
     gain = weights[..., -1:] / plain[..., -1:].clamp(min=_LEAST)
     if bool((gain > MOST).any()):
-        new = weighted(weights[..., :-1], value)
-        new += weights[..., -1:] * weighted(others.softmax(-1), cache.values(rest.blocks))
+        new = cache.weighted(weights[..., :-1], group.shown)
+        new += weights[..., -1:] * cache.weighted(others.softmax(-1), rest.blocks)
     else:
-        new = weighted((weights - gain * plain)[..., :-1], value)
+        new = cache.weighted((weights - gain * plain)[..., :-1], group.shown)
         new += gain * out[group.at].unsqueeze(2)
     out[group.at] = new.squeeze(2).to(out.dtype)
 
