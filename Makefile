@@ -3,6 +3,7 @@
 # What to install as torch. On Linux without a GPU, to avoid gigabytes of CUDA libraries:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -29,6 +30,7 @@ WHEEL := $(VENV)/wheel
 VLLM := $(VENV)/vllm
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
+VISION := $(VENV)/vision
 PEERS := $(VENV)/peers
 LOCK := $(VENV)/lock
 DOCS := $(VENV)/docs
@@ -40,8 +42,8 @@ ACROSS := $(addprefix tests/test_,$(addsuffix .py,engine invariants models share
 	answering image_attention precision training)) $(METHODS) tests/references tests/upstream \
 	--families 'llava*,qwen*' -n $(JOBS)
 
-.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-inspect test-serve test-wheel test-vllm lint speed \
-	peers docs lock clean installed testing
+.PHONY: demo quick test test-slow test-oldest test-newest test-lmms test-inspect test-serve test-wheel test-vllm \
+	test-vision lint speed peers docs lock clean installed testing
 
 demo: installed
 	$(BIN)/foveate demo --out demo
@@ -89,6 +91,9 @@ test-wheel:
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm tests/test_paged_rows.py -m "slow or not slow"
 	TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest tests/vllm/test_kernels.py -m "slow or not slow"
+
+test-vision: $(VISION)/.installed
+	OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest tests/vision -m "slow or not slow"
 
 lint: testing
 	$(BIN)/ruff check .
@@ -188,6 +193,16 @@ $(VLLM)/.installed: pyproject.toml tools/torchvision_schemas.py
 	$(VLLM)/bin/python tools/torchvision_schemas.py
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	$(VLLM)/bin/python -m pip install --quiet --group test jinja2 scipy matplotlib openai
+	touch $@
+
+# torchvision belongs to one torch. Beside a build of torch for CPUs, PyPI's wheel needs schemas.
+$(VISION)/.installed: pyproject.toml constraints.txt tools/torchvision_schemas.py
+	$(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(VISION)/bin/python -m pip install --quiet $(TORCH)
+	$(VISION)/bin/python -m pip install --quiet --no-deps $(TORCHVISION)
+	$(VISION)/bin/python tools/torchvision_schemas.py
+	$(VISION)/bin/python -m pip install $(LOCKED) --editable ".[plot,train,vision]" --group test
 	touch $@
 
 # mitigv names torch and, for LLaVA and Qwen, transformers from 5.0 on: the lock's are both.

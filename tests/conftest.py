@@ -29,9 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # what families of tests/newer.py run: what holds for every method, and the core methods' references
-NEWER_RUN = tuple(
-    f"tests/test_{name}.py"
-    for name in ("models", "invariants", "clvs", "pai", "vaf", "spin", "dola")
+NEWER_RUN = (
+    "tests/vision/",
+    *(
+        f"tests/test_{name}.py"
+        for name in ("models", "invariants", "clvs", "pai", "vaf", "spin", "dola")
+    ),
 )
 
 

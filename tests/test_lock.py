@@ -16,7 +16,7 @@ def test_the_lock_holds_all_that_is_declared_but_torch() -> None:
     extras, groups = declared["project"]["optional-dependencies"], declared["dependency-groups"]
     texts = list(declared["project"]["dependencies"])
     extras.pop("vllm")  # it has an environment of its own
-    extras.pop("vision")  # torchvision, whose version goes with that of torch
+    extras.pop("vision")  # it has, too: the version of torchvision goes with that of torch
     for several in [*extras.values(), *groups.values()]:
         texts += [text for text in several if isinstance(text, str)]
     for wanted in map(Requirement, texts):

@@ -447,6 +447,21 @@ def test_the_hub_is_asked_once(monkeypatch):
     assert loading._locate("nobody/nothing") == ("nobody/nothing", False)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "X requires the Torchvision library but it was not found in your environment. Check ...",
+        "operator torchvision::nms does not exist",
+    ],
+)
+def test_a_processor_without_its_torchvision(folder, monkeypatch, said):
+    def missing(*args, **options):
+        raise ImportError(said)
+
+    monkeypatch.setattr(loading.transformers.AutoProcessor, "from_pretrained", missing)
+    refused(r"belongs to your torch: pip install torchvision torch==[\d.]+, from the index", folder)
+
+
 def test_incomplete_folders(folder, tmp_path):
     refused("no config.json", tmp_path)
     config = json.loads((folder / "config.json").read_text())

@@ -291,6 +291,12 @@ def _one_sentence(name: str) -> Iterator[None]:
         text = str(error)
         if "trust_remote_code" in text or "custom code" in text:
             reason = "it needs code of its own: load it yourself and pass VLM(model, processor)"
+        elif "torchvision" in text.lower():  # missing, or of another torch
+            release = torch.__version__.partition("+")[0]
+            reason = (
+                "its processor needs the torchvision that belongs to your torch: "
+                f"pip install torchvision torch=={release}, from the index your torch came from"
+            )
         elif "does not recognize this architecture" in text:
             reason = f"transformers {compat.VERSION} does not know its architecture: upgrade it"
         else:

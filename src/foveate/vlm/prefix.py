@@ -94,13 +94,16 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     special = not (bos and texts[0].startswith(bos))
     with vlm.tokenizing:
         written = vlm.tokenizer(texts, add_special_tokens=special)["input_ids"]
-    visual = set(visual_token_ids(vlm.model.config))
-    ends = [max((i for i, t in enumerate(ids) if t in visual), default=-1) + 1 for ids in written]
+    marks = _marks(vlm)
+    ends = [max((i for i, t in enumerate(ids) if t in marks), default=-1) + 1 for ids in written]
     heads = [ids[:end] for ids, end in zip(written, ends, strict=True)]
     tails = [ids[end:] for ids, end in zip(written, ends, strict=True)]
     if not ends[0] or any(head != heads[0] for head in heads):
         return None
     if min(map(len, tails)) < 1 or whole[-len(tails[0]) :] != tails[0]:
+        return None
+    border = whole[-len(tails[0]) - 1]  # behind it text is cut into tokens as behind the mark
+    if border not in marks and border not in vlm.tokenizer.added_tokens_decoder:
         return None
     common = 0
     while common < min(map(len, tails)) - 1 and len({tail[common] for tail in tails}) == 1:
@@ -111,6 +114,13 @@ def prepare(vlm: VLM, chats: list[Chat], methods: tuple[Method, ...] = ()) -> Pr
     prefix = {k: v[:, :length] if k in per_token else v for k, v in inputs.items()}
     seconds = time.perf_counter() - start
     return Prompts(chats, prefix, [tail[common:] for tail in tails], seconds)
+
+
+def _marks(vlm: VLM) -> set[int]:
+    """Tokens that stand for an image in a prompt's text: visual ones, or Gemma's start of image."""
+    marks = set(visual_token_ids(vlm.model.config))
+    mark = vlm.tokenizer.get_vocab().get(getattr(vlm.processor, "image_token", None))
+    return marks if mark is None else marks | {mark}
 
 
 def same_images(chats: Sequence[Chat]) -> bool:
