@@ -37,6 +37,7 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from foveate.backends.transformers import compat
 from foveate.core import Prompt
 
 VOCAB, PAD, BOS, EOS, IMAGE, START, END, BREAK, VIDEO = 200, 0, 1, 2, 3, 4, 5, 6, 7
@@ -66,8 +67,10 @@ class Family:
     config: tf.PreTrainedConfig
     picture: Callable[[str, bool], dict[str, Tensor]]  # (shape, alone in its prompt) -> tensors
     layout: Callable[[int, str], list[int]] = lambda n, shape: [IMAGE] * n
-    type_ids: str | None = None  # name of the input that marks picture tokens with 1
+    type_ids: str | None = None  # name of the input that marks picture tokens
+    marked_as: int = 1  # what it holds there, and 0 elsewhere
     per_row: bool = False  # pictures of a prompt are stacked into (1, pictures, ...)
+    join: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]] | None = None  # of pictures
     counts: bool = False  # wants batch_num_images
 
 
@@ -89,7 +92,7 @@ def as_inputs(prompt: Prompt) -> dict[str, Any]:
 def build(name: str, fresh: bool = False, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
     """The model of a family, in eval mode. Equal weights every time; ``fresh`` shares nothing."""
     if fresh or dtype != torch.float32:
-        return _make(name).to(dtype)
+        return _cast(_make(name), dtype)
     model = _shared(name)
     model.set_attn_implementation("sdpa")  # whatever an earlier test left
     return model
@@ -103,6 +106,22 @@ def _make(name: str) -> tf.PreTrainedModel:
 
 
 _shared = functools.cache(_make)
+
+
+def _cast(model: tf.PreTrainedModel, dtype: torch.dtype) -> tf.PreTrainedModel:
+    """The model in another precision; torch would drop the imaginary part of complex buffers."""
+    turns = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_complex()
+    ]
+    for module, name, _ in turns:
+        setattr(module, name, None)
+    model.to(dtype)
+    for module, name, buffer in turns:
+        setattr(module, name, buffer)
+    return model
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
@@ -145,7 +164,7 @@ def inputs(
     }
     # Qwen of early transformers 5 finds its pictures by their start token instead
     if spec.type_ids in inspect.signature(spec.cls.forward).parameters:
-        out[spec.type_ids] = (ids == IMAGE).long()
+        out[spec.type_ids] = (ids == IMAGE).long() * spec.marked_as
     pictures = [tensors for _, row_pictures in prompts for tensors in row_pictures]
     if pictures and spec.per_row:
         empty = {key: value[:0] for key, value in pictures[0].items()}
@@ -153,8 +172,8 @@ def inputs(
             {key: _cat([p[key] for p in row_pictures or [empty]])[None] for key in empty}
             for _, row_pictures in prompts
         ]
-    for key in pictures[0] if pictures else ():
-        out[key] = _cat([p[key] for p in pictures])
+    if pictures:
+        out |= (spec.join or joined)(pictures)
     if pictures and spec.counts:
         out["batch_num_images"] = torch.tensor([len(row_pictures) for _, row_pictures in prompts])
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in out.items()}
@@ -181,10 +200,20 @@ def ready(method: Any, name: str) -> Any:
     return dataclasses.replace(method, path=directions(name)) if method.name == "vti" else method
 
 
+def rounding(name: str) -> float:
+    """How far logits of methods with two streams may be from those of whole runs from the start.
+
+    The gated delta rule sums in chunks from the start and token by token in decoding:
+    `test_decoding_equals_reading_from_the_start` measures what that does to the plain model.
+    """
+    kinds = compat.layer_kinds(compat.decoder_of(build(name)).config)
+    return 2e-4 if "linear_attention" in kinds else 2e-5
+
+
 def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:
     """Padded batches on one cache: pictures, two tokens, a turn of kind `second`, two tokens."""
-    # Qwen works positions out from all pictures of a sample in a row, not turn by turn
-    batch = 1 if alone or (second == "image" and name.startswith("qwen")) else 3
+    # Qwen and GLM work positions out from all pictures of a sample in a row, not turn by turn
+    batch = 1 if alone or (second == "image" and name.startswith(("qwen", "glm"))) else 3
     tokens = [{"input_ids": torch.tensor([[40 + i], [50 + i], [60 + i]])[:batch]} for i in range(4)]
     first, more = (inputs(name, kind, batch=batch) for kind in ("mixed", second))
     return [first, *tokens[:2], more, *tokens[2:]]
@@ -213,10 +242,17 @@ def _picture(name: str, shape: str, alone: bool) -> tuple[list[int], dict[str, T
     call = {key: value[None] if spec.per_row else value for key, value in tensors.items()}
     if spec.counts:
         call["batch_num_images"] = torch.tensor([1 if alone else 2])
+    model = build(name)
     with torch.no_grad():
-        features = build(name).model.get_image_features(**call, return_dict=True).pooler_output
+        found = getattr(model, "model", model).get_image_features(**call, return_dict=True)
+    features = found.last_hidden_state if found.pooler_output is None else found.pooler_output
     features = features if isinstance(features, Tensor) else torch.cat(list(features))
     return spec.layout(features.shape[:-1].numel(), shape), tensors
+
+
+def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several pictures, each kind in one."""
+    return {key: _cat([p[key] for p in pictures]) for key in pictures[0]}
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import CompileConfig
 
 from foveate import FoveateError, Method, Recorder, enhance, prefill
 from foveate.backends.transformers.anatomy import anatomy
-from foveate.backends.transformers.compat import passing
+from foveate.backends.transformers.compat import passing, reads_both_ways
 from foveate.core.method import from_json, methods, parse, text, to_json
 from foveate.methods.cli.method import CLI, SERVES
 from foveate.vlm.prefix import next_position, suffix_batch
@@ -52,7 +52,17 @@ def method(request: pytest.FixtureRequest) -> Method:
             if "does not see the whole image" not in str(error):
                 raise
             pytest.skip(f"refused: {error}")
+        if reads_both_ways(models.build(family)):
+            _skip_what_reads_other_tokens(found, family)
     return found
+
+
+def _skip_what_reads_other_tokens(method: Method, family: str) -> None:
+    """Second streams, but for those of other pixels, have no prompt that can be read both ways."""
+    if method.name in ("avisc", "icd", "m3id", "pai", "sid", "vista"):
+        with pytest.raises(FoveateError, match="which reads prompts in both directions"):
+            forward(models.build(family), models.inputs(family), method)
+        pytest.skip("refused: a second stream of other tokens where prompts are read both ways")
 
 
 def near(family: str) -> float:
@@ -124,6 +134,8 @@ def test_other_rows_are_untouched(method: Method, family: str, model: Any) -> No
     plain, edited = forward(model, inputs).logits, forward(model, inputs, method).logits
     if method.rows == "all" or not method.shares_prefix:
         pytest.skip("declares that it changes image rows")
+    if reads_both_ways(model):
+        pytest.skip("the last row, once edited, is seen by all others in the next layer")
     count = 1
     if method.rows == "text":
         count = int((inputs["input_ids"] == models.IMAGE).flip(1).int().argmax())
@@ -264,6 +276,10 @@ def test_a_shared_prefix_equals_single_prompts(method: Method, family: str, mode
     if not method.shares_prefix:
         pytest.skip("declares that it does not share prefixes")
     prefix = models.inputs(family, "prefix")
+    if reads_both_ways(model):
+        with enhance(model, method), pytest.raises(FoveateError, match="in both directions, so"):
+            prefill(model, prefix)
+        return
     sliding = len(anatomy(model).full_layers) < model.get_decoder().config.num_hidden_layers
     # a sliding window counts the padding between prefix and question, also in the plain model
     batches = [(0, 1), (1, 1), (2, 1)] if sliding else [(0, 3)]
@@ -281,7 +297,7 @@ def test_a_shared_prefix_equals_single_prompts(method: Method, family: str, mode
         assert cache.foveate.phase == "prefix", "a fork left the original alone"
     for row in range(3):
         single = forward(model, models.inputs(family, "shared", row=row), method)
-        assert close(rows[row], single.logits[0, -1])
+        assert close(rows[row], single.logits[0, -1], near(family) / 2)
 
 
 # 12

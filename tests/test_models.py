@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests import models
+from tests import models, newer
+from tests.models import rounding
+from tests.references.full import difference, generate
+from tests.references.vcd import plain
 
 
 @pytest.mark.parametrize("kind", ["image", "images", "text", "mixed"])
@@ -22,6 +25,15 @@ def test_padded_rows_equal_single_runs(
         alone = models.inputs(family, kind, row=row)
         torch.testing.assert_close(model(**alone).logits[0, -1], logits[row], atol=1e-5, rtol=0)
         assert model.generate(**alone, max_new_tokens=8)[0, -8:].equal(answers[row])
+
+
+def test_decoding_equals_reading_from_the_start(model: PreTrainedModel, family: str) -> None:
+    """To a third of what methods with two streams are allowed."""
+    inputs = models.inputs(family, "images", row=1)
+    out = generate(model, inputs)
+    written = out.sequences[0, inputs["input_ids"].shape[1] :]
+    for count, logits in enumerate(out.logits):
+        assert difference(plain(model, inputs, written[:count]), logits[0]) < rounding(family) / 3
 
 
 @torch.no_grad()
@@ -51,3 +63,11 @@ def test_prefix_and_suffix_make_the_whole(family: str) -> None:
             prefix = models.inputs(family, "prefix", row=row if prefix_row is None else prefix_row)
             parts = [prefix["input_ids"], models.inputs(family, "suffix", row=row)["input_ids"]]
             assert torch.cat(parts, 1).equal(models.inputs(family, kind, row=row)["input_ids"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", newer.BEAMLESS)
+def test_beams_of_some_fail_without_any_method(name: str) -> None:
+    if name in models.FAMILIES:
+        with torch.no_grad(), pytest.raises(ValueError, match="features and image tokens"):
+            models.build(name).generate(**models.inputs(name), num_beams=2, max_new_tokens=2)

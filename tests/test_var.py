@@ -53,9 +53,12 @@ def forward(model: Any, inputs: dict[str, Tensor], *stack: Any) -> Any:
 def test_prefill_and_decode_equal_the_reference_on_every_family(
     family: str, model: Any, kind: str
 ) -> None:
-    method = slow(model, STRONG)
-    assert disagreement(STRONG, method, models.inputs(family, kind, batch=3)) < 1e-5
-    assert 0 < method.changed < method.seen_rows
+    method = STRONG
+    if family == "lfm2_vl":  # in its one layer all rows pass those filters
+        method = dataclasses.replace(STRONG, min_visual_mass=0.4)
+    slowly = slow(model, method)
+    assert disagreement(method, slowly, models.inputs(family, kind, batch=3)) < 1e-5
+    assert 0 < slowly.changed < slowly.seen_rows
 
 
 @pytest.mark.parametrize("method", VARIANTS, ids=str)

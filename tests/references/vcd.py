@@ -36,29 +36,47 @@ def noised(picture: dict[str, Tensor], step: int, seed: int, restart: bool) -> d
         noise = torch.randn(len(pixels), 3, 16, generator=generator)
         rows = [torch.cat([torch.cat([c, c]) for c in row]) for row in noise]
         return picture | {"pixel_values": signal * pixels + strength * torch.stack(rows)}
+    if "image_position_ids" in picture:  # Gemma 4 makes -1..1 of 0..1 in its tower
+        shown = (picture["image_position_ids"][0] >= 0).all(-1)
+        wide = 2 * pixels[0, shown] - 1
+        wide = signal * wide + strength * torch.randn(wide.shape, generator=generator)
+        painted = torch.zeros_like(pixels)
+        painted[0, shown] = (wide + 1) / 2
+        return picture | {"pixel_values": painted}
+    if "spatial_shapes" in picture:  # padded to a fixed number of patches
+        count = int(picture["spatial_shapes"].prod())
+        noise = torch.randn(count, pixels.shape[-1], generator=generator)
+        painted = pixels.clone()
+        painted[0, :count] = signal * pixels[0, :count] + strength * noise
+        return picture | {"pixel_values": painted}
     out = []
-    for tile in pixels.flatten(0, -4):
+    for tile in pixels.flatten(0, -4) if pixels.dim() > 3 else pixels:
         if restart:
             generator = torch.Generator().manual_seed(seed)
         out.append(signal * tile + strength * torch.randn(tile.shape, generator=generator))
     return picture | {"pixel_values": torch.stack(out).view_as(pixels)}
 
 
-def extended(prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Any]:
-    """One unpadded prompt (1, n) followed by `tokens` (k,)."""
+def extended(prompt: dict[str, Tensor], tokens: Tensor, suffix: bool = False) -> dict[str, Any]:
+    """One unpadded prompt (1, n) followed by `tokens` (k,).
+
+    `suffix`: the model's token types tell a prompt from what is written, not images from text.
+    """
     inputs: dict[str, Any] = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], tokens[None]], 1)
     for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if key in prompt:
-            new = torch.full((1, len(tokens)), int(key == "attention_mask"))
+            one = key == "attention_mask" or (suffix and key == "token_type_ids")
+            new = torch.full((1, len(tokens)), int(one))
             inputs[key] = torch.cat([prompt[key], new], 1)
     return inputs
 
 
 def plain(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Next-token logits (V,) of one unpadded prompt (1, n) followed by `tokens` (k,)."""
+    inputs = extended(prompt, tokens, suffix=model.config.model_type == "paligemma")
     with torch.no_grad():
-        return model(**extended(prompt, tokens), use_cache=False).logits[0, -1].float()
+        return model(**inputs, use_cache=False).logits[0, -1].float()
 
 
 def contrasted(true: Tensor, other: Tensor, alpha: float, beta: float) -> Tensor:

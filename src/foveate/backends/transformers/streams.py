@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...base.errors import FoveateError
+from ...core.method import Method
 from ...core.prompt import Prompt
 from ...core.sequence import Stack
 from . import compat, compat_cache, compat_parts
@@ -22,7 +23,7 @@ from .compat import NOT_INPUTS
 from .compat_cache import length
 from .context import Aside, Context
 from .heartbeat import lost
-from .pictures import pictures
+from .pictures import pictures, pixels_in, stack
 
 
 class Other:
@@ -79,7 +80,8 @@ class Other:
 class Streams:
     """Runs the second stream of the stack's owner around the forwards of the first.
 
-    Where only pixels differ, both streams are rows of one batch and of one cache. Otherwise the
+    Where only pixels differ, both streams are rows of one batch and of one cache, if the model
+    takes the pictures of two batches one behind the other. Otherwise the
     second one reads its prompt after the first, on a cache of its own, and both decode in one
     batch. It decodes in forwards of its own, too, where a cache is static or has layers that do
     not simply grow (linear attention), and in training.
@@ -114,6 +116,9 @@ class Streams:
         changed = owner.contrast(prompt, ctx.seen_by(i))
         if isinstance(changed, tuple) or (changed is not None and changed.ahead):
             if ctx.phase == "prompt":
+                every = changed if isinstance(changed, tuple) else (changed,)
+                if any(one.mask is not prompt.mask for one in every):
+                    self.check_direction(owner)
                 self.go_ahead(ctx, kwargs, cache, prompt, changed)
             return kwargs
         if changed is None:
@@ -126,15 +131,13 @@ class Streams:
                 f"{owner.name} changed only pixels in the first prompt and more in a later one, "
                 "which one batch cannot hold: start from a fresh cache."
             )
-        if not alike and compat.reads_both_ways(self.model):
-            raise FoveateError(
-                f"{owner.name} has the model read other tokens beside the prompt, and foveate does "
-                f"not know how {type(self.model).__name__} would read them, which reads prompts in "
-                "both directions: use a method without a second stream, or one that changes "
-                "pixels, such as vcd."
-            )
+        if not alike:
+            self.check_direction(owner)
         fresh = (
-            ctx.other is None and kwargs.get("labels") is None and not compat_cache.allocated(cache)
+            ctx.other is None
+            and kwargs.get("labels") is None
+            and not compat_cache.allocated(cache)
+            and stack(kwargs)
         )
         if ctx.paired or (alike and fresh):
             ctx.paired = True
@@ -146,6 +149,20 @@ class Streams:
         ctx.other.aligned &= changed.mask is prompt.mask
         self.waiting = prompt, changed
         return kwargs
+
+    def check_direction(self, owner: Method) -> None:
+        """Whether other tokens than the prompt's can be read beside it.
+
+        Raises:
+            FoveateError: where prompts are read in both directions.
+        """
+        if compat.reads_both_ways(self.model):
+            raise FoveateError(
+                f"{owner.name} has the model read other tokens beside the prompt, and foveate does "
+                f"not know how {type(self.model).__name__} would read them, which reads prompts in "
+                "both directions: use a method without a second stream, or one that changes "
+                "pixels, such as vcd."
+            )
 
     def step(self, ctx: Context, kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
         """The inputs of a decode step, with the second stream's token beside them if it fits."""
@@ -179,7 +196,7 @@ class Streams:
         """This piece of prompt, as methods see it."""
         inputs = piece(kwargs, cache)
         mask, ids = inputs.pop("attention_mask"), inputs.pop("input_ids", None)
-        embeds, pixels = inputs.pop("inputs_embeds", None), _pixels(inputs)
+        embeds, pixels = inputs.pop("inputs_embeds", None), pixels_in(inputs)
         inputs = {k: v for k, v in inputs.items() if k not in pixels}
         visual = ctx.visual[:, -mask.shape[1] :]
         split = functools.partial(pictures, self.model.config, inputs, visual)
@@ -421,14 +438,6 @@ def _beside(cache: Any) -> Any:
     if side is not None:
         side.foveate = None
     return side
-
-
-def _pixels(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        k: v
-        for k, v in inputs.items()
-        if k.startswith("pixel_values") and isinstance(v, Tensor) and v.is_floating_point()
-    }
 
 
 def _differ_in_pixels(a: Prompt, b: Prompt) -> bool:
