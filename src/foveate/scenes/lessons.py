@@ -4,6 +4,7 @@
     dense_batch(pool, items) -> dict              # pictures and what each patch shows
     lesson(view, stage, rng, close) -> conversations   # what one sequence asks
     Packer(processor).item(pool, index, stage, rng) -> Packed
+    Packer(processor).texts(number, rng) -> Packed    # no picture: what a language model reads
     collate(packed) -> dict of arrays
 
 One sequence holds one picture (or two) and many questions about it. Every question sees the
@@ -25,7 +26,7 @@ import numpy as np
 
 from ..base.errors import FoveateError
 from ..base.files import keep_room, make_folder, write_text, writing
-from . import questions, world
+from . import questions, texts, world
 from .phrases import SUFFIXES
 from .questions import Question, View
 from .world import KINDS, VALUES, WHOLE, Box, Scene
@@ -34,8 +35,11 @@ SIZE, PATCH = 96, 8  # pixels of the pocket model's picture, and of a patch
 SIDE = SIZE // PATCH
 VISUAL_TOKENS = SIDE**2
 IGNORE = -100
+FIRST_TEXT = 500_000_000  # the scenes of texts: neither a picture's nor held out
+PROMPTS = 0.2  # weight of a question's tokens where a text is learnt whole
 GLYPHS = world.LETTERS + world.DIGITS
-CHUNK, CHUNKS = 80, {1: 4, 2: 3}  # room for questions after one and after two pictures
+CHUNK, CHUNKS = 80, {0: 4, 1: 4, 2: 3}  # room for questions after so many pictures
+LEAP = 2 * VISUAL_TOKENS  # positions that a text without pictures may skip, see `Packer.pack`
 # the words whose embeddings the visual tokens of a patch are trained towards
 DENSE: dict[str, tuple[str, ...]] = {
     "kind": (*KINDS, "background"),
@@ -200,11 +204,13 @@ def lesson(view: View, stage: str, rng: random.Random, close: View) -> list[list
     """Conversations, mostly of one question, for one sequence.
 
     Args:
-        stage: "caption", "open" or "yesno".
+        stage: "captions" (nothing else), "caption" (and some open questions), "open" or "yesno".
         close: the view in which print is legible, if any; else `view` again.
     """
     asked: list[Question | None] = []
-    if stage == "caption":
+    if stage == "captions":
+        asked = [questions.caption(view, rng, short) for short in (False, True, False, True, False)]
+    elif stage == "caption":
         asked = [questions.caption(view, rng, short) for short in (False, True, False)]
         asked += [questions.opened(view, rng) for _ in range(8)]
     else:
@@ -265,14 +271,29 @@ class Packer:
         self.processor = processor
         self.image = processor.tokenizer.convert_tokens_to_ids("<image>")
         self.ids = lru_cache(maxsize=200_000)(self._encode)
-        self.start = [processor.tokenizer.bos_token_id, *self.ids("USER:")]
+        empty = processor.apply_chat_template([{"role": "user", "content": ""}])
+        start = empty[: empty.index("USER:") + len("USER:")]  # a system prompt, if there is one
+        self.start = [processor.tokenizer.bos_token_id, *self.ids(start)]
         self.end = processor.tokenizer.eos_token_id
 
     def _encode(self, text: str) -> list[int]:
         return list(self.processor.tokenizer.encode(text, add_special_tokens=False))
 
-    def pack(self, images: tuple[int, ...], turns: list[list[Question]]) -> Packed:
-        """Each element of `turns` is one conversation about the images, mostly of one question."""
+    def pack(
+        self,
+        images: tuple[int, ...],
+        turns: list[list[Question]],
+        prompts: float = 0.0,
+        leaps: random.Random | None = None,
+    ) -> Packed:
+        """Each element of `turns` is one conversation about the images, mostly of one question.
+
+        Args:
+            prompts: weight of the questions' own tokens; 0 learns the answers alone.
+            leaps: draws positions to skip, up to `LEAP` in half of the conversations, before a
+                word of each: so a text teaches distances that only pictures will bring (as PoSE
+                does, arXiv 2309.10400).
+        """
         ids = [*self.start, *([self.image] * (VISUAL_TOKENS * len(images)))]
         prefix = len(ids)
         length = prefix + CHUNK * CHUNKS[len(images)]
@@ -289,13 +310,17 @@ class Packer:
                 answer = [*self.ids(question.answer), self.end]
                 each = 0.3 if question.category == "caption" else 1.0
                 new += prompt + answer
-                target += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
-                weight += [0.0] * (len(prompt) - 1) + [each] * (len(answer) - 1) + [0.2, 0.0]
+                target += (prompt[1:] if prompts else [IGNORE] * (len(prompt) - 1)) + answer
+                target += [IGNORE]
+                weight += [prompts] * (len(prompt) - 1) + [each] * (len(answer) - 1) + [0.2, 0.0]
                 answers.append((question, len(new) - len(answer) - 1))
             if len(new) > CHUNK or len(ids) + len(new) > length:
                 continue
             asked += [(q, len(ids) + at) for q, at in answers]
-            positions += range(prefix, prefix + len(new))
+            places = np.arange(prefix, prefix + len(new))
+            if leaps and leaps.random() < 0.5:
+                places[leaps.randrange(len(new)) :] += leaps.randrange(LEAP)
+            positions += places.tolist()
             segments += [segment] * len(new)
             ids, labels, weights = ids + new, labels + target, weights + weight
         rest = length - len(ids)
@@ -308,6 +333,11 @@ class Packer:
             np.array(weights + [0.0] * rest, np.float32),
             tuple(asked),
         )
+
+    def texts(self, number: int, rng: random.Random) -> Packed:
+        """A sequence of text alone about the scene of that number: `texts.documents`."""
+        scene = world.sample(FIRST_TEXT + number, "with")
+        return self.pack((), texts.documents(scene, rng), PROMPTS, rng)
 
     def item(
         self, pool: Pool, index: int, stage: str, rng: random.Random, both: bool = False
