@@ -78,26 +78,36 @@ def test_texts_are_known_words_and_no_picture() -> None:
         talk = habits.small_talk(random.Random(seed))
         assert unknown not in build.encode(processor, f"{talk.text} {talk.answer}"), talk
     for number in range(20):
-        packed = packer.texts(number, random.Random(number))
+        packed = packer.texts(number, random.Random(number), read=number % 2 == 1)
         assert packed.images == ()
         assert unknown not in packed.ids
         assert packer.image not in packed.ids
         assert len(packed.asked) > 5
-        again = packer.texts(number, random.Random(number))
+        again = packer.texts(number, random.Random(number), read=number % 2 == 1)
         assert np.array_equal(again.ids, packed.ids)
 
 
-def test_what_is_read_tells_the_answer() -> None:
-    """Of a caption's questions on kinds that are there alone, the caption names each kind."""
+def test_a_page_tells_what_is_asked_of_it() -> None:
+    """Its caption names every kind that an attribute or a relation is asked of."""
     read = 0
     for scene in SCENES:
-        for first, *_ in texts.documents(scene, random.Random(scene.seed)):
-            told, _, asked = first.text.rpartition(". ")
-            if first.text.startswith("there ") and first.category in ("attribute", "relation"):
-                kinds = [w for w in asked.lower().strip("?").split() if w in world.KINDS]
-                assert all(kind in told for kind in kinds), first.text
+        told = " ".join(texts.page(scene, random.Random(scene.seed))[:2])
+        for (question,) in texts.reading(scene, random.Random(scene.seed)):
+            words = question.text.lower().strip("?").split()
+            if question.category in ("attribute", "relation") and question.topic != "neighbor":
+                assert all(word in told for word in words if word in world.KINDS), question.text
                 read += 1
-    assert read > 100
+    assert read > 500
+
+
+def test_a_page_stands_where_a_picture_would() -> None:
+    _, processor = build.build_pocket(**TINY, system=build.SYSTEM)
+    packer = lessons.Packer(processor)
+    packed = packer.texts(3, random.Random(3), read=True)
+    start = len(packer.start)
+    assert (packed.segments == 0).sum() == start + lessons.PAGE
+    assert packed.labels[start - 1 : start + 2].tolist() == packed.ids[start : start + 3].tolist()
+    assert "there " in processor.tokenizer.decode(packed.ids[start : start + lessons.PAGE])
 
 
 def test_positions_leap_only_forward_and_within_reach() -> None:
@@ -105,7 +115,7 @@ def test_positions_leap_only_forward_and_within_reach() -> None:
     packer = lessons.Packer(processor)
     leapt = 0
     for number in range(10):
-        packed = packer.texts(number, random.Random(number))
+        packed = packer.texts(number, random.Random(number), read=False)
         for segment in np.unique(packed.segments[packed.segments > 0]):
             steps = np.diff(packed.positions[packed.segments == segment])
             assert (steps >= 1).all()

@@ -178,15 +178,14 @@ def quiz(
 
 
 def read_texts(
-    lesson: LanguageLesson, held: list[lessons.Packed], precision: str = "bf16"
+    lesson: LanguageLesson, held: dict[str, list[lessons.Packed]], precision: str = "bf16"
 ) -> dict[str, float]:
-    """Accuracy of the first answer token on texts, by form, and apart where a caption tells it."""
+    """Accuracy of the first answer token on texts, by their kind and the question's form."""
     right: dict[str, list[bool]] = defaultdict(list)
-    for i in range(0, len(held), 16):
-        for _, question, hit in _graded(lesson, held[i : i + 16], None, precision):
-            form = "yesno" if question.label else "open"
-            told = question.text.startswith("there ")
-            right[f"{'told' if told else 'habit'}_{form}"].append(hit)
+    for kind, packed in held.items():
+        for i in range(0, len(packed), 16):
+            for _, question, hit in _graded(lesson, packed[i : i + 16], None, precision):
+                right[f"{kind}_{'yesno' if question.label else 'open'}"].append(hit)
     return _shares(right)
 
 

@@ -33,7 +33,8 @@ from .recipes import PARTS, SYSTEMS, Stage, stages, told
 from .tower import TowerLesson, tower_accuracy, tower_features
 
 NOTE = "recipe.json"  # in a run's folder: what it is trained by
-HELD_TEXTS = 64
+HELD_TEXTS = 32  # of each kind
+P_READ = 0.65  # of the batches of text
 
 Prepared = tuple[nn.Module, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, float]]]
 """What `fit` takes of a stage: the lesson, its batches, its accuracy on what is held out."""
@@ -276,10 +277,14 @@ def _texts(run: Run, stage: Stage, salt: int) -> Prepared:
 
     def batches(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{salt}-{step}")
+        read = rng.random() < P_READ
         numbers = range(HELD_TEXTS + step * stage.batch, HELD_TEXTS + (step + 1) * stage.batch)
-        return with_features([packer.texts(number, rng) for number in numbers])
+        return with_features([packer.texts(number, rng, read) for number in numbers])
 
-    held = [packer.texts(number, random.Random(number)) for number in range(HELD_TEXTS)]
+    held = {
+        name: [packer.texts(number, random.Random(number), read) for number in range(HELD_TEXTS)]
+        for name, read in (("hearsay", False), ("page", True))
+    }
     return lesson, batches, lambda: read_texts(lesson, held, run.precision)
 
 

@@ -4,7 +4,7 @@
     dense_batch(pool, items) -> dict              # pictures and what each patch shows
     lesson(view, stage, rng, close) -> conversations   # what one sequence asks
     Packer(processor).item(pool, index, stage, rng) -> Packed
-    Packer(processor).texts(number, rng) -> Packed    # no picture: what a language model reads
+    Packer(processor).texts(number, rng, read) -> Packed    # no picture: hearsay, or a page
     collate(packed) -> dict of arrays
 
 One sequence holds one picture (or two) and many questions about it. Every question sees the
@@ -36,6 +36,7 @@ SIDE = SIZE // PATCH
 VISUAL_TOKENS = SIDE**2
 IGNORE = -100
 FIRST_TEXT = 500_000_000  # the scenes of texts: neither a picture's nor held out
+PAGE = 96  # tokens of a page of text, nearly always more than a caption has
 PROMPTS = 0.2  # weight of a question's tokens where a text is learnt whole
 GLYPHS = world.LETTERS + world.DIGITS
 CHUNK, CHUNKS = 80, {0: 4, 1: 4, 2: 3}  # room for questions after so many pictures
@@ -285,6 +286,7 @@ class Packer:
         turns: list[list[Question]],
         prompts: float = 0.0,
         leaps: random.Random | None = None,
+        page: tuple[int, ...] = (),
     ) -> Packed:
         """Each element of `turns` is one conversation about the images, mostly of one question.
 
@@ -293,12 +295,16 @@ class Packer:
             leaps: draws positions to skip, up to `LEAP` in half of the conversations, before a
                 word of each: so a text teaches distances that only pictures will bring (as PoSE
                 does, arXiv 2309.10400).
+            page: text that stands where pictures would; learnt as questions are.
         """
-        ids = [*self.start, *([self.image] * (VISUAL_TOKENS * len(images)))]
+        ids = [*self.start, *page, *([self.image] * (VISUAL_TOKENS * len(images)))]
         prefix = len(ids)
         length = prefix + CHUNK * CHUNKS[len(images)]
         positions, segments = list(range(prefix)), [0] * prefix
         labels, weights = [IGNORE] * prefix, [0.0] * prefix
+        if page and prompts:
+            at = slice(len(self.start) - 1, len(self.start) - 1 + len(page))
+            labels[at], weights[at] = list(page), [prompts] * len(page)
         asked: list[tuple[Question, int]] = []
         for segment, conversation in enumerate(turns, start=1):
             new: list[int] = []
@@ -334,10 +340,13 @@ class Packer:
             tuple(asked),
         )
 
-    def texts(self, number: int, rng: random.Random) -> Packed:
-        """A sequence of text alone about the scene of that number: `texts.documents`."""
+    def texts(self, number: int, rng: random.Random, read: bool) -> Packed:
+        """A sequence of text alone about the scene of that number: hearsay, or a page to read."""
         scene = world.sample(FIRST_TEXT + number, "with")
-        return self.pack((), texts.documents(scene, rng), PROMPTS, rng)
+        if not read:
+            return self.pack((), texts.hearsay(scene, rng), PROMPTS, rng)
+        words = [i for sentence in texts.page(scene, rng) for i in self.ids(sentence)]
+        return self.pack((), texts.reading(scene, rng), PROMPTS, rng, tuple(words[:PAGE]))
 
     def item(
         self, pool: Pool, index: int, stage: str, rng: random.Random, both: bool = False
