@@ -22,6 +22,8 @@ from foveate.pocket import build
 from foveate.pocket import train as training
 from foveate.pocket.exam import evaluate_pocket, format_report
 from foveate.pocket.packed import LanguageLesson
+from foveate.pocket.recipes import RECIPES
+from foveate.pocket.tower import normalised
 from foveate.scenes import lessons, questions
 from foveate.training import checkpoints
 from foveate.training import loop as train
@@ -30,11 +32,19 @@ pytest.importorskip("accelerate", reason="training needs the extra: train")
 pytestmark = pytest.mark.long
 
 TINY = {"vision_layers": 1, "vision_width": 64, "text_layers": 1, "text_width": 64}
-SHORT = dict.fromkeys(training.STAGES, 3)
-RUN = {
-    "scenes": 12, "windows": 6, "shape": TINY, "steps": SHORT, "precision": "no",
-    "batch": dict.fromkeys(training.STAGES, 2),
-}  # fmt: skip
+
+
+def short(recipe: str) -> dict[str, Any]:
+    """A run of three steps of two pictures per stage."""
+    names = [stage.name for stage in RECIPES[recipe]]
+    settings = [f"{name}.{number}" for name in names for number in ("steps=3", "batch=2")]
+    return {
+        "recipe": recipe, "settings": settings, "scenes": 12, "windows": 6, "shape": TINY,
+        "precision": "no",
+    }  # fmt: skip
+
+
+RUN = short("pictures-first")
 
 
 class Line(nn.Module):
@@ -151,39 +161,46 @@ def test_every_item_comes_once_per_epoch() -> None:
     assert seen[:10] != seen[10:20]
 
 
-def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    whole = training.train_pocket(tmp_path / "whole", "caption", **RUN)
+@pytest.mark.parametrize(
+    ("recipe", "first", "last"),
+    [("pictures-first", "tower", "caption"), ("language-first", "language", "tuning")],
+)
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    tmp_path: Path, recipe: str, first: str, last: str
+) -> None:
+    options = short(recipe) | {"until": last}
+    whole = training.train_pocket(tmp_path / "whole", **options)
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from foveate.pocket.train import train_pocket\n"
-        f"train_pocket(sys.argv[1], 'caption', checkpoint_every=0, **{RUN!r})"
+        f"train_pocket(sys.argv[1], checkpoint_every=0, **{options!r})"
     )
     cut = tmp_path / "cut"
     child = subprocess.Popen([sys.executable, "-c", code, str(cut)])
     deadline = time.monotonic() + 600
-    while train.latest(cut, "tower") is None and not (cut / "tower.safetensors").exists():
+    while train.latest(cut, first) is None and not (cut / f"{first}.safetensors").exists():
         assert child.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert not (cut / "caption.safetensors").exists()
-    training.train_pocket(cut, "caption", **RUN)
-    first, second = (load_file(f / "caption.safetensors") for f in (whole.parent, cut))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not (cut / f"{last}.safetensors").exists()
+    training.train_pocket(cut, **options)
+    one, other = (load_file(f / f"{last}.safetensors") for f in (whole.parent, cut))
+    assert all(torch.equal(one[k], other[k]) for k in one)
     assert not list(cut.glob("*.step-*"))
 
 
 def test_until_and_reuse(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="Unknown stage"):
-        training.train_pocket(tmp_path, "sleep")
-    folder = training.train_pocket(tmp_path / "run", "open", **RUN)
+        training.train_pocket(tmp_path, until="sleep")
+    folder = training.train_pocket(tmp_path / "run", until="open", **RUN)
     assert folder.name == "open"
     model, processor = build.load_pocket(folder)
     assert model.config.text_config.num_hidden_layers == 1
     assert not (tmp_path / "run" / "yesno").exists()
     with pytest.raises(FoveateError, match="resume"):
-        training.train_pocket(tmp_path / "run", "open", resume=False, **RUN)
+        training.train_pocket(tmp_path / "run", until="open", resume=False, **RUN)
     rows = evaluate_pocket(folder, n=1)
     assert set(rows) == {"with", "against"}
     assert {"existence", "existence, popular", "attribute", "open"} <= set(rows["with"])
@@ -203,7 +220,7 @@ def test_packed_questions_equal_single_prompts(tmp_path: Path, both: bool) -> No
     pixels = torch.from_numpy(np.stack([pool.pixels[i] for i in one.images]))
     lesson = LanguageLesson(model, packer.image)
     with torch.no_grad():
-        tower = model.model.vision_tower(training.normalised(pixels)).last_hidden_state[:, 1:]
+        tower = model.model.vision_tower(normalised(pixels)).last_hidden_state[:, 1:]
         batch = {k: torch.from_numpy(v) for k, v in lessons.collate([one]).items()}
         logits = model.lm_head(lesson.hidden(batch | {"features": tower}))[0]
     asked = {int(one.segments[at]): (question, at) for question, at in reversed(one.asked)}
@@ -247,7 +264,7 @@ def test_two_turns_in_a_row_are_packed_as_the_template_writes_them() -> None:
 
 
 def test_yes_and_no_change_all_but_the_tower(tmp_path: Path) -> None:
-    folder = training.train_pocket(tmp_path, "yesno", **RUN)
+    folder = training.train_pocket(tmp_path, **RUN)
     before = build.load_pocket(tmp_path / "open")[0].state_dict()
     after = build.load_pocket(folder)[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

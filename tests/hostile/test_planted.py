@@ -200,7 +200,7 @@ def test_weights_of_the_pocket_models_stages(bomb: Bomb, tmp_path: Path) -> None
         plant(bomb, tmp_path / "run" / "tower.safetensors", kind)
         plant(bomb, tmp_path / "run" / "tower.pt", kind)
         with pytest.raises(FoveateError, match="trains this stage again"):
-            pocket.train_pocket(tmp_path / "run", "tower", **RUN)
+            pocket.train_pocket(tmp_path / "run", until="tower", **RUN)
 
 
 @pytest.mark.parametrize("name", ["pixels.npy", "owners.npy"])

@@ -12,13 +12,15 @@ import typer
 
 from ..base.errors import FoveateError
 from ..base.files import make_folder
+from ..base.progress import Progress
 from . import app
 from .common import ModelOption, RevisionOption, hint, quiet
 
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
 
-Stage = Literal["tower", "caption", "open", "yesno"]
+PocketRecipe = Literal["pictures-first", "language-first"]
+Stage = Literal["tower", "caption", "open", "yesno", "language", "projector", "tuning"]
 Base = Literal["frozen", "lora", "full"]
 Precision = Literal["bf16", "fp16", "no"]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
@@ -29,9 +31,38 @@ def train_pocket(
     out: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints, logs and the trained stages.")
     ] = None,
+    recipe: Annotated[
+        PocketRecipe,
+        typer.Option(
+            case_sensitive=False,
+            help="pictures-first made the shipped model; language-first trains a language model on "
+            "text before it sees a picture.",
+        ),
+    ] = "pictures-first",
     until: Annotated[
-        Stage, typer.Option(case_sensitive=False, help="Last stage to train.")
-    ] = "yesno",
+        Stage | None,
+        typer.Option(case_sensitive=False, help="Last stage to train; default: the recipe's."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="STAGE.NUMBER=VALUE",
+            help="Another rate, batch, steps or minutes of a stage; repeat it for more.",
+        ),
+    ] = None,
+    tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Take the vision tower of this trained model instead of training one; pocket is "
+            "the shipped one.",
+        ),
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Draw so many scenes to learn from.")] = 30_000,
+    windows: Annotated[
+        int, typer.Option(min=0, help="Draw so many of their windows, too.")
+    ] = 14_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, scenes and questions.")] = 0,
     resume: Resume = True,
     evaluate: Annotated[
@@ -40,22 +71,44 @@ def train_pocket(
             help="Then measure the model on fresh scenes; without --out, measure the shipped one."
         ),
     ] = False,
+    criteria: Annotated[
+        bool,
+        typer.Option(
+            help="Then measure what a testbed for attention methods must show, on other scenes."
+        ),
+    ] = False,
 ) -> None:
-    """Train the pocket model from nothing: the tower, captions, open questions, yes/no."""
+    """Train the pocket model from nothing, stage by stage.
+
+    The stages of pictures-first are tower, caption, open and yesno; those of language-first are
+    tower, language, projector and tuning.
+    """
     from ..pocket.build import WEIGHTS
     from ..pocket.exam import evaluate_pocket, format_report
     from ..pocket.train import train_pocket as train
 
-    if out is None and not evaluate:
-        raise FoveateError("Say where to train with --out, or measure the shipped one: --evaluate.")
+    if out is None and not evaluate and not criteria:
+        raise FoveateError(
+            "Say where to train with --out, or measure the shipped one: --evaluate or --criteria."
+        )
     folder = WEIGHTS
     if out is not None:
+        taken = WEIGHTS if tower == "pocket" else tower
         with _stoppable():
-            folder = train(make_folder(out), until, seed=seed, resume=resume)
-        print(f"{until}: {folder}")
+            folder = train(
+                make_folder(out), recipe, until, settings=setting or (), tower=taken, seed=seed,
+                resume=resume, scenes=scenes, windows=windows,
+            )  # fmt: skip
+        print(f"{folder.name}: {folder}")
         hint(f'foveate ask demo "Is there a car in the image?" --model {folder}')
     if evaluate:
         print(format_report(evaluate_pocket(folder)))
+    if criteria:
+        from ..pocket.criteria import format_criteria, measure
+
+        with Progress("scenes") as progress:
+            report = measure(folder, watch=lambda done, of: progress(done, of, "validating"))
+        print(format_criteria(report))
 
 
 @train_app.command("cli")

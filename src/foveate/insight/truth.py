@@ -73,11 +73,12 @@ def exists(kind: str) -> str:
 
 def pocket_pictures(count: int) -> list[AnnotatedImage]:
     """Drawn scenes held out from training, every other one against the pocket model's habits."""
-    return [_drawn(number) for number in range(count)]
+    first, habits = questions.FIRST_HELD_OUT, ("with", "against")
+    return [drawn(world.sample(first + number, habits[number % 2])) for number in range(count)]
 
 
-def _drawn(number: int) -> AnnotatedImage:
-    scene = world.sample(questions.FIRST_HELD_OUT + number, ("with", "against")[number % 2])
+def drawn(scene: world.Scene) -> AnnotatedImage:
+    """A scene's picture with its ground truth."""
 
     def mask(kind: str) -> np.ndarray:
         things = zip(scene.things, world.masks(scene, 192), strict=True)

@@ -50,6 +50,11 @@ PUNCTUATION = ".,?!:;'\"()[]{}/-+*=&%$#@<>_|`~^\\"
 # What methods and benchmarks say beyond the world's own questions, and everyday words
 MORE_WORDS = Path(__file__).with_name("vocabulary.txt")
 TEMPLATE = Path(__file__).parent / "weights" / "chat_template.jinja"
+# Of the length of LLaVA's, and nearly in its words: 34 tokens
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant about things in the "
+    "world. The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
 
 
 def vocabulary() -> list[str]:
@@ -100,8 +105,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def build_processor() -> LlavaProcessor:
-    """Squashes any image to 96 x 96 pixels; puts 144 <image> tokens per image into the text."""
+def build_processor(system: str = "") -> LlavaProcessor:
+    """Squashes any image to 96 x 96 pixels; puts 144 <image> tokens per image into the text.
+
+    Args:
+        system: what chats begin with that bring no system prompt of their own.
+    """
+    template = TEMPLATE.read_text("utf-8")
+    if system:
+        absent = "{%- if messages[0]['role'] != 'system' -%}"
+        template = f"{absent}{system} {{% endif -%}}\n{template}"
     image_processor = clip_image_processor(
         size={"height": SIZE, "width": SIZE},
         do_center_crop=False,
@@ -114,7 +127,7 @@ def build_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE.read_text("utf-8"),
+        chat_template=template,
     )
 
 
@@ -125,9 +138,10 @@ def build_pocket(
     vision_width: int = 192,
     text_layers: int = 12,
     text_width: int = 192,
+    system: str = "",
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The untrained model (fp32, eval mode) and its processor; heads are 32 wide."""
-    processor = build_processor()
+    processor = build_processor(system)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=vision_width,

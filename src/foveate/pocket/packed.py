@@ -7,14 +7,20 @@ because the CPU's fused kernel takes longer to differentiate when heads are this
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends.transformers import compat, compat_parts
 from ..scenes import lessons
+from ..scenes.questions import Question
+from .tower import autocast
 
 PACKED = "pocket_packed"  # "foveate_..." are stacks of methods
 CHUNK = lessons.CHUNK
@@ -77,7 +83,7 @@ compat.register_attention(PACKED, packed_attention)
 
 
 class LanguageLesson(nn.Module):
-    """Packed questions on frozen features: cross-entropy of the answers' tokens."""
+    """Packed questions on frozen features, or on no picture: cross-entropy of what is labelled."""
 
     def __init__(self, model: nn.Module, image_token: int):
         super().__init__()
@@ -96,9 +102,11 @@ class LanguageLesson(nn.Module):
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Final hidden states (B, S, D) of packed sequences."""
         ids, segments = batch["ids"], batch["segments"]
-        seen = self.projector(batch["features"].to(self.projector.linear_1.weight.dtype))
         embeds = self.decoder.embed_tokens(ids)
-        embeds = embeds.masked_scatter((ids == self.image_token)[..., None], seen.to(embeds.dtype))
+        if "features" in batch:
+            seen = self.projector(batch["features"].to(self.projector.linear_1.weight.dtype))
+            at = (ids == self.image_token)[..., None]
+            embeds = embeds.masked_scatter(at, seen.to(embeds.dtype))
         prefix = int((segments[0] == 0).sum())
         unseen = ~chunk_mask(segments, prefix).flatten(0, 1)
         bias = torch.zeros(unseen.shape, device=ids.device).masked_fill(unseen, -1e4)
@@ -110,3 +118,76 @@ class LanguageLesson(nn.Module):
                 use_cache=False,
                 packed=(prefix, bias),
             ).last_hidden_state
+
+
+# -- batches, and accuracy on what is held out -----------------------------------------------------
+
+
+def with_features(
+    packed: list[lessons.Packed], features: np.ndarray | None = None
+) -> dict[str, Tensor]:
+    """Collate, and add the features of the pictures, if any, in the order of their tokens."""
+    batch = {k: torch.from_numpy(v) for k, v in lessons.collate(packed).items()}
+    if features is not None:
+        pictures = [i for one in packed for i in one.images]
+        batch["features"] = torch.from_numpy(np.stack([features[i] for i in pictures]))
+    return batch
+
+
+@torch.no_grad()
+def _graded(
+    lesson: LanguageLesson,
+    packed: list[lessons.Packed],
+    features: np.ndarray | None,
+    precision: str,
+) -> Iterator[tuple[int, Question, bool]]:
+    """The row of each question but captions, and whether its answer's first token is right."""
+    device = next(lesson.parameters()).device
+    batch = {k: v.to(device) for k, v in with_features(packed, features).items()}
+    with autocast(precision, device):
+        hidden = lesson.hidden(batch)
+        best = F.linear(hidden, lesson.decoder.embed_tokens.weight).argmax(-1).cpu()
+    for row, one in enumerate(packed):
+        for question, at in one.asked:
+            if question.category != "caption":
+                yield row, question, int(best[row, at]) == int(one.labels[at])
+
+
+def quiz(
+    lesson: LanguageLesson,
+    packer: lessons.Packer,
+    held: lessons.Pool,
+    features: np.ndarray,
+    precision: str = "bf16",
+) -> dict[str, float]:
+    """Accuracy of the first answer token on held-out pictures, by category and form."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for i in range(0, len(held), 16):
+        items = list(range(i, min(i + 16, len(held))))
+        packed = [packer.item(held, k, "yesno", random.Random(k)) for k in items]
+        for row, question, hit in _graded(lesson, packed, features, precision):
+            form = "yesno" if question.label else "open"
+            where = "" if held.scenes > items[row] else "_window"
+            name = f"{form}_{question.category}"
+            if question.category == "print":
+                name += f"{where}_{question.topic}"
+            else:
+                right[form].append(hit)
+            right[name].append(hit)
+    return _shares(right)
+
+
+def read_texts(
+    lesson: LanguageLesson, held: dict[str, list[lessons.Packed]], precision: str = "bf16"
+) -> dict[str, float]:
+    """Accuracy of the first answer token on texts, by their kind and the question's form."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for kind, packed in held.items():
+        for i in range(0, len(packed), 16):
+            for _, question, hit in _graded(lesson, packed[i : i + 16], None, precision):
+                right[f"{kind}_{'yesno' if question.label else 'open'}"].append(hit)
+    return _shares(right)
+
+
+def _shares(right: dict[str, list[bool]]) -> dict[str, float]:
+    return {name: round(float(np.mean(v)), 4) for name, v in sorted(right.items())}

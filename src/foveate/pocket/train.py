@@ -1,160 +1,225 @@
-"""The pocket model's training, in four stages on `foveate.training.loop`.
+"""The pocket model's training, stage by stage on `foveate.training.loop`.
 
-    train_pocket(out, until="yesno", seed=0, resume=True, ...) -> Path   # the last stage's folder
+    train_pocket(out, "pictures-first", until="yesno", seed=0, resume=True, ...) -> Path
 
-Stages: "tower" (every patch learns to say what it shows, in the words of the language model),
-"caption", "open" (captions and open questions), "yesno" (pairs of yes/no questions on the same
-fact, beside open ones). Each ends by its budget with a learning rate run down to nothing, and
-leaves `out/<stage>/`, a folder that plain transformers loads. A run that is killed continues from
-its last checkpoint as if nothing had happened.
+The stages of a recipe stand in `recipes`. Each ends by its budget with a learning rate run down to
+nothing, and leaves `out/<stage>/`, a folder that plain transformers loads; the last one's is
+returned. A run that is killed continues from its last checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..backends.transformers import compat_parts
 from ..base.errors import FoveateError
-from ..base.files import make_folder, owned, replacing, writing
+from ..base.files import make_folder, owned, replacing, write_text, writing
 from ..base.progress import Progress
-from ..scenes import lessons, questions, world
+from ..scenes import lessons, questions
 from ..training.checkpoints import drop_checkpoints, own_memory, what_is_safe
 from ..training.loop import drawn, fit, start
 from . import build
-from .packed import LanguageLesson
+from .packed import LanguageLesson, quiz, read_texts, with_features
+from .recipes import PARTS, SYSTEMS, Stage, stages, told
+from .tower import TowerLesson, tower_accuracy, tower_features
 
-STAGES = ("tower", "caption", "open", "yesno")
-MINUTES = {"tower": 25.0, "caption": 3.0, "open": 19.0, "yesno": 44.0}  # of two CPU cores
-RATES = {"tower": 3e-3, "caption": 2e-3, "open": 2e-3, "yesno": 2e-3}
-BATCH = {"tower": 32, "caption": 16, "open": 16, "yesno": 16}
-
-# of the tower's loss: what answers need most, and what is learnt last, weighs most
-LABEL_WEIGHTS = {
-    "kind": 2.0,
-    "color": 1.0,
-    "pattern": 1.0,
-    "size": 1.0,
-    "print": 1.5,
-    "row": 0.5,
-    "column": 0.5,
-    "number": 0.1,
-}
+NOTE = "recipe.json"  # in a run's folder: what it is trained by
+HELD_TEXTS = 32  # of each kind
+P_READ = 0.65  # of the batches of text
 
 Prepared = tuple[nn.Module, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, float]]]
-"""What `fit` takes of a stage: the lesson, its batches, its accuracy on held-out pictures."""
+"""What `fit` takes of a stage: the lesson, its batches, its accuracy on what is held out."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage's name, pictures per step, precision and seed."""
+class Run:
+    """What all stages of a run share."""
 
-    name: str
-    batch: int
+    model: Any
+    processor: Any
+    pool: lessons.Pool
+    held: lessons.Pool
     precision: str
     seed: int
 
 
 def train_pocket(
     out: Path | str,
-    until: str = "yesno",
+    recipe: str = "pictures-first",
+    until: str | None = None,
     *,
+    settings: Iterable[str] = (),
+    tower: Path | str | None = None,
     seed: int = 0,
     resume: bool = True,
-    steps: dict[str, int] | None = None,
     scenes: int = 30_000,
     windows: int = 14_000,
-    batch: dict[str, int] | None = None,
     shape: dict[str, int] | None = None,
     precision: str = "bf16",
     checkpoint_every: float = 120,
 ) -> Path:
-    """Train the pocket model through its stages up to `until`; returns that stage's folder.
+    """Train the pocket model through a recipe's stages up to `until`; returns that one's folder.
 
-    `steps` per stage replace the budgets of minutes; `shape` goes to `build_pocket`. With
-    `resume`, finished stages in `out` are taken as they are and a broken-off one is continued.
-    `out` takes 85 KB of disk per scene and window: 3.7 GB by default.
+    Args:
+        out: takes 85 KB of disk per scene and window: 3.7 GB by default.
+        until: the last stage; default: the recipe's last.
+        settings: other numbers of stages, as "tuning.steps=300".
+        tower: a saved pocket model whose vision tower is taken, in place of the first stage.
+        resume: take finished stages in `out` as they are and continue a broken-off one.
+        shape: goes to `build_pocket`.
+
+    Raises:
+        FoveateError: unknown names; a run in `out` that was made otherwise.
     """
-    if until not in STAGES:
-        raise FoveateError(f'Unknown stage "{until}": choose one of {", ".join(STAGES)}.')
+    course = stages(recipe, settings)
+    names = [stage.name for stage in course]
+    if until is not None and until not in names:
+        raise FoveateError(f'Unknown stage "{until}": choose one of {", ".join(names)}.')
+    course = course[: names.index(until or names[-1]) + 1]
     out = make_folder(Path(out))
     with owned(out):
-        return _train(
-            out, until, seed, resume, steps, scenes, windows, batch or {}, shape or {}, precision,
-            checkpoint_every,
-        )  # fmt: skip
+        if not resume and any((out / ended(name)).exists() for name in names):
+            raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
+        about = {
+            "recipe": recipe,
+            "seed": seed,
+            "scenes": scenes,
+            "windows": windows,
+            "precision": precision,
+            "stages": [told(stage) for stage in course],
+        }
+        _note(out, about)
+        run = _prepare(out, recipe, seed, scenes, windows, shape or {}, precision)
+        if tower is not None and not (out / ended("tower")).exists():
+            _take_tower(run, Path(tower), out / ended("tower"))
+        for number, stage in enumerate(course):
+            _train(out, run, stage, number, resume, checkpoint_every)
+    return out / course[-1].name
 
 
-def _train(
+def _note(out: Path, about: dict[str, Any]) -> None:
+    """Write down what a run is made by; stages that it has finished must be the same."""
+    note = out / NOTE
+    if note.exists():
+        earlier = json.loads(note.read_text("utf-8"))
+        done = [stage for stage in earlier["stages"] if (out / ended(stage["name"])).exists()]
+        now = json.loads(json.dumps(about))
+        if done and (earlier["recipe"], earlier["seed"]) != (about["recipe"], about["seed"]):
+            raise FoveateError(
+                f"{out} holds a run of recipe {earlier['recipe']} and seed {earlier['seed']}: "
+                "choose another folder."
+            )
+        for stage in done:
+            if stage not in now["stages"] and stage["name"] in [s["name"] for s in now["stages"]]:
+                raise FoveateError(
+                    f"{out} holds stage {stage['name']}, trained with other numbers: choose "
+                    "another folder."
+                )
+    write_text(note, json.dumps(about, indent=1))
+
+
+def _prepare(
     out: Path,
-    until: str,
+    recipe: str,
     seed: int,
-    resume: bool,
-    steps: dict[str, int] | None,
     scenes: int,
     windows: int,
-    batch: dict[str, int],
     shape: dict[str, int],
     precision: str,
-    checkpoint_every: float,
-) -> Path:
-    """`train_pocket` in a folder that is this run's alone."""
-    if not resume and any((out / ended(stage)).exists() for stage in STAGES):
-        raise FoveateError(f"{out} holds a run already: resume it, or choose another folder.")
-    model, processor = build.build_pocket(seed, **shape)
+) -> Run:
+    """The untrained model, and the pictures to learn from and to be tested on."""
+    model, processor = build.build_pocket(seed, system=SYSTEMS[recipe], **shape)
     pool = lessons.Pool(out / "pool", scenes, windows, seed)
     with Progress("pictures") as progress:
         pool.build(watch=lambda done, total: progress(done, total, "drawing what to learn from"))
     held = lessons.Pool(
         out / "held", min(64, scenes), min(48, windows), seed, questions.FIRST_HELD_OUT
     ).build()
-    for stage in STAGES[: STAGES.index(until) + 1]:
-        weights = out / ended(stage)
-        if weights.exists():
-            _load(model, weights)
-            continue
-        model.requires_grad_(True)
-        settings = Stage(stage, (BATCH | batch)[stage], precision, seed)
-        make = _tower_stage if stage == "tower" else _language_stage
-        lesson, batches, evaluate = make(settings, model, processor, pool, held)
-        model.train()
-        fit(
-            lesson,
-            batches,
-            start(precision),
-            make_optimizers(lesson, RATES[stage]),
-            folder=out,
-            name=stage,
-            minutes=None if steps else MINUTES[stage],
-            steps=steps[stage] if steps else None,
-            seed=seed,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            evaluate=evaluate,
-        )
-        model.eval()
-        with writing(out, what_is_safe(out, stage)):
-            build.save_pocket(model, processor, out / stage)
-            with replacing(weights) as part:
-                save_file(own_memory(model.state_dict()), part)
-        drop_checkpoints(out, stage)
-    return out / until
+    return Run(model, processor, pool, held, precision, seed)
+
+
+def _take_tower(run: Run, folder: Path, file: Path) -> None:
+    """The first stage's end, with the vision tower of a saved pocket model."""
+    taken = compat_parts.image_tower(build.load_pocket(folder)[0])
+    try:
+        compat_parts.image_tower(run.model).load_state_dict(taken.state_dict())
+    except RuntimeError as error:
+        raise FoveateError(f"{folder} has a vision tower of another shape.") from error
+    _save(run.model, file)
+
+
+def _train(
+    out: Path, run: Run, stage: Stage, number: int, resume: bool, checkpoint_every: float
+) -> None:
+    """One stage, unless its end is there already."""
+    weights = out / ended(stage.name)
+    if weights.exists():
+        _load(run.model, weights)
+        return
+    if stage.fresh:
+        _renew(run, stage)
+    run.model.zero_grad()  # what an earlier stage left would count in the gradient's norm
+    for part in PARTS:
+        _part(run.model, part).requires_grad_(part in stage.trains)
+    make = {"patches": _patches, "texts": _texts}.get(stage.teaches, _pictures)
+    lesson, batches, evaluate = make(run, stage, run.seed + 1000 * number)
+    run.model.train()
+    fit(
+        lesson,
+        batches,
+        start(run.precision),
+        make_optimizers(lesson, stage.rate),
+        folder=out,
+        name=stage.name,
+        minutes=stage.minutes or None,
+        steps=stage.steps or None,
+        seed=run.seed,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        evaluate=evaluate,
+    )
+    run.model.eval()
+    with writing(out, what_is_safe(out, stage.name)):
+        build.save_pocket(run.model, run.processor, out / stage.name)
+        _save(run.model, weights)
+    drop_checkpoints(out, stage.name)
+
+
+def _part(model: Any, part: str) -> nn.Module:
+    return {
+        "tower": compat_parts.image_tower,
+        "projector": compat_parts.projector,
+        "language": lambda whole: whole.get_decoder(),
+    }[part](model)
+
+
+def _renew(run: Run, stage: Stage) -> None:
+    """Give the stage's fresh parts the weights of an untrained model."""
+    untrained = type(run.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        anew = untrained(run.model.config)
+    for part in stage.fresh:
+        _part(run.model, part).load_state_dict(_part(anew, part).state_dict())
 
 
 def ended(stage: str) -> str:
     """The file with the weights (float32) after a stage."""
     return f"{stage}.safetensors"
+
+
+def _save(model: nn.Module, weights: Path) -> None:
+    with replacing(weights) as part:
+        save_file(own_memory(model.state_dict()), part)
 
 
 def _load(model: nn.Module, weights: Path) -> None:
@@ -189,145 +254,45 @@ def make_optimizers(lesson: nn.Module, rate: float) -> list[torch.optim.Optimize
     return made
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    """Accelerate's precision for code outside its loop."""
-    if precision == "no":
-        return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype)
+# -- what stages teach -----------------------------------------------------------------------------
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 (B, 96, 96, 3) to what the image processor gives: float (B, 3, 96, 96)."""
-    mean, std = (torch.tensor(v, device=pixels.device) for v in (build.MEAN, build.STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-# -- the tower -------------------------------------------------------------------------------------
-
-
-class TowerLesson(nn.Module):
-    """Every patch says what it shows: scores are products with the words' own embeddings.
-
-    The projected features thereby start out in the language model's space, which is what lets
-    its attention find things by name as soon as it starts to learn.
-    """
-
-    def __init__(self, model: nn.Module, processor: Any):
-        super().__init__()
-        core: Any = model
-        self.tower, self.projector = compat_parts.image_tower(core), compat_parts.projector(core)
-        self.embed = core.get_decoder().get_input_embeddings()
-        self.helper = nn.Linear(core.config.text_config.hidden_size, 2)  # the thing's centre
-        for p in self.helper.parameters():
-            nn.init.zeros_(p)
-        words = [w for group in lessons.DENSE.values() for w in group]
-        ids = [build.encode(processor, word) for word in words]
-        assert all(len(i) == 1 for i in ids)
-        self.register_buffer("words", torch.tensor(ids).flatten(), persistent=False)
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        values, scores = self.scores(batch["pixels"])
-        loss = scores.new_zeros(())
-        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
-        for k, (name, part) in enumerate(zip(lessons.DENSE, parts, strict=True)):
-            target = batch["labels"][..., k].flatten()
-            part = part.flatten(0, 1)
-            weight = LABEL_WEIGHTS[name]
-            if name == "print":
-                some = target == lessons.SOME_PRINT
-                target = target.masked_fill(some, lessons.IGNORE)
-                nothing = F.log_softmax(part[some], -1)[:, -1]
-                missed = -torch.log1p(-nothing.exp().clamp(max=1 - 1e-6)).sum()
-                loss = loss + missed / max(1, len(some) // 4)
-            valid = (target != lessons.IGNORE).sum().clamp(min=1)
-            total = F.cross_entropy(part, target, ignore_index=lessons.IGNORE, reduction="sum")
-            loss = loss + weight * total / valid
-        centers = batch["centers"]
-        there = ~centers.isnan().any(-1)
-        loss = loss + 10 * F.mse_loss(self.helper(values)[there].float(), centers[there])
-        return loss, torch.ones_like(loss)
-
-    def scores(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features (B, 144, D) and word scores (B, 144, words) in fp32."""
-        hidden = self.tower(normalised(pixels)).last_hidden_state[:, 1:]
-        values = self.projector(hidden)
-        return values, 16 * (values @ self.embed(self.words).T).float()
-
-
-def _tower_stage(
-    stage: Stage, model: Any, processor: Any, pool: lessons.Pool, held: lessons.Pool
-) -> Prepared:
-    lesson = TowerLesson(model, processor)
+def _patches(run: Run, stage: Stage, salt: int) -> Prepared:
+    lesson = TowerLesson(run.model, run.processor)
     with torch.no_grad():  # words of some length, so that scores can be large from the start
         torch.nn.init.normal_(
-            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(stage.seed)
+            lesson.embed.weight, std=0.05, generator=torch.Generator().manual_seed(run.seed)
         )
 
     def batches(step: int) -> dict[str, Tensor]:
-        items = drawn(len(pool), stage.batch, step, stage.seed)
-        return {k: torch.from_numpy(v) for k, v in lessons.dense_batch(pool, items).items()}
+        items = drawn(len(run.pool), stage.batch, step, salt)
+        return {k: torch.from_numpy(v) for k, v in lessons.dense_batch(run.pool, items).items()}
 
-    return lesson, batches, lambda: tower_accuracy(lesson, held, stage.precision)
-
-
-@torch.no_grad()
-def tower_accuracy(
-    lesson: TowerLesson, held: lessons.Pool, precision: str = "bf16"
-) -> dict[str, float]:
-    """Share of the held-out patches whose word is right, per kind of label."""
-    right: dict[str, list[float]] = defaultdict(list)
-    device = next(lesson.parameters()).device
-    for i in range(0, len(held), 32):
-        batch = lessons.dense_batch(held, list(range(i, min(i + 32, len(held)))))
-        with autocast(precision, device):
-            scores = lesson.scores(torch.from_numpy(batch["pixels"]).to(device))[1].cpu()
-        parts = scores.split([len(g) for g in lessons.DENSE.values()], -1)
-        for (name, words), part in zip(lessons.DENSE.items(), parts, strict=True):
-            target = torch.from_numpy(batch["labels"][..., lessons.TAG[name]])
-            hit = part.argmax(-1) == target
-            valid = (target >= 0) & (target < len(words))
-            if name == "kind":
-                valid &= target < len(world.KINDS)
-            if name == "print":
-                valid &= target < len(lessons.GLYPHS)
-            right[name] += hit[valid].float().tolist()
-    return {name: round(float(np.mean(v)), 4) for name, v in right.items() if v}
+    return lesson, batches, lambda: tower_accuracy(lesson, run.held, run.precision)
 
 
-def tower_features(model: Any, pool: lessons.Pool, precision: str) -> np.ndarray:
-    """The frozen tower's output for a whole pool: float16 (items, 144, D), computed once."""
-    path, width = pool.folder / "features.npy", model.config.vision_config.hidden_size
-    if not path.exists():
-        part = path.with_suffix(".part")
-        shape = (len(pool), build.VISUAL_TOKENS, width)
-        with writing(path, "what was trained is safe"):
-            array = lessons.new_array(part, np.float16, shape)
-        device = next(model.parameters()).device
-        with torch.no_grad(), autocast(precision, device), Progress("pictures") as progress:
-            for i in range(0, len(pool), 64):
-                pixels = torch.from_numpy(np.array(pool.pixels[i : i + 64])).to(device)
-                hidden = compat_parts.image_tower(model)(normalised(pixels)).last_hidden_state[
-                    :, 1:
-                ]
-                array[i : i + 64] = hidden.half().cpu().numpy()
-                progress(min(i + 64, len(pool)), len(pool), "looking at them once")
-        array.flush()
-        part.replace(path)
-    return np.load(path, mmap_mode="r")
+def _texts(run: Run, stage: Stage, salt: int) -> Prepared:
+    packer = lessons.Packer(run.processor)
+    lesson = LanguageLesson(run.model, packer.image)
+
+    def batches(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{salt}-{step}")
+        read = rng.random() < P_READ
+        numbers = range(HELD_TEXTS + step * stage.batch, HELD_TEXTS + (step + 1) * stage.batch)
+        return with_features([packer.texts(number, rng, read) for number in numbers])
+
+    held = {
+        name: [packer.texts(number, random.Random(number), read) for number in range(HELD_TEXTS)]
+        for name, read in (("hearsay", False), ("page", True))
+    }
+    return lesson, batches, lambda: read_texts(lesson, held, run.precision)
 
 
-# -- the language model ----------------------------------------------------------------------------
-
-
-def _language_stage(
-    stage: Stage, model: Any, processor: Any, pool: lessons.Pool, held: lessons.Pool
-) -> Prepared:
-    compat_parts.image_tower(model).requires_grad_(False)
-    features, held_features = (tower_features(model, p, stage.precision) for p in (pool, held))
-    packer = lessons.Packer(processor)
-    lesson = LanguageLesson(model, packer.image)
-    salt = stage.seed + 1000 * STAGES.index(stage.name)
+def _pictures(run: Run, stage: Stage, salt: int) -> Prepared:
+    pool, held = run.pool, run.held
+    features, held_features = (tower_features(run.model, p, run.precision) for p in (pool, held))
+    packer = lessons.Packer(run.processor)
+    lesson = LanguageLesson(run.model, packer.image)
 
     def batches(step: int) -> dict[str, Tensor]:
         items = drawn(len(pool), stage.batch, step, salt)
@@ -335,48 +300,7 @@ def _language_stage(
         both = rng.random() < 0.05 and pool.windows > 0  # windows after their scenes
         if both:
             items = [pool.scenes + i % pool.windows for i in items]
-        return with_features([packer.item(pool, i, stage.name, rng, both) for i in items], features)
+        packed = [packer.item(pool, i, stage.teaches, rng, both) for i in items]
+        return with_features(packed, features)
 
-    return lesson, batches, lambda: quiz(lesson, packer, held, held_features, stage.precision)
-
-
-def with_features(packed: list[lessons.Packed], features: np.ndarray) -> dict[str, Tensor]:
-    """Collate, and add the features of the pictures in the order of their tokens."""
-    batch = {k: torch.from_numpy(v) for k, v in lessons.collate(packed).items()}
-    pictures = [i for one in packed for i in one.images]
-    batch["features"] = torch.from_numpy(np.stack([features[i] for i in pictures]))
-    return batch
-
-
-@torch.no_grad()
-def quiz(
-    lesson: LanguageLesson,
-    packer: lessons.Packer,
-    held: lessons.Pool,
-    features: np.ndarray,
-    precision: str = "bf16",
-) -> dict[str, float]:
-    """Accuracy of the first answer token on held-out pictures, by category and form."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    device = next(lesson.parameters()).device
-    for i in range(0, len(held), 16):
-        items = list(range(i, min(i + 16, len(held))))
-        packed = [packer.item(held, k, "yesno", random.Random(k)) for k in items]
-        batch = {k: v.to(device) for k, v in with_features(packed, features).items()}
-        with autocast(precision, device):
-            hidden = lesson.hidden(batch)
-            best = F.linear(hidden, lesson.decoder.embed_tokens.weight).argmax(-1).cpu()
-        for row, one in enumerate(packed):
-            for question, at in one.asked:
-                if question.category == "caption":
-                    continue
-                form = "yesno" if question.label else "open"
-                where = "" if held.scenes > items[row] else "_window"
-                name = f"{form}_{question.category}"
-                if question.category == "print":
-                    name += f"{where}_{question.topic}"
-                hit = int(best[row, at]) == int(one.labels[at])
-                right[name].append(hit)
-                if question.category != "print":
-                    right[form].append(hit)
-    return {name: round(float(np.mean(v)), 4) for name, v in sorted(right.items())}
+    return lesson, batches, lambda: quiz(lesson, packer, held, held_features, run.precision)

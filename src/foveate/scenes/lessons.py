@@ -4,6 +4,7 @@
     dense_batch(pool, items) -> dict              # pictures and what each patch shows
     lesson(view, stage, rng, close) -> conversations   # what one sequence asks
     Packer(processor).item(pool, index, stage, rng) -> Packed
+    Packer(processor).texts(number, rng, read) -> Packed    # no picture: hearsay, or a page
     collate(packed) -> dict of arrays
 
 One sequence holds one picture (or two) and many questions about it. Every question sees the
@@ -25,7 +26,7 @@ import numpy as np
 
 from ..base.errors import FoveateError
 from ..base.files import keep_room, make_folder, write_text, writing
-from . import questions, world
+from . import questions, texts, world
 from .phrases import SUFFIXES
 from .questions import Question, View
 from .world import KINDS, VALUES, WHOLE, Box, Scene
@@ -34,8 +35,12 @@ SIZE, PATCH = 96, 8  # pixels of the pocket model's picture, and of a patch
 SIDE = SIZE // PATCH
 VISUAL_TOKENS = SIDE**2
 IGNORE = -100
+FIRST_TEXT = 500_000_000  # the scenes of texts: neither a picture's nor held out
+PAGE = 96  # tokens of a page of text, nearly always more than a caption has
+PROMPTS = 0.2  # weight of a question's tokens where a text is learnt whole
 GLYPHS = world.LETTERS + world.DIGITS
-CHUNK, CHUNKS = 80, {1: 4, 2: 3}  # room for questions after one and after two pictures
+CHUNK, CHUNKS = 80, {0: 4, 1: 4, 2: 3}  # room for questions after so many pictures
+LEAP = 2 * VISUAL_TOKENS  # positions that a text without pictures may skip, see `Packer.pack`
 # the words whose embeddings the visual tokens of a patch are trained towards
 DENSE: dict[str, tuple[str, ...]] = {
     "kind": (*KINDS, "background"),
@@ -200,11 +205,13 @@ def lesson(view: View, stage: str, rng: random.Random, close: View) -> list[list
     """Conversations, mostly of one question, for one sequence.
 
     Args:
-        stage: "caption", "open" or "yesno".
+        stage: "captions" (nothing else), "caption" (and some open questions), "open" or "yesno".
         close: the view in which print is legible, if any; else `view` again.
     """
     asked: list[Question | None] = []
-    if stage == "caption":
+    if stage == "captions":
+        asked = [questions.caption(view, rng, short) for short in (False, True, False, True, False)]
+    elif stage == "caption":
         asked = [questions.caption(view, rng, short) for short in (False, True, False)]
         asked += [questions.opened(view, rng) for _ in range(8)]
     else:
@@ -265,19 +272,39 @@ class Packer:
         self.processor = processor
         self.image = processor.tokenizer.convert_tokens_to_ids("<image>")
         self.ids = lru_cache(maxsize=200_000)(self._encode)
-        self.start = [processor.tokenizer.bos_token_id, *self.ids("USER:")]
+        empty = processor.apply_chat_template([{"role": "user", "content": ""}])
+        start = empty[: empty.index("USER:") + len("USER:")]  # a system prompt, if there is one
+        self.start = [processor.tokenizer.bos_token_id, *self.ids(start)]
         self.end = processor.tokenizer.eos_token_id
 
     def _encode(self, text: str) -> list[int]:
         return list(self.processor.tokenizer.encode(text, add_special_tokens=False))
 
-    def pack(self, images: tuple[int, ...], turns: list[list[Question]]) -> Packed:
-        """Each element of `turns` is one conversation about the images, mostly of one question."""
-        ids = [*self.start, *([self.image] * (VISUAL_TOKENS * len(images)))]
+    def pack(
+        self,
+        images: tuple[int, ...],
+        turns: list[list[Question]],
+        prompts: float = 0.0,
+        leaps: random.Random | None = None,
+        page: tuple[int, ...] = (),
+    ) -> Packed:
+        """Each element of `turns` is one conversation about the images, mostly of one question.
+
+        Args:
+            prompts: weight of the questions' own tokens; 0 learns the answers alone.
+            leaps: draws positions to skip, up to `LEAP` in half of the conversations, before a
+                word of each: so a text teaches distances that only pictures will bring (as PoSE
+                does, arXiv 2309.10400).
+            page: text that stands where pictures would; learnt as questions are.
+        """
+        ids = [*self.start, *page, *([self.image] * (VISUAL_TOKENS * len(images)))]
         prefix = len(ids)
         length = prefix + CHUNK * CHUNKS[len(images)]
         positions, segments = list(range(prefix)), [0] * prefix
         labels, weights = [IGNORE] * prefix, [0.0] * prefix
+        if page and prompts:
+            at = slice(len(self.start) - 1, len(self.start) - 1 + len(page))
+            labels[at], weights[at] = list(page), [prompts] * len(page)
         asked: list[tuple[Question, int]] = []
         for segment, conversation in enumerate(turns, start=1):
             new: list[int] = []
@@ -289,13 +316,17 @@ class Packer:
                 answer = [*self.ids(question.answer), self.end]
                 each = 0.3 if question.category == "caption" else 1.0
                 new += prompt + answer
-                target += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
-                weight += [0.0] * (len(prompt) - 1) + [each] * (len(answer) - 1) + [0.2, 0.0]
+                target += (prompt[1:] if prompts else [IGNORE] * (len(prompt) - 1)) + answer
+                target += [IGNORE]
+                weight += [prompts] * (len(prompt) - 1) + [each] * (len(answer) - 1) + [0.2, 0.0]
                 answers.append((question, len(new) - len(answer) - 1))
             if len(new) > CHUNK or len(ids) + len(new) > length:
                 continue
             asked += [(q, len(ids) + at) for q, at in answers]
-            positions += range(prefix, prefix + len(new))
+            places = np.arange(prefix, prefix + len(new))
+            if leaps and leaps.random() < 0.5:
+                places[leaps.randrange(len(new)) :] += leaps.randrange(LEAP)
+            positions += places.tolist()
             segments += [segment] * len(new)
             ids, labels, weights = ids + new, labels + target, weights + weight
         rest = length - len(ids)
@@ -308,6 +339,14 @@ class Packer:
             np.array(weights + [0.0] * rest, np.float32),
             tuple(asked),
         )
+
+    def texts(self, number: int, rng: random.Random, read: bool) -> Packed:
+        """A sequence of text alone about the scene of that number: hearsay, or a page to read."""
+        scene = world.sample(FIRST_TEXT + number, "with")
+        if not read:
+            return self.pack((), texts.hearsay(scene, rng), PROMPTS, rng)
+        words = [i for sentence in texts.page(scene, rng) for i in self.ids(sentence)]
+        return self.pack((), texts.reading(scene, rng), PROMPTS, rng, tuple(words[:PAGE]))
 
     def item(
         self, pool: Pool, index: int, stage: str, rng: random.Random, both: bool = False

@@ -13,6 +13,8 @@ from .world import DIGITS, KINDS, LETTERS, VALUES
 _FILE: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 # open questions per topic: their category, how often one is drawn, their phrasings
 OPEN: dict[str, dict[str, Any]] = _FILE.pop("open")
+# what is usual, per topic: what asks for it, and the sentences that tell
+TALK: dict[str, dict[str, list[str]]] = _FILE.pop("talk")
 PHRASES: dict[str, list[str]] = _FILE
 SUFFIXES = PHRASES["suffixes"]  # of POPE's users, MME, LLaVA-1.5, LLaVA-NeXT and ViCrop
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
