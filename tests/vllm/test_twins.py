@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
+from foveate.backends.vllm import compat
+from foveate.base.errors import FoveateError
 from foveate.core.method import parse
 from tests.vllm import answers
 from tests.vllm.test_equality import NEAR, apart
@@ -25,6 +28,13 @@ METHODS = [
     "tarac(beta=1.5)+m3id(beta=0)",
     "vcd(beta=0)+dola(plausibility=0)",
     "dola(plausibility=0)+m3id(beta=0)",
+    "adaptvis(threshold=0, high=3.0)",
+    "adaptvis(threshold=1, decimals=None, low=0.2)",
+    "adaptvis(threshold=0.9, low=0.2, high=2.5)",
+    "tarac(beta=1.5)+adaptvis(threshold=0, high=3.0)+deco",
+    "only(gamma=1.0, alpha_pos=1.0, beta=0, layers=(2,))",
+    "only",
+    "clvs(stop_threshold=0)+only(gamma=0, beta=0)",
     "",
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,4 +81,34 @@ def test_second_streams_give_the_answers_of_transformers(
             assert ours["tokens"] == theirs["tokens"], method
             assert apart(ours, theirs) < NEAR, method
             if method:
-                assert ours["edited"] == [{m.name: answers.STEPS for m in parse(method)}]
+                rows = {"last": answers.STEPS, "prompt": 1}
+                assert ours["edited"] == [{m.name: rows[m.rows] for m in parse(method)}]
+
+
+def settings(**changed: Any) -> Any:
+    """What vLLM is started with, as far as second streams mind."""
+    given = {"policy": "fcfs", "max_num_seqs": 2, "mm_processor_cache_type": "lru"}
+    given |= {"kv_transfer_config": None, "ec_transfer_config": None} | changed
+    every = SimpleNamespace(**given)
+    return SimpleNamespace(
+        scheduler_config=every,
+        model_config=SimpleNamespace(multimodal_config=every),
+        kv_transfer_config=every.kv_transfer_config,
+        ec_transfer_config=every.ec_transfer_config,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"policy": "priority"}, "priority policy"),
+        ({"max_num_seqs": 1}, "max_num_seqs"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"ec_transfer_config": object()}, "encoder connector"),
+        ({"mm_processor_cache_type": "shm"}, "shared-memory cache"),
+    ],
+)
+def test_a_scheduler_of_other_rules_is_refused(changed: dict[str, Any], reason: str) -> None:
+    compat.refuse_second_streams(settings())
+    with pytest.raises(FoveateError, match=reason):
+        compat.refuse_second_streams(settings(**changed))

@@ -45,6 +45,8 @@ class AdaptVis(Method):
     name: ClassVar[str] = "adaptvis"
     paper: ClassVar[str] = "2503.01773"
     rows: ClassVar = "prompt"
+    columns: ClassVar = "visual"
+    remembers: ClassVar[bool] = False
     passes: ClassVar[str] = "the prompt once more"
     neutral: ClassVar[dict[str, Any]] = {"low": 1.0, "high": 1.0}
     example: ClassVar[dict[str, Any]] = {"low": 0.3, "high": 2.0}

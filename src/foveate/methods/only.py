@@ -62,6 +62,7 @@ class ONLY(Method):
     name: ClassVar[str] = "only"
     paper: ClassVar[str] = "2507.00898"
     paper_layers = (0,)
+    remembers: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"alpha_pos": 0.0, "alpha_neg": 0.0, "beta": 0.0}
     example: ClassVar[dict[str, Any]] = {
         "gamma": 1.0,
@@ -107,7 +108,7 @@ class ONLY(Method):
         on_text = _entropy(a, text[:, None, None]).nan_to_num(nan=0.0)
         on_image = _entropy(a, image[:, None, None]).nan_to_num(nan=torch.inf)
         r = on_text / on_image
-        a = torch.where(r < r.mean(1, keepdim=True), 0, a)
+        a = torch.where(r < rows.over_heads(r, "mean"), 0, a)
         heads = weighted(a, rows.value).transpose(1, 2)  # (B, 1, H, D_v)
         rows.memory["y"] = rows.plan.read.output(heads.to(rows.value.dtype))
         return rows.x

@@ -16,7 +16,8 @@ IMAGES = "foveate images"  # (first column, length) of every run of visual token
 POSITIONS = "foveate positions"  # (3, P) under M-RoPE, from the worker
 LIVES = "foveate lives"  # what the request remembers, from the worker
 PAIR = "foveate pair"  # of a request and its twin: the request's id, from the engine
-TWIN = "foveate twin"  # whether it is the twin
+TWIN = "foveate twin"  # of the twin: when it is read, `BESIDE` the request or `AHEAD` of it
+BESIDE, AHEAD = "beside", "ahead"
 
 
 def asked(params: Any) -> str:

@@ -17,7 +17,7 @@ from ..transformers.rotary import rotary
 from . import compat, rows
 from .cache import Packed
 from .hidden import ranks, served
-from .logits import speaking
+from .logits import TWINS, speaking
 from .plan import plan
 from .prompts import readings
 from .requests import ROWS
@@ -39,7 +39,7 @@ class Builder(CPUAttentionMetadataBuilder):
         if not self.edits:
             return given
         expect([])
-        if ROWS:
+        if ROWS or TWINS:
             model, common = served(), common_attn_metadata
             starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
             lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()

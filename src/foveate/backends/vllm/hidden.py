@@ -18,8 +18,10 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...base.errors import FoveateError
+from ...core.anatomy import Block
 from ...core.rows import Stream
 from ...core.sequence import Stack
+from ..transformers.compat_parts import block_parts
 from .admission import Shape, ShapeAnatomy, fields_of, shape
 from .asked import acting
 from .reading import apart
@@ -46,12 +48,13 @@ class ServedAnatomy(ShapeAnatomy):
 
     Attributes:
         speak: its own `compute_logits`. processor: what scales and caps logits in there.
-        last: its final norm.
+        last: its final norm. layers: its decoder layers.
     """
 
     speak: Callable[[Tensor], Any] = field(repr=False)
     processor: Any = field(repr=False)
     last: Any = field(repr=False)
+    layers: Any = field(repr=False)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         head = self.processor
@@ -89,6 +92,25 @@ class ServedAnatomy(ShapeAnatomy):
         out = self.last.forward(hidden)  # not by calling it, which would pass the hook of a step
         return out[0] if isinstance(out, tuple) else out
 
+    def block(self, layer: int) -> Block:
+        super().block(layer)  # refuses a model of another shape
+        parts = block_parts(self.layers[layer])
+        assert parts is not None
+        norm, output, second, feed_forward = (functools.partial(_alone, part) for part in parts)
+        return Block(
+            norm=norm,
+            output=lambda heads: output(heads.flatten(-2)),
+            feed_forward=lambda x: feed_forward(second(x)),
+        )
+
+
+def _alone(module: Any, x: Tensor) -> Tensor:
+    """A part of a layer on states (..., D) of its own."""
+    out = module.forward(x.flatten(0, -2).contiguous())
+    out = out[0] if isinstance(out, tuple) else out  # a linear layer gives its bias, too
+    new: Tensor = out.unflatten(0, x.shape[:-1])
+    return new
+
 
 class Served:
     """The model that this process serves.
@@ -107,6 +129,7 @@ class Served:
         head, embedding = language.lm_head, decoder.embed_tokens
         given["tied"] = head is embedding or head.weight is embedding.weight
         parts: Any = {"speak": model.compute_logits, "last": decoder.norm}
+        parts["layers"] = decoder.layers
         parts["processor"] = language.logits_processor
         self.anatomy = ServedAnatomy(**given, **parts)
         self.stacks: dict[str, Stack] = {}
@@ -141,7 +164,7 @@ class Served:
             coupled = any(group.others for group in speaking)
             logits = plain.clone() if coupled else plain
             for group in speaking:
-                group.edit(logits, plain)
+                group.edit(logits, plain, step())
         return logits
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,13 +29,16 @@ class Twin(NamedTuple):
 
     Attributes:
         pair: the name that both share. prompt: length of its prompt.
+        ahead: whether it is read before the other's answer begins, and no more.
     """
 
     pair: str
     prompt: int
+    ahead: bool
 
 
 TWINS: dict[int, Twin] = {}  # row of the batch -> twin, in this process
+MAIN: WeakValueDictionary[str, Live] = WeakValueDictionary()  # of every pair
 _same: list[tuple[int, int]] = []  # rows of a step that get one token: of the twin, of its request
 
 
@@ -82,11 +86,11 @@ class Speaking:
     layers: frozenset[int] = frozenset()  # no attention is edited
     done: frozenset[int] = frozenset()
 
-    def edit(self, logits: Tensor, plain: Tensor) -> None:
+    def edit(self, logits: Tensor, plain: Tensor, groups: list[Any]) -> None:
         """Change the rows of logits (requests, V) float32 in place.
 
         Args:
-            plain: the same, of the model, for the second streams.
+            plain: the same, of the model, for the second streams. groups: of the step.
         """
         number = torch.tensor([row for row, _ in self.places], device=logits.device)
         rows = logits[number]
@@ -94,6 +98,8 @@ class Speaking:
         for i in self.acting:
             if self.state.acts(i):
                 self.acted.add(i)
+                if self.stack.methods[i].edits_attention:
+                    self.state.memories[i].update(_noted(self, i, groups))
                 mine = other if i == self.stack.owner else None
                 rows = self.stack.methods[i].logits(rows, mine, self.state.seen_by(i))
         logits[number] = rows.to(logits.dtype)
@@ -103,8 +109,30 @@ class Speaking:
             self.live.told = Told(_step(self.live, self.places[0][1]), self.before, after)
 
 
+def _noted(speaking: Speaking, i: int, groups: list[Any]) -> dict[str, Any]:
+    """What method i noted of the attention of these rows in this step, batch first."""
+    found = {
+        place: {key: x[row] for key, x in group.state.memories[i].items()}
+        for group in groups
+        if group.stack is speaking.stack and i in group.acting and not group.speaks
+        for row, place in enumerate(group.places)
+    }
+    rows = [found[place] for place in speaking.places]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
 def _step(live: Live, position: int) -> int:
     return position - live.prompt + 1
+
+
+@dataclass(eq=False)
+class Ahead(Speaking):
+    """A twin that is read before the answer begins: its logits are kept for its request."""
+
+    def edit(self, logits: Tensor, plain: Tensor, groups: list[Any]) -> None:
+        assert self.live is not None
+        self.live.ahead = plain[self.places[0][0]].float().clone()
+        self.spoke = True
 
 
 def speaking(
@@ -112,14 +140,14 @@ def speaking(
 ) -> list[Speaking]:
     """The requests of a step whose logits methods change; for arguments see `plan.plan`.
 
-    A piece of a prompt that is not its end has no next token.
+    A piece of a prompt, or of an answer that is computed again, has no next token but at its end.
     """
     twins = {twin.pair: row for row, twin in TWINS.items() if row < len(lengths)}
     _same.clear()
     wanted: dict[tuple[Any, ...], list[tuple[int, Live]]] = defaultdict(list)
     for number, length in enumerate(lengths):
         live = rows.get(number)
-        if live is None or length < live.prompt:
+        if live is None or length < live.prompt + len(live.said):
             continue
         stack: Stack = stacks(live.text)
         acting = stack.at("logits")
@@ -127,7 +155,7 @@ def speaking(
             phase = "prompt" if length == live.prompt else "decode"
             alone = number if any(stack.methods[i].remembers for i in acting) else None
             wanted[live.text, phase, alone].append((number, live))
-        if live.pair:
+        if stack.owner in acting:
             _same.append((_twin_of(live, length, twins, lengths), number))
     beside = {number: twin for twin, number in _same}
     groups = []
@@ -140,7 +168,7 @@ def speaking(
             acting=stack.at("logits"),
             rows=torch.tensor([starts[number + 1] - 1 for number, _ in asked]),
             places=[(number, lengths[number] - 1) for number, _ in asked],
-            others=None if stack.owner is None else [beside[number] for number, _ in asked],
+            others=[beside[number] for number, _ in asked] if asked[0][0] in beside else None,
             state=State(stack, visual, cast(Phase, phase)),
             live=None if alone is None else asked[0][1],
         )
@@ -149,6 +177,24 @@ def speaking(
             if group.before:
                 group.state.memories = tuple(map(dict, group.before))
         groups.append(group)
+    return groups + _ahead(stacks, starts, lengths)
+
+
+def _ahead(stacks: Any, starts: list[int], lengths: list[int]) -> list[Speaking]:
+    """The twins of a step that are read ahead, where they are at their end."""
+    groups: list[Speaking] = []
+    for number, twin in TWINS.items():
+        if not twin.ahead or number >= len(lengths) or lengths[number] < twin.prompt:
+            continue
+        live = MAIN.get(twin.pair)
+        if live is None:
+            raise RuntimeError(
+                "foveate: vLLM computed a pass ahead for a request that the worker does not know. "
+                "The engine stops: use a version of vLLM that foveate's documentation names."
+            )
+        stack, visual = stacks(live.text), live.visual[None]
+        rows, places = torch.tensor([starts[number + 1] - 1]), [(number, lengths[number] - 1)]
+        groups.append(Ahead(stack, (), rows, places, None, State(stack, visual, "prompt"), live))
     return groups
 
 

@@ -26,7 +26,9 @@ class Live:
         sink: where its readers leave what they find; None without readers.
         kept: what its group of the last step kept for the next one.
         read: what methods found that read its whole prompt; a `State`.
+        said: its answer so far, as the worker keeps it.
         pair: the name that it shares with its twin; "" without one.
+        ahead: (V,) the logits of the pass ahead, where a method asks for one.
         told: what its methods remember of logits; see `logits.Told`.
     """
 
@@ -37,7 +39,9 @@ class Live:
     sink: Any = field(default=None, repr=False)
     kept: Kept | None = field(default=None, repr=False)
     read: Any = field(default=None, repr=False)
+    said: list[int] = field(default_factory=list, repr=False)
     pair: str = ""
+    ahead: Tensor | None = field(default=None, repr=False)
     told: Any = field(default=None, repr=False)
     first: int = field(init=False)
     last: int = field(init=False)
@@ -263,6 +267,9 @@ def _group(
     else:
         kept = _begin(stack, phase, lives, length, size, device)
     kept.state.notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
+    ahead = [row.live.ahead for row in asked if row.live.ahead is not None]
+    if len(ahead) == len(asked):
+        kept.state.ahead = torch.stack(ahead)
     read = lives[0].read
     if read is not None:
         kept.state.memories = tuple(

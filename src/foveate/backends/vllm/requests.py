@@ -13,9 +13,9 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 from ...base.errors import FoveateError
 from . import switched_off
 from .admission import check_text
-from .asked import LIVES, PAIR, POSITIONS, TWIN, asked, visual
+from .asked import AHEAD, LIVES, PAIR, POSITIONS, TWIN, asked, visual
 from .hidden import first_rank
-from .logits import TWINS, Twin
+from .logits import MAIN, TWINS, Twin
 from .plan import Live
 from .reading import Sink, asked_to_read, joined
 from .watch import verify
@@ -67,7 +67,8 @@ class Requests(LogitsProcessor):
             if text and prompt is not None:
                 ROWS[row] = _live(params, text, len(prompt), said)
             elif params.extra_args and TWIN in params.extra_args:
-                TWINS[row] = Twin(params.extra_args[PAIR], len(prompt))
+                given = params.extra_args
+                TWINS[row] = Twin(given[PAIR], len(prompt), given[TWIN] == AHEAD)
         for one, two, kind in batch_update.moved:
             for table in (ROWS, TWINS):
                 _move(table, one, two, kind)
@@ -101,10 +102,13 @@ def _live(params: Any, text: str, prompt: int, said: list[int]) -> Live:
         places = params.extra_args.get(POSITIONS)
         live = Live(text, prompt, visual(params, prompt), places)
         live.pair = params.extra_args.get(PAIR, "")
+        if live.pair:
+            MAIN[live.pair] = live
         mine = [[live, said]]
         if asked_to_read(params):
             mine[0][0].sink = Sink(params, writes=first_rank())
         lives += mine
     mine[0][1] = said
     found: Live = mine[0][0]
+    found.said = said
     return found

@@ -27,10 +27,12 @@ class Second:
 
     Attributes:
         ids: its prompt. features: `MultiModalFeatureSpec` of its pictures.
+        ahead: whether it is read before the request's answer begins, and says nothing more.
     """
 
     ids: list[int]
     features: list[Any]
+    ahead: bool
 
 
 def second(stack: Stack, config: Any, ids: list[int], visual: Tensor, features: Any) -> Second:
@@ -57,7 +59,7 @@ def second(stack: Stack, config: Any, ids: list[int], visual: Tensor, features: 
     assert isinstance(changed, Prompt)
     assert changed.ids is not None
     if not bool(changed.visual.any()):
-        return Second(changed.ids[0].tolist(), [])
+        return Second(changed.ids[0].tolist(), [], changed.ahead)
     end = int(visual.nonzero()[-1]) + 1
     if not torch.equal(changed.visual[0, :end], visual[:end]):
         raise FoveateError(f"{owner.name} moves the pictures in its second stream, {_NOWHERE}")
@@ -65,7 +67,7 @@ def second(stack: Stack, config: Any, ids: list[int], visual: Tensor, features: 
         _repainted(feature, number, pixels, changed.pixels, owner)
         for number, feature in enumerate(features)
     ]
-    return Second(changed.ids[0].tolist(), new)
+    return Second(changed.ids[0].tolist(), new, changed.ahead)
 
 
 def refuse(owner: Method, changed: Any) -> None:
@@ -79,8 +81,8 @@ def refuse(owner: Method, changed: Any) -> None:
             f"{owner} changes nothing in this prompt for its second stream, and would be the plain "
             "model: give it what it needs, or leave it out."
         )
-    if isinstance(changed, tuple) or changed.ahead:
-        raise FoveateError(f"{owner.name} needs a pass before the answer, {_NOWHERE}")
+    if isinstance(changed, tuple) or changed.states:
+        raise FoveateError(f"{owner.name} needs passes before the answer, {_NOWHERE}")
     if changed.after:
         raise FoveateError(
             f"{owner.name} changes its second stream by what the model finds in the prompt, "

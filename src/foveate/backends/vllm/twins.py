@@ -27,7 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from ...base.errors import FoveateError
 from .admission import checked, shape
-from .asked import PAIR, TWIN, asked, visual
+from .asked import AHEAD, BESIDE, PAIR, TWIN, asked, visual
 from .second import second
 
 
@@ -49,13 +49,29 @@ class Coupled(Request):
     def num_tokens_with_spec(self) -> int:
         return len(self._all_token_ids) + len(self.spec_token_ids) - self.waits
 
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that has a twin."""
+        return self is self.pair.main
+
+    @property
+    def left(self) -> int:
+        """How many of its tokens no step was planned for."""
+        return self.num_tokens_with_spec + self.num_output_placeholders - self.num_computed_tokens
+
 
 @dataclass(eq=False)
 class Pair:
-    """A request and its twin."""
+    """A request and its twin.
+
+    Attributes:
+        ahead: whether the twin is only read before the answer begins. over: whether it was planned.
+    """
 
     main: Coupled
     twin: Coupled
+    ahead: bool = False
+    over: bool = False
 
     @property
     def both(self) -> tuple[Coupled, Coupled]:
@@ -63,12 +79,8 @@ class Pair:
 
     def may_go_on(self) -> bool:
         """Whether each is at its last token, and that of the same place of the answer."""
-        left = [
-            x.num_tokens_with_spec + x.num_output_placeholders - x.num_computed_tokens
-            for x in self.both
-        ]
         said = [x.num_output_tokens + x.num_output_placeholders for x in self.both]
-        return left == [1, 1] and said[0] == said[1]
+        return [x.left for x in self.both] == [1, 1] and said[0] == said[1]
 
 
 @dataclass
@@ -120,7 +132,8 @@ def couple(core: Any, request: Any) -> None:
             f"{text} reads two prompts of {len(ids)} and {len(read.ids)} tokens, which do not fit "
             "into vLLM's cache together: give it more memory, or send a shorter prompt."
         )
-    request.max_tokens = min(request.max_tokens, room, longest)
+    if not read.ahead:
+        request.max_tokens = min(request.max_tokens, room, longest)
     # answers to one prompt (n > 1) share their parameters in this process
     request.sampling_params = copy.copy(params)
     request.sampling_params.extra_args = params.extra_args | {PAIR: request.request_id}
@@ -129,10 +142,10 @@ def couple(core: Any, request: Any) -> None:
         prompt_token_ids=read.ids,
         sampling_params=SamplingParams(
             temperature=0,
-            max_tokens=request.max_tokens,
+            max_tokens=1 if read.ahead else request.max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={PAIR: request.request_id, TWIN: True},
+            extra_args={PAIR: request.request_id, TWIN: AHEAD if read.ahead else BESIDE},
         ),
         pooling_params=None,
         client_index=request.client_index,
@@ -144,7 +157,7 @@ def couple(core: Any, request: Any) -> None:
         block_hasher=request._block_hasher,
     )
     request.__class__ = Coupled
-    request.pair = twin.pair = Pair(request, twin)
+    request.pair = twin.pair = Pair(request, twin, read.ahead)
 
 
 def _room(scheduler: Any, main: int, twin: int) -> int:
@@ -183,11 +196,12 @@ def schedule(plain: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: An
         return plain(scheduler, *args, **kwargs)
     _call_back(scheduler)
     going = _going_on(scheduler)
-    for pair in pairs.values():
-        pair.main.waits = pair.twin.waits = True
     first = [x for pair in going for x in pair.both]
-    for one in first:
-        one.waits = False
+    ahead = [pair for pair in pairs.values() if pair.ahead]
+    reading = {x.request_id for x in scheduler.running if isinstance(x, Coupled) and x.left == 1}
+    for pair in pairs.values():
+        pair.main.waits = not (pair in going or pair.over)
+        pair.twin.waits = not (pair in going or (pair.ahead and pair.main.request_id in reading))
     place = {x.request_id: n for n, x in enumerate(scheduler.running)}
     chosen = {x.request_id for x in first}
     scheduler.running = [*first, *(x for x in scheduler.running if x.request_id not in chosen)]
@@ -200,6 +214,9 @@ def schedule(plain: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: An
                 f"{asked(pair.main.sampling_params)}, and its next token would be wrong. The "
                 "engine stops: use a version of vLLM that foveate's documentation names."
             )
+    for pair in ahead:
+        planned_here = pair.twin.request_id in planned.num_scheduled_tokens
+        pair.over |= planned_here and pair.twin.num_computed_tokens >= pair.twin.num_prompt_tokens
     if not planned.total_num_scheduled_tokens:
         _make_way(scheduler)
     return planned
@@ -216,19 +233,17 @@ def _going_on(scheduler: Any) -> list[Pair]:
     manager = scheduler.kv_cache_manager
     running = {x.request_id for x in scheduler.running}
     free, going = manager.block_pool.get_num_free_blocks(), []
-    for request in scheduler.running:
-        if not isinstance(request, Coupled) or request is not request.pair.main:
-            continue
-        if request.pair.twin.request_id not in running or not request.pair.may_go_on():
+    for pair in [x.pair for x in scheduler.running if isinstance(x, Coupled) and x.leads]:
+        if pair.ahead or pair.twin.request_id not in running or not pair.may_go_on():
             continue
         needed = sum(
             len(one.req_to_blocks[x.request_id]) * one.block_size <= x.num_computed_tokens
-            for x in request.pair.both
+            for x in pair.both
             for one in manager.coordinator.single_type_managers
         )
         if needed <= free:
             free -= needed
-            going.append(request.pair)
+            going.append(pair)
     return going
 
 
@@ -249,8 +264,13 @@ def _make_way(scheduler: Any) -> None:
         return
     names = {x.request_id for x in running}
     halves = [x.pair for x in running if isinstance(x, Coupled)]
-    missing = [x for pair in halves for x in pair.both if x.request_id not in names]
-    held = any(pair.may_go_on() for pair in halves)
+    missing = [
+        x
+        for pair in halves
+        for x in pair.both
+        if x.request_id not in names and x.request_id in scheduler.requests
+    ]
+    held = any(pair.may_go_on() for pair in halves if not pair.ahead)
     if held or any(x not in scheduler.deferred_waiting for x in missing):
         scheduler._preempt_request(running.pop(), time.monotonic())
 
