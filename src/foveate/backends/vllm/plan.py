@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -148,8 +148,7 @@ class Group:
         return [i for i in edits if i in self.acting and self.state.acts(i)]
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One row to edit: its request, the request's number in the step, query row and position."""
 
     live: Live
