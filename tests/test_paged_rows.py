@@ -17,7 +17,7 @@ from foveate.backends.vllm import compat, watch
 from foveate.backends.vllm import rows as paged
 from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
-from foveate.backends.vllm.blocks import with_method
+from foveate.backends.vllm.blocks import readable, with_method
 from foveate.backends.vllm.cache import Packed
 from foveate.backends.vllm.plan import Live, plan
 from foveate.core.edit import Acting, edit_rows, products
@@ -229,6 +229,16 @@ def test_blocks_from_the_first_edited_row_on_are_keyed_by_the_method(text: str, 
     assert keys is not None
     assert keys[0] == 1
     assert text.split("+")[0] in str(keys[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("tarac", 6), ("tarac+vaf", 2), ("clvs", None), ("", None), ("tarac+var", None)],
+)
+def test_what_remembers_reads_the_blocks_before_its_first_row(text: str, count: int | None) -> None:
+    request = SimpleNamespace(sampling_params=params(text), num_prompt_tokens=113)  # 112 is edited
+    request.sampling_params.extra_args[IMAGES] = [(3, 10), (20, 26)]
+    assert readable(request, 16 if count == 2 else 17) == count
 
 
 def test_a_plain_request_keeps_its_keys() -> None:

@@ -194,6 +194,10 @@ class Rows:
         """
         return x
 
+    def products(self, query: Tensor) -> Tensor:
+        """Scores (B, H, R, K) float32 of other queries (B, H, R, D) with the keys."""
+        return products(query, self.key, self.scale)
+
     def move(self, columns: Tensor, by: Tensor, later: Tensor | None = None) -> None:
         """From here on `moved` scores some tokens as if they stood at other positions.
 
@@ -232,7 +236,7 @@ class Rows:
             rotary = self._rotary()
             assert rotary is not None
             query = rotary.rotate(query, memory["query turn"])
-            x = torch.where(self.after[:, None, None], x, products(query, self.key, self.scale))
+            x = torch.where(self.after[:, None, None], x, self.products(query))
         index = memory["moved columns"][:, None, None].expand(-1, x.shape[1], x.shape[2], -1)
         return x.scatter(3, index, products(query, memory["moved keys"], self.scale))
 

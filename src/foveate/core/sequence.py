@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .anatomy import Anatomy
-from .method import Method, identity, text
+from .method import STAGES, Method, identity, text
 from .rows import Phase, Sequences
 
 
@@ -35,6 +35,10 @@ class Stack:
         plans = plans or {}
         self.depth = anatomy.depth
         self.methods = tuple(m.resolve(anatomy) for m in methods)
+        self._at = {
+            stage: tuple(i for i, m in enumerate(self.methods) if m.wants(stage))
+            for stage in STAGES
+        }
         self.plans = tuple(
             plans[m.name] if m.name in plans else m.setup(anatomy) for m in self.methods
         )
@@ -63,7 +67,7 @@ class Stack:
 
     def at(self, stage: str) -> tuple[int, ...]:
         """Indices of the methods that want `stage`, in order."""
-        return tuple(i for i, m in enumerate(self.methods) if m.wants(stage))
+        return self._at[stage]
 
     def __str__(self) -> str:
         return text(self.methods)

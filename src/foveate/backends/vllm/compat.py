@@ -58,6 +58,7 @@ def install() -> None:
     _admission()
     _beams()
     _block_keys()
+    _block_reads()
     _loading()
     _mrope_positions()
     _sampling()
@@ -231,6 +232,31 @@ def _block_keys() -> None:
     asked = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     for module in (kv_cache_utils, block_pool):
         _replace(module, name, asked, wrap)
+
+
+def _block_reads() -> None:
+    """Where the scheduler looks for the blocks of a request that were computed before."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from .blocks import readable
+
+    def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def get_computed_blocks(self: Any, request: Any) -> Any:
+            count = None
+            if self.enable_caching and request.skip_reading_prefix_cache:
+                count = readable(request, self.block_pool.hash_block_size)
+            if count is None:
+                return plain(self, request)
+            every = request.block_hashes
+            request.block_hashes, request.skip_reading_prefix_cache = every[:count], False
+            try:
+                return plain(self, request)
+            finally:
+                request.block_hashes, request.skip_reading_prefix_cache = every, True
+
+        return get_computed_blocks
+
+    _replace(KVCacheManager, "get_computed_blocks", ("self", "request"), wrap)
 
 
 def _loading() -> None:

@@ -25,7 +25,7 @@ from ..transformers.compat_parts import block_parts
 from .admission import Shape, ShapeAnatomy, fields_of, shape
 from .asked import acting
 from .reading import apart
-from .watch import check_entered, enter, step
+from .watch import check_entered, enter, step, watched
 
 
 def ranks() -> Any:
@@ -194,6 +194,8 @@ def _enter(
     number: int, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Before a module; `place` is where its arguments begin with the states, if by position."""
+    if not torch.compiler.is_compiling() and not watched():  # a compiled graph asks each time
+        return
     names = ("hidden_states", "x") if place == 0 else ("hidden_states",)
     named = next((kwargs[name] for name in names if name in kwargs), None)
     hidden = args[place] if named is None else named

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Kept:
     lives: tuple[Live, ...]
     state: State
     few: Few | None
-    rooms: tuple[dict[str, Tensor], ...] = field(default_factory=lambda: ({}, {}))
+    rooms: tuple[dict[Any, Any], ...] = field(default_factory=lambda: ({}, {}))
 
 
 @dataclass(eq=False)
@@ -87,13 +88,13 @@ class Blocks:
     """Cache blocks of the rows of a group, N of each.
 
     Attributes:
-        number: (B, N) int64. places: where a cache keeps them, once it was asked.
+        number: (B, N) int64. places: what a cache made of them, once it was asked.
         room: what copies of them are written into, layer by layer: to get new memory from the
             system each time takes longer than to copy.
     """
 
     number: Tensor
-    room: dict[str, Tensor] = field(default_factory=dict)
+    room: dict[Any, Any] = field(default_factory=dict)
     places: Any = None
 
 
@@ -155,8 +156,7 @@ class Group:
         return [i for i in edits if i in self.acting and self.state.acts(i)]
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One row to edit: its request, the request's number in the step, query row and position."""
 
     live: Live
@@ -200,11 +200,7 @@ def plan(
         extent = _shows_all(stack, live, size), (length // size).bit_length()
         for position in range(first, length):
             phase = "prompt" if position < live.prompt else "decode"
-            acting = tuple(
-                i
-                for i, method in enumerate(stack.methods)
-                if _acts(method) and _edits(method, live, position)
-            )
+            acting = tuple(i for i, method in _acting(stack) if _edits(method, live, position))
             if acting:
                 query = starts[number] + position - (length - new)
                 single = first == length - 1
@@ -216,14 +212,20 @@ def plan(
     ]
 
 
-def _acts(method: Method) -> bool:
-    """Whether a method edits rows, or is a reader of what enters the layers."""
-    return method.edits_attention or (method.wants("before") and not method.wants("logits"))
+@functools.lru_cache(256)
+def _acting(stack: Stack) -> list[tuple[int, Method]]:
+    """The methods that edit rows, and the readers of what enters the layers."""
+    return [
+        (i, method)
+        for i, method in enumerate(stack.methods)
+        if method.edits_attention or (method.wants("before") and not method.wants("logits"))
+    ]
 
 
-def _kinds(stack: Stack) -> set[str]:
+@functools.lru_cache(256)
+def _kinds(stack: Stack) -> frozenset[str]:
     """The columns that methods see one by one; of the whole stack, as memories keep their place."""
-    return {method.columns for method in stack.methods if method.edits_attention}
+    return frozenset(method.columns for method in stack.methods if method.edits_attention)
 
 
 def _shows_all(stack: Stack, live: Live, size: int) -> bool:

@@ -17,7 +17,7 @@ be large: beyond `MOST` the values of the rest are read, too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,40 +26,57 @@ from torch.nn.functional import pad
 from ...core.edit import Acting
 from ...core.rows import Rows
 from .cache import Cache
-from .plan import Group
+from .plan import Blocks, Group
 
 MOST = 2.0
 """The most that the kernel's output is multiplied with. In half precision, a corrected output is
 then off by at most this many times the rounding of the kernel's output, and by its own rounding."""
 
 
+class Cached(NamedTuple):
+    """Where the keys and values of a group's rows are gathered from when a method asks."""
+
+    cache: Cache
+    group: Group
+
+    def padded(self, gather: Callable[[Blocks], Tensor]) -> Tensor:
+        """(B, Hkv, K, D) of the columns shown; zeros for the one that stands for the rest."""
+        x = gather(self.group.shown)
+        return x if self.group.rest is None else pad(x, (0, 0, 0, 1))
+
+
 class ServedRows(Rows):
     """Rows whose heads may lie on several ranks, and whose keys are gathered when asked for.
 
     Args:
-        keys, values: give (B, Hkv, K, D). ranks: vLLM's group of ranks; None where this process has
+        cached: their keys and values. ranks: vLLM's group of ranks; None where this process has
             all heads. Others as of `Rows`.
     """
 
-    __slots__ = ("_keys", "_values", "ranks")
+    __slots__ = ("_cached", "ranks")
 
-    def __init__(self, x: Tensor, layer: int, keys: Any, ranks: Any, *given: Any) -> None:
-        query, values, mask, scale, seq, rotary = given
-        self.x, self.layer, self.query, self._values = x, layer, query, values
+    def __init__(self, x: Tensor, layer: int, cached: Cached, ranks: Any, *given: Any) -> None:
+        query, mask, scale, seq, rotary = given
+        self.x, self.layer, self.query = x, layer, query
         self.mask, self.scale, self.seq, self._rotary = mask, scale, seq, rotary
-        self._keys, self.ranks = keys, ranks
+        self._cached, self.ranks = cached, ranks
 
     @property
     def key(self) -> Tensor:  # type: ignore[override]
-        return self._keys()
+        return self._cached.padded(self._cached.cache.keys)
 
     @property
     def value(self) -> Tensor:  # type: ignore[override]
-        return self._values()
+        return self._cached.padded(self._cached.cache.values)
+
+    def products(self, query: Tensor) -> Tensor:
+        cached = self._cached
+        x = cached.cache.scores(query, cached.group.shown, self.scale)
+        return x if cached.group.rest is None else pad(x, (0, 1))
 
     def seen_by(self, seq: Any, x: Tensor, count: int) -> ServedRows:
-        given = self.query, self._values, self.mask, self.scale, seq, self._rotary
-        return ServedRows(x, self.layer, self._keys, self.ranks, *given)
+        given = self.query, self.mask, self.scale, seq, self._rotary
+        return ServedRows(x, self.layer, self._cached, self.ranks, *given)
 
     def over_heads(self, x: Tensor, pool: Literal["max", "mean"]) -> Tensor:
         here = super().over_heads(x, pool)
@@ -102,22 +119,16 @@ def edit(
     group.acted.update(acting)
     asked = query[group.at].unsqueeze(2)  # (B, H, 1, D)
     share = [Acting(group.stack.methods[i], group.state.seen_by(i), 1) for i in acting]
+    seen = Cached(cache, group), ranks, asked, group.bias, scale, share[0].seq
 
-    def edited(x: Tensor, keys: Callable[[], Tensor]) -> Tensor:
-        given = asked, values, group.bias, scale, share[0].seq, lambda: rotary(x)
-        return cache.edited(ServedRows(x, layer, keys, ranks, *given), share, group.shown)
-
-    def keys() -> Tensor:
-        return cache.keys(group.shown)
-
-    def values() -> Tensor:
-        return cache.values(group.shown)
+    def edited(x: Tensor) -> Tensor:
+        rows = ServedRows(x, layer, *seen, lambda: rotary(x))
+        return cache.edited(rows, share, group.shown)
 
     rest = group.rest
     if rest is None:
-        x = cache.scores(asked, group.shown, scale)
-        new = cache.weighted(edited(x, keys), group.shown)
-        out[group.at] = new.squeeze(2).to(out.dtype)
+        weights = edited(cache.scores(asked, group.shown, scale))
+        out[group.at] = cache.weighted(weights, group.shown).squeeze(2).to(out.dtype)
         return
     # the kernel of CPUs returns no log-sum-exp, so the keys of the rest are read, too
     every = cache.scores(asked, rest.blocks, scale)
@@ -125,7 +136,7 @@ def edit(
     others = every + rest.bias
     columns = torch.cat([x, others.logsumexp(-1, keepdim=True)], -1)
     plain = (columns + group.bias).softmax(-1)
-    weights = edited(columns, lambda: pad(keys(), (0, 0, 0, 1)))
+    weights = edited(columns)
     gain = weights[..., -1:] / plain[..., -1:].clamp(min=_LEAST)
     if bool((gain > MOST).any()):
         new = cache.weighted(weights[..., :-1], group.shown)
