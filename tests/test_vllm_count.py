@@ -17,6 +17,7 @@ import torch
 
 from foveate import FoveateError
 from foveate.backends.vllm import compat, count, watch
+from foveate.backends.vllm import settings as refusals
 from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import KEY
 from foveate.backends.vllm.logits import speaking
@@ -326,7 +327,6 @@ def settings(**changed: Any) -> Any:
         "model_config": SimpleNamespace(use_mla=changed.get("use_mla", False)),
         "cache_config": SimpleNamespace(cache_dtype=changed.get("cache_dtype", "auto")),
         "speculative_config": changed.get("speculative_config"),
-        "use_v2_model_runner": changed.get("use_v2_model_runner", False),
     }
     return SimpleNamespace(**given)
 
@@ -335,21 +335,20 @@ def settings(**changed: Any) -> Any:
     ("setting", "value", "sentence"),
     [
         ("speculative_config", object(), "speculative decoding leaves out logits processors"),
-        ("use_v2_model_runner", True, "the V2 model runner has not been tried"),
         ("pipeline_parallel_size", 2, "pipeline parallelism splits the layers"),
         ("decode_context_parallel_size", 2, "context parallelism splits the rows"),
         ("prefill_context_parallel_size", 2, "context parallelism splits the rows"),
         ("use_mla", True, "latent attention"),
-        ("cache_dtype", "fp8", "an fp8 cache holds rounded keys"),
-        ("cache_dtype", "fp8_e5m2", "an fp8 cache holds rounded keys"),
+        ("cache_dtype", "fp8", "a quantised cache holds rounded keys"),
+        ("cache_dtype", "int8_per_token_head", "a quantised cache holds rounded keys"),
     ],
 )
 def test_settings_that_methods_cannot_run_under_are_refused_at_the_start(
     setting: str, value: Any, sentence: str
 ) -> None:
-    compat.check_settings(settings())
+    refusals.check_settings(settings())
     with pytest.raises(FoveateError, match=sentence) as refused:
-        compat.check_settings(settings(**{setting: value}))
+        refusals.check_settings(settings(**{setting: value}))
     assert "FOVEATE_VLLM=off" in str(refused.value)
 
 
@@ -361,16 +360,17 @@ def test_layers_that_do_more_than_softmax_are_refused(
     changed: dict[str, Any], sentence: str
 ) -> None:
     plain = {"sinks": None, "logits_soft_cap": None}
-    compat.check_layers([SimpleNamespace(**plain)])
+    refusals.check_layers([SimpleNamespace(**plain)])
     with pytest.raises(FoveateError, match=sentence):
-        compat.check_layers([SimpleNamespace(**plain), SimpleNamespace(**(plain | changed))])
+        refusals.check_layers([SimpleNamespace(**plain), SimpleNamespace(**(plain | changed))])
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "version", lambda: "0.32.1")
-    compat.check_version()
+    for known in ("0.32.0", "0.32.1"):
+        monkeypatch.setattr(compat, "version", lambda known=known: known)
+        compat.check_version()
     monkeypatch.setattr(compat, "version", lambda: "0.33.0")
-    with pytest.raises(FoveateError, match=r"knows vLLM 0\.32 and this is 0\.33\.0"):
+    with pytest.raises(FoveateError, match=r"knows vLLM 0\.32, and this is 0\.33\.0"):
         compat.check_version()
 
 

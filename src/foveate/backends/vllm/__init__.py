@@ -11,6 +11,10 @@ enters a layer, `prompts` a whole prompt's, and `logits` edits the next token's.
 edited blocks of the KV cache apart from plain ones. `watch` stops a step that was not edited and
 counts what was, `count` brings that to the client. `engine` asks a vLLM of our own, and `reading`
 brings attention back from it. `compat` names every place of vLLM that is not a plug-in.
+
+On GPUs `gpus` takes the place of `backend`, `strided` of `cache`, with the Triton `kernels`, and
+`compat_gpus` names what is replaced besides. `runners` knows the rows of both model runners, and
+`step` what is edited in a step.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ def register() -> None:
     """Switch the plug-in on in this process; vLLM calls it (entry point `vllm.general_plugins`)."""
     if switched_off():
         return
-    from . import compat, compat_twins, orphans
+    from . import compat, compat_gpus, compat_twins, orphans
 
     compat.check_version()
     compat.install()
     compat_twins.install()
+    compat_gpus.install()
     orphans.follow()

@@ -14,14 +14,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from ..transformers.rotary import rotary
-from . import compat, rows
+from . import rows, settings
 from .cache import Packed
 from .hidden import ranks, served
-from .logits import TWINS, speaking
-from .plan import plan
-from .prompts import readings
 from .requests import ROWS
-from .watch import expect
+from .step import planned
 
 
 class Builder(CPUAttentionMetadataBuilder):
@@ -29,27 +26,16 @@ class Builder(CPUAttentionMetadataBuilder):
 
     def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(spec, layer_names, vllm_config, device)
-        self.edits = compat.check(vllm_config, spec, layer_names)
+        self.edits = settings.check(vllm_config, spec, layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
         given = super().build(common_prefix_len, common_attn_metadata, fast_build)
         given.foveate = None
-        if not self.edits:
-            return given
-        expect([])
-        if ROWS or TWINS:
-            model, common = served(), common_attn_metadata
-            starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-            lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
-            asked = ROWS, model.stack, starts, lengths
-            groups: list[Any] = [*readings(*asked)]  # whose memories the others share
-            groups += plan(*asked, given.block_table, self.block_size)
-            groups += speaking(*asked)
-            if groups:
-                given.foveate = groups
-                expect(groups)
+        if self.edits:
+            asked = common_attn_metadata, given.block_table, self.block_size, ROWS
+            given.foveate = planned(*asked)
         return given
 
 

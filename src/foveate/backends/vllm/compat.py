@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ...base.errors import FoveateError
+from .settings import OFF, check_settings
 
 VERSIONS = ("0.32",)
-_OFF = "set FOVEATE_VLLM=off to run vLLM without foveate"
+_OTHERWISE = f"install vLLM {' or '.join(VERSIONS)}, or {OFF}"
 
 
 def version() -> str:
@@ -37,8 +38,7 @@ def check_version() -> None:
     """
     if not version().startswith(tuple(f"{v}." for v in VERSIONS)):
         raise FoveateError(
-            f"foveate knows vLLM {', '.join(VERSIONS)} and this is {version()}: install one of "
-            f"them, or {_OFF}."
+            f"foveate knows vLLM {' and '.join(VERSIONS)}, and this is {version()}: {_OTHERWISE}."
         )
 
 
@@ -53,6 +53,7 @@ def refuse_switched_off() -> None:
 def install() -> None:
     """Put foveate into this process."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "foveate.backends.vllm.backend.Backend")
     _admission()
@@ -61,7 +62,7 @@ def install() -> None:
     _block_reads()
     _loading()
     _mrope_positions()
-    _sampling()
+    sampling(GPUModelRunner)
     _adding_up()
     _answers()
     _streams()
@@ -78,8 +79,7 @@ def _replace(owner: Any, name: str, parameters: tuple[str, ...], wrap: Callable[
         return
     if plain is None or tuple(inspect.signature(plain).parameters)[: len(parameters)] != parameters:
         raise FoveateError(
-            f"vLLM {version()} has changed {name}, which foveate builds on: install vLLM "
-            f"{', '.join(VERSIONS)}, or {_OFF}."
+            f"vLLM {version()} has changed {name}, which foveate builds on: {_OTHERWISE}."
         )
     new: Any = functools.wraps(plain)(wrap(plain))
     new.foveate = True
@@ -151,6 +151,13 @@ def on_cpus() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def on_gpus() -> bool:
+    """Whether vLLM computes on NVIDIA's GPUs here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def refuse_adapters(config: Any, stack: Any, adapter: Any) -> None:
     """Refuse methods that are not exact where vLLM serves LoRA adapters.
 
@@ -189,6 +196,7 @@ def refuse_second_streams(config: Any) -> None:
     scheduler, cache = config.scheduler_config, config.model_config.multimodal_config
     reasons = {
         "the priority policy may preempt one of two streams": scheduler.policy != "fcfs",
+        "the V2 model runner keeps no two requests together": config.use_v2_model_runner,
         "max_num_seqs leaves no room for two requests": scheduler.max_num_seqs < 2,
         "a KV connector moves one of two streams": config.kv_transfer_config is not None,
         "an encoder connector moves one of two streams": config.ec_transfer_config is not None,
@@ -205,12 +213,12 @@ def refuse_second_streams(config: Any) -> None:
 
 
 def refuse_other_devices() -> None:
-    """Refuse methods and readers where vLLM does not compute on CPUs."""
-    if not on_cpus():
-        from vllm.platforms import current_platform
+    """Refuse methods and readers on devices other than CPUs and NVIDIA's GPUs."""
+    from vllm.platforms import current_platform
 
+    if not (on_cpus() or on_gpus()):
         raise FoveateError(
-            f"foveate's methods run in vLLM on CPUs only so far, and this is "
+            f"foveate's methods run in vLLM on CPUs and on NVIDIA's GPUs, and this is "
             f"{current_platform.device_name}: ask without a method, or use foveate serve."
         )
 
@@ -259,20 +267,31 @@ def _block_reads() -> None:
     _replace(KVCacheManager, "get_computed_blocks", ("self", "request"), wrap)
 
 
+Look = Callable[[Any], None]
+BEFORE: list[Look] = []
+"""What is done before a model with images is loaded, with vLLM's configuration."""
+AFTER: list[Look] = []
+"""What is done after."""
+
+
 def _loading() -> None:
     """Where a worker has loaded the model."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-    from vllm.platforms import current_platform
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def load_model(self: Any, vllm_config: Any, model_config: Any, *a: Any, **k: Any) -> Any:
-            if model_config.is_multimodal_model and current_platform.is_cpu():
+            if not model_config.is_multimodal_model:
+                return plain(self, vllm_config, model_config, *a, **k)
+            if on_cpus() or on_gpus():
                 check_settings(vllm_config)
+            for prepare in BEFORE:
+                prepare(vllm_config)
             model = plain(self, vllm_config, model_config, *a, **k)
-            if model_config.is_multimodal_model:
-                from .hidden import serve
+            from .hidden import serve
 
-                serve(model, model_config.hf_config)
+            serve(model, model_config.hf_config)
+            for look in AFTER:
+                look(vllm_config)
             return model
 
         return load_model
@@ -298,23 +317,26 @@ def _mrope_positions() -> None:
     _replace(GPUModelRunner, "_init_mrope_positions", ("self", "req_state"), wrap)
 
 
-def _sampling() -> None:
-    """Where a worker hands on what a step sampled; of the V1 runner."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def sampling(runner: type) -> None:
+    """Where a worker hands on what a step sampled; of either runner.
 
+    V2 gives no output where it has none to give.
+    """
     from .watch import counted
 
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def sample_tokens(self: Any, grammar_output: Any) -> Any:
             out = plain(self, grammar_output)
             if rows := counted():
-                given = getattr(out, "_model_runner_output", out)
+                given = out
+                for name in ("_model_runner_output", "model_runner_output"):  # V1's, V2's
+                    given = getattr(out, name, given)
                 given.foveate = {given.req_ids[row]: ranges for row, ranges in rows.items()}
             return out
 
         return sample_tokens
 
-    _replace(GPUModelRunner, "sample_tokens", ("self", "grammar_output"), wrap)
+    _replace(runner, "sample_tokens", ("self", "grammar_output"), wrap)
 
 
 def _adding_up() -> None:
@@ -398,72 +420,6 @@ def _streams() -> None:
     name = "chat_completion_stream_generator"
     _replace(OpenAIServingChat, name, chat + results, wrap(0))
     _replace(OpenAIServingCompletion, "completion_stream_generator", text + results, wrap(1))
-
-
-def _refuse(reasons: dict[str, bool]) -> None:
-    for reason, holds in reasons.items():
-        if holds:
-            raise FoveateError(f"foveate's methods cannot run in this vLLM: {reason}; {_OFF}.")
-
-
-def check_settings(config: Any) -> None:
-    """Before a model with images is loaded: refuse settings under which methods are not exact.
-
-    Args:
-        config: vLLM's configuration.
-
-    Raises:
-        FoveateError: methods would not run, or not exactly, and nothing would tell.
-    """
-    parallel, model = config.parallel_config, config.model_config
-    context = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
-    _refuse(
-        {
-            "speculative decoding leaves out logits processors": bool(config.speculative_config),
-            "the V2 model runner has not been tried": config.use_v2_model_runner,
-            "pipeline parallelism splits the layers": parallel.pipeline_parallel_size > 1,
-            "context parallelism splits the rows": max(context) > 1,
-            "latent attention (MLA) keeps no keys of heads": model.use_mla,
-            "an fp8 cache holds rounded keys": "fp8" in str(config.cache_config.cache_dtype),
-        }
-    )
-
-
-def check(config: Any, spec: Any, layer_names: list[str]) -> bool:
-    """Whether methods edit the layers of a KV cache group.
-
-    Args:
-        config: vLLM's configuration. spec: the group's `KVCacheSpec`.
-
-    Raises:
-        FoveateError: see `check_settings`; or its layers do more than softmax.
-    """
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    if not config.model_config.is_multimodal_model or type(spec) is not FullAttentionSpec:
-        return False
-    check_settings(config)
-    layers = [config.compilation_config.static_forward_context[name] for name in layer_names]
-    check_layers([layer.impl for layer in layers if isinstance(layer, Attention)])
-    return True
-
-
-def check_layers(impls: list[Any]) -> None:
-    """Refuse layers whose weights are not the softmax of their scores.
-
-    Args:
-        impls: what computes the attention of each layer.
-
-    Raises:
-        FoveateError: one of them does more.
-    """
-    _refuse(
-        {
-            "attention sinks change the softmax": any(impl.sinks is not None for impl in impls),
-            "scores are soft-capped": any(impl.logits_soft_cap for impl in impls),
-        }
-    )
 
 
 def tower_renamed(weights: dict[str, Any]) -> dict[str, Any]:
