@@ -342,3 +342,22 @@ def test_other_formats_are_not_even_tried(form, tmp_path):
     refused(data, "not a picture that can be read: give a PNG, JPEG, WebP, GIF, BMP or TIFF")
     (tmp_path / "a.png").write_bytes(data)
     refused(tmp_path / "a.png", "not a picture")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"\0\0\0\x20ftypisom", b"\0\0\0\x14ftypqt  ", b"\x1aE\xdf\xa3", b"RIFF\0\0\0\0AVI LIST"],
+)
+def test_a_video_is_refused_as_one(head: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "clip"
+    path.write_bytes(head + bytes(64))
+    for source in (path, head + bytes(64)):
+        with pytest.raises(FoveateError, match=r"is a video: give some of its frames as a list"):
+            decode(source)
+    with pytest.raises(FoveateError, match="several pictures or frames as a list"):
+        decode(np.zeros((4, 8, 8, 3), np.uint8))
+
+
+def test_a_phones_still_picture_is_no_video() -> None:
+    with pytest.raises(FoveateError, match="not a picture that can be read"):
+        decode(b"\0\0\0\x20ftypheic" + bytes(64))

@@ -107,6 +107,15 @@ def test_the_noise_of_a_picture_is_the_same_in_any_batch_and_prompt(
     assert torch.equal(together[together != 0], alone), "bit-equal, whatever the batch"
 
 
+def test_one_picture_in_a_batch_of_two_prompts(family: str) -> None:
+    """Its pixels and its size have one row, as what holds for all prompts has, and are doubled."""
+    model = models.build(family)
+    pair, alone = models.inputs(family, "mixed", batch=2), models.inputs(family, "mixed")
+    with torch.no_grad(), enhance(model, VCD(**VCD.example)):
+        both, one = model(**pair).logits[0, -1], model(**alone).logits[0, -1]
+    assert torch.allclose(both, one, atol=1e-3)
+
+
 def test_the_schedule_is_the_published_one() -> None:
     model, inputs = models.build("llava"), models.inputs("llava")
     epsilon = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -127,6 +127,11 @@ def _read(source: Path | bytes, name: str) -> Image.Image:
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size == 0:
         raise FoveateError(f"{name} is empty (0 bytes).")
+    if _is_video(source):
+        raise FoveateError(
+            f"{name} is a video: give some of its frames as a list of pictures, or give it to the "
+            "model's own processor and call the model inside enhance()."
+        )
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     with _one_sentence(name), Image.open(stream, formats=FORMATS) as image:
         check_size(image.size, name)
@@ -136,6 +141,22 @@ def _read(source: Path | bytes, name: str) -> Image.Image:
         if getattr(image, "is_animated", False) and image.format != "MPO":
             warnings.warn(f"{name} has several frames: the first is used.", stacklevel=3)
         return _upright_rgb(image, name)
+
+
+def _is_video(source: Path | bytes) -> bool:
+    """Whether a file begins as MP4 and QuickTime, Matroska and WebM, or AVI do."""
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        try:
+            with source.open("rb") as file:
+                head = file.read(12)
+        except OSError:  # Pillow's reader says why
+            return False
+    still = (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"avif", b"avis")
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in still
+    return head[:4] == b"\x1aE\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
 
 
 @contextlib.contextmanager
@@ -248,7 +269,7 @@ def _from_array(array: np.ndarray, name: str = "The image array") -> Image.Image
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise FoveateError(
             f"{name} has the shape {array.shape}: give (height, width), (height, width, 3) "
-            "or (height, width, 4)."
+            "or (height, width, 4), and several pictures or frames as a list."
         )
     if 0 in array.shape:
         raise FoveateError(f"{name} has no pixels (shape {array.shape}).")

@@ -60,6 +60,23 @@ def visual_mask(
     )
 
 
+def video_mask(config: Any, input_ids: Tensor, mm_token_type_ids: Tensor | None = None) -> Tensor:
+    """Which visual tokens of a prompt are a video's, (B, Q) bool, where the prompt tells.
+
+    InternVL and SmolVLM write frames as pictures, and their prompts do not tell.
+
+    Args:
+        config: the model's top configuration. The others: as `visual_mask` takes them.
+    """
+    names = ("video_token_id", "video_token_index")
+    found = [getattr(config, name, None) for name in names]
+    ids = [i for i in found if isinstance(i, int)]
+    mask = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device, dtype=input_ids.dtype))
+    if mm_token_type_ids is None:
+        return mask
+    return mask | (mm_token_type_ids == 2)  # GLM-V's frames have the image's token
+
+
 def runs(visual: Tensor) -> Tensor:
     """Number the contiguous runs of visual tokens, (B, K) int64; 0 outside them, then 1, 2, ..."""
     starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.errors import FoveateError
 from ..base.form import load_plugins
-from ..core.visual import WHOLE, Box, runs, visual_mask, visual_token_ids
+from ..core.visual import WHOLE, Box, runs, video_mask, visual_mask, visual_token_ids
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,16 @@ def grids(
         layout: None = the one of `layout_of`.
 
     Raises:
-        FoveateError: where the layout is not known, or does not account for every visual token.
+        FoveateError: where the layout is not known, or does not account for every visual token,
+            and for a prompt with a video.
     """
-    mask = visual_mask(
-        visual_token_ids(model.config), inputs.get("input_ids"), inputs.get("mm_token_type_ids")
-    )
+    types = inputs.get("mm_token_type_ids")
+    if bool(video_mask(model.config, inputs["input_ids"], types).any()):
+        raise FoveateError(
+            "The prompt holds a video, whose tokens lie on several frames: heat maps and crops are "
+            "for pictures. Ask about some of its frames, as a list of pictures."
+        )
+    mask = visual_mask(visual_token_ids(model.config), inputs["input_ids"], types)
     layout = layout or layout_of(model.config)
     unknown = FoveateError(
         f"The spatial layout of {model.config.model_type}'s image tokens is not known: "

@@ -217,12 +217,16 @@ class Streams:
         """The forward's inputs with every sample twice, the second half with other pixels."""
         batch = len(ctx.visual)
 
-        def double(value: Any, other: Any, axis: int = 0) -> Any:
+        def double(name: str, value: Any) -> Any:
             if isinstance(value, dict):
-                return {k: double(v, v) for k, v in value.items()}
+                return {k: double(name, v) for k, v in value.items()}
+            other = pixels.get(name, value)
             if isinstance(value, list):
                 return value + other
-            if not isinstance(value, Tensor) or value.shape[axis] == 1 < batch:
+            if not isinstance(value, Tensor):
+                return value
+            axis = int(name == "position_ids" and value.dim() == 3)
+            if name in ("position_ids", "attention_mask") and value.shape[axis] == 1 < batch:
                 return value  # one row for all samples
             return torch.cat([value, other], axis)
 
@@ -231,9 +235,7 @@ class Streams:
         if deltas is not None and len(deltas) == batch:
             compat.keep_positions(self.model, deltas.repeat(2, 1))
         return kwargs | {
-            k: double(v, pixels.get(k, v), int(k == "position_ids" and v.dim() == 3))
-            for k, v in kwargs.items()
-            if k not in NOT_INPUTS and v is not None
+            k: double(k, v) for k, v in kwargs.items() if k not in NOT_INPUTS and v is not None
         }
 
     def after(self, ctx: Context, kwargs: dict[str, Any], out: Any) -> Tensor | None:
