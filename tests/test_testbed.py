@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_a_page_tells_what_is_asked_of_it() -> None:
     """Its caption names every kind that an attribute or a relation is asked of."""
     read = 0
     for scene in SCENES:
-        told = " ".join(texts.page(scene, random.Random(scene.seed))[:2])
+        told = " ".join(islice(texts.page(scene, random.Random(scene.seed)), 2))
         for (question,) in texts.reading(scene, random.Random(scene.seed)):
             words = question.text.lower().strip("?").split()
             if question.category in ("attribute", "relation") and question.topic != "neighbor":
@@ -103,8 +104,10 @@ def test_a_page_tells_what_is_asked_of_it() -> None:
 def test_a_page_stands_where_a_picture_would() -> None:
     _, processor = build.build_pocket(**TINY, system=build.SYSTEM)
     packer = lessons.Packer(processor)
-    packed = packer.texts(3, random.Random(3), read=True)
     start = len(packer.start)
+    for number in range(40):
+        packed = packer.texts(number, random.Random(number), read=True)
+        assert len(packed.ids) == start + lessons.PAGE + lessons.CHUNK * lessons.CHUNKS[0]
     assert (packed.segments == 0).sum() == start + lessons.PAGE
     assert packed.labels[start - 1 : start + 2].tolist() == packed.ids[start : start + 3].tolist()
     assert "there " in processor.tokenizer.decode(packed.ids[start : start + lessons.PAGE])

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -345,8 +346,9 @@ class Packer:
         scene = world.sample(FIRST_TEXT + number, "with")
         if not read:
             return self.pack((), texts.hearsay(scene, rng), PROMPTS, rng)
-        words = [i for sentence in texts.page(scene, rng) for i in self.ids(sentence)]
-        return self.pack((), texts.reading(scene, rng), PROMPTS, rng, tuple(words[:PAGE]))
+        words = (i for sentence in texts.page(scene, rng) for i in self.ids(sentence))
+        page = tuple(islice(words, PAGE))
+        return self.pack((), texts.reading(scene, rng), PROMPTS, rng, page)
 
     def item(
         self, pool: Pool, index: int, stage: str, rng: random.Random, both: bool = False

@@ -1,7 +1,7 @@
 """Text alone about the drawn world: what a language model reads before it sees a picture.
 
     hearsay(scene, rng) -> [[Question], ...]     # conversations about a scene that nobody describes
-    page(scene, rng) -> [sentence, ...]          # its caption, among sentences about what is usual
+    page(scene, rng) -> sentence, sentence, ...  # its caption, among sentences about what is usual
     reading(scene, rng) -> [[Question], ...]     # questions that the page answers
 
 To hearsay the best answer is what is usual. On a page stands what is so, beside what is usual.
@@ -35,11 +35,15 @@ def hearsay(scene: Scene, rng: random.Random, number: int = 24) -> list[list[Que
     return [[question] for question in dict.fromkeys(made) if question]
 
 
-def page(scene: Scene, rng: random.Random) -> list[str]:
-    """Sentences: at most one about what is usual, the scene's caption, and more of the first."""
+def page(scene: Scene, rng: random.Random) -> Iterator[str]:
+    """Sentences without end: at most one about what is usual, the scene's caption, more talk."""
+    if rng.random() < 0.5:
+        yield small_talk(rng).answer
     told = questions.caption(questions.look(scene), rng)
-    before = [small_talk(rng).answer] * (rng.random() < 0.5)
-    return [*before, told.answer if told else "", *(small_talk(rng).answer for _ in range(12))]
+    if told:
+        yield told.answer
+    while True:
+        yield small_talk(rng).answer
 
 
 def reading(scene: Scene, rng: random.Random, number: int = 24) -> list[list[Question]]:
