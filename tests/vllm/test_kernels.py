@@ -98,7 +98,7 @@ def steps(text: str, edit: Any) -> list[tuple[Tensor, list[dict[str, Any]]]]:
             share = [Acting(stack.methods[i], state.seen_by(i), 1) for i in stack.edits[layer]]
             if share:
                 rows = paged.ServedRows(
-                    x, layer, None, None, None, None, mask, 1.0, share[0].seq, lambda: None
+                    x, layer, None, None, None, mask, 1.0, share[0].seq, lambda: None
                 )
                 x = edit(rows, share)
         kept = [{k: v.clone() for k, v in memory.items()} for memory in state.memories]
@@ -191,6 +191,6 @@ def test_ranks_pool_over_their_heads_in_code() -> None:
     state = State(stack, torch.ones(1, 4, dtype=torch.bool), "decode")
     share = [Acting(stack.methods[0], state.seen_by(0), 1)]
     for ranks, met in ((None, True), (object(), False)):
-        given = None, None, None, 1.0, share[0].seq, lambda: None
+        given = None, None, 1.0, share[0].seq, lambda: None
         rows = paged.ServedRows(torch.zeros(1, 4, 1, 4), 1, None, ranks, *given)
         assert (together(rows, share) is not None) == met
