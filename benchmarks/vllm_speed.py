@@ -12,12 +12,15 @@ process, all threads together, and the median of the ratios with its quartiles.
 * prefill: the steps of the engine until every request has its first token, pictures included, with
   an empty prefix cache; of `prompts` requests at once.
 * decode: the steps after that, each of which writes a token of every request. Their prompts come
-  from the prefix cache, but for methods that compute every prompt anew (TARAC).
+  from the prefix cache.
+* half: every second request asks for the first method, the others are plain beside it. Where they
+  cost what they cost among themselves, the ratio lies half way between 1 and the method's own.
 * plain requests: the same in two processes side by side, one with the plug-in and one with
   ``FOVEATE_VLLM=off``. The vLLM of the other rows is the first of the two.
 * pocket: the shipped model, every request about a picture of its own. 0.5b: a random LLaVA with a
-  language model of that size and 576 visual tokens behind a tiny tower, all requests about one
-  picture. AD-HH cuts 20 heads over all layers, as random weights have none that were found.
+  language model of that size and 576 visual tokens behind a tiny tower; the same, and 0.5b-shared
+  with all requests about one picture. AD-HH cuts 20 heads over all layers, as random weights have
+  none that were found.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ METHODS = (
 )
 HEADS = 20  # that adhh cuts
 OFF = "plain, plug-in loaded / off"  # the row of plain requests
+HALF = "half plain, half "  # the row of two kinds in one batch, with a method
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,21 @@ def half_b(folder: Path) -> Path:
     return folder
 
 
-SIZES = {"pocket": Size(pocket, 96, 16, 24, 16, 16), "0.5b": Size(half_b, 192, 8, 12, 1, 1)}
+SIZES = {
+    "pocket": Size(pocket, 96, 16, 24, 16, 16),
+    "0.5b": Size(half_b, 192, 8, 12, 1, 8),
+    "0.5b-shared": Size(half_b, 192, 8, 12, 1, 1),
+}
 
 
 # -- a vLLM in a process of its own ----------------------------------------------------------------
 
 
 def engine(pipe: Any, folder: Path, size: Size) -> None:
-    """Answers (method, requests, tokens) with CPU seconds of the prefill and of a decode step.
+    """Answers (method, every, requests, tokens) with CPU seconds of prefill and decode step.
 
-    Tokens are 1 for the prefill alone, from an empty prefix cache. None ends it.
+    One of `every` requests asks for the method. Tokens are 1 for the prefill alone, from an empty
+    prefix cache. None ends it.
     """
     from vllm import LLM, SamplingParams
 
@@ -135,21 +144,24 @@ def engine(pipe: Any, folder: Path, size: Size) -> None:
     inside = llm.llm_engine
     made = 0
 
-    def answer(method: str, requests: int, tokens: int) -> tuple[float, float]:
-        nonlocal made
+    def how(method: str, tokens: int) -> SamplingParams:
         asked = None
         if method:
             asked = {"foveate": named(method, inside.model_config.hf_config.text_config)}
-        how = SamplingParams(
+        return SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=asked
         )
+
+    def answer(method: str, every: int, requests: int, tokens: int) -> tuple[float, float]:
+        nonlocal made
         if tokens == 1:
             llm.reset_prefix_cache()
         for n in range(requests):
             made += 1
             picture = pictures[n % len(pictures)]
             prompt = {"prompt": question, "multi_modal_data": {"image": picture}}
-            inside.add_request(str(made), prompt, how)
+            asks = method if n % every == 0 else ""
+            inside.add_request(str(made), prompt, how(asks, tokens))
         prefill, decode, waiting = 0.0, 0.0, requests
         while inside.has_unfinished_requests():
             start = time.process_time()
@@ -212,8 +224,8 @@ class Engine:
             raise FoveateError(found)
         return found
 
-    def __call__(self, method: str, requests: int, tokens: int) -> tuple[float, float]:
-        self.pipe.send((method, requests, tokens))
+    def __call__(self, method: str, every: int, requests: int, tokens: int) -> tuple[float, float]:
+        self.pipe.send((method, every, requests, tokens))
         return self.receive()
 
     def close(self) -> None:
@@ -235,11 +247,14 @@ def measure(
     rows: dict[str, Any] = {}
     try:
         for method in methods:
-            rows[method] = paired((on, ""), (on, method), size, pairs, tokens)
+            rows[method] = paired((on, "", 1), (on, method, 1), size, pairs, tokens)
             say(f"  {method}: {_middle(rows[method])}")
+        half, decodes = HALF + methods[0], {"decode": pairs["decode"]}
+        rows[half] = paired((on, "", 1), (on, methods[0], 2), size, decodes, tokens)
+        say(f"  {half}: {_middle(rows[half])}")
         off = Engine(folder, size, plug_in=False)
         try:
-            rows[OFF] = paired((off, ""), (on, ""), size, pairs, tokens)
+            rows[OFF] = paired((off, "", 1), (on, "", 1), size, pairs, tokens)
         finally:
             off.close()
         say(f"  {OFF}: {_middle(rows[OFF])}")
@@ -249,8 +264,8 @@ def measure(
 
 
 def paired(
-    plain: tuple[Engine, str],
-    own: tuple[Engine, str],
+    plain: tuple[Engine, str, int],
+    own: tuple[Engine, str, int],
     size: Size,
     pairs: dict[str, int],
     tokens: int,
@@ -263,11 +278,11 @@ def paired(
     ):
         if phase not in out:
             continue
-        for run, method in (plain, own):
-            run(method, requests, min(count, 3))
+        for run, *asked in (plain, own):
+            run(*asked, requests, min(count, 3))
         for n in range(pairs[phase]):
             order = (plain, own) if n % 2 else (own, plain)
-            spent = {who: who[0](who[1], requests, count)[phase == "decode"] for who in order}
+            spent = {who: who[0](*who[1:], requests, count)[phase == "decode"] for who in order}
             out[phase].append((spent[plain], spent[own]))
     return out
 

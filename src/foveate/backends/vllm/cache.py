@@ -66,7 +66,8 @@ class Packed:
 
     def scores(self, query: Tensor, blocks: Blocks, scale: float) -> Tensor:
         batch, heads, _, width = query.shape
-        out = query.new_empty(batch, heads, 1, blocks.number.shape[1] * self.size).float()
+        shape = batch, heads, 1, blocks.number.shape[1] * self.size
+        out = query.new_empty(shape, dtype=torch.float32)
         for part in self._parts(blocks):
             # the products are made block by block, as the keys lie: only copied blocks are read
             count = part.end - part.start
