@@ -255,6 +255,7 @@ def test_backends_of_vllm_are_extended() -> None:
         assert issubclass(made.get_impl_cls(), own.get_impl_cls())
         assert issubclass(made.get_builder_cls(), own.get_builder_cls())
         assert made.get_impl_cls().forward is gpus.Editing.forward
+        assert not made.get_builder_cls().supports_update_block_table
         given = list(inspect.signature(own.get_impl_cls().forward).parameters)
         assert given == list(inspect.signature(gpus.Editing.forward).parameters)
 

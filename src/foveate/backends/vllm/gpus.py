@@ -43,6 +43,8 @@ _BUILD = "self common_prefix_len common_attn_metadata fast_build"
 class Building:
     """Beside a builder of metadata: adds the step's groups to what every layer gets."""
 
+    supports_update_block_table = False  # another table would leave the groups with this one's
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, *args: Any, **more: Any
     ) -> None:
