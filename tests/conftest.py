@@ -30,22 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # what families of tests/newer.py run: what holds for every method, and the methods' references
 NEWER_RUN = (
-    "tests/vision/",
-    *(
-        f"tests/test_{name}.py"
-        for name in ("models", "invariants", "clvs", "dola", "m3id", "pai", "spin", "var", "vcd")
-    ),
-)
+    "models", "invariants", "families", "probe", "clvs", "dola", "m3id", "pai", "spin", "var",
+    "vcd",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    newest, beamless = {*newer.FAMILIES}, {*newer.BEAMLESS}
-    items[:] = [
-        item
-        for item in items
-        if (not newest & _words(item) or item.nodeid.startswith(NEWER_RUN))
-        and not (beamless & _words(item) and "beams" in item.name)
-    ]
+    items[:] = [item for item in items if _runs(item)]
     for item in items:
         if "llama4" in _words(item):  # what is told, and right: its full attention has no positions
             item.add_marker(pytest.mark.filterwarnings("ignore:clvs. layer 3 of llama4 has no pos"))
@@ -59,6 +50,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"--families {chosen}: tests/models.py has no such family")
     config.hook.pytest_deselected(items=[item for item in items if left_out & _words(item)])
     items[:] = [item for item in items if not left_out & _words(item)]
+
+
+def _runs(item: pytest.Item) -> bool:
+    """Whether a test is for the families that it is given."""
+    given = {*newer.FAMILIES} & _words(item)
+    if not given:
+        return True
+    if item.nodeid.startswith("tests/vision/"):
+        return True
+    name = item.nodeid.partition("::")[0].removeprefix("tests/test_").removesuffix(".py")
+    if name not in NEWER_RUN or any(name in newer.REFUSED.get(family, ()) for family in given):
+        return False
+    return not (given & {*newer.BEAMLESS} and "beams" in item.name)
 
 
 def _words(item: pytest.Item) -> set[str]:

@@ -74,7 +74,16 @@ CASES = {
     "unsplit": Case("smolvlm", "SmolVLM", {**CUT, "do_image_splitting": False}, tile=4),
     "mistral3": Case("mistral3", "Pixtral", {"patch_size": 8, "size": {"longest_edge": 64}}),
     "gemma3": Case("gemma3", "Gemma3", {"size": {"height": 24, "width": 24}}),
+    "gemma4": Case(
+        "gemma4", "Gemma4", {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    ),
 }
+SLOW = ("gemma4",)
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name, case in CASES.items()
+    if case.family in families.FAMILIES
+]
 
 
 class Eye:
@@ -126,7 +135,7 @@ def look(name: str) -> Eye:
     return Eye(CASES[name])
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=NAMES)
 def eye(request: pytest.FixtureRequest) -> Eye:
     return look(request.param)
 

@@ -24,9 +24,9 @@ from foveate.vlm.probing import Looked, cache, fingerprint, kept
 from foveate.vlm.vlm import VLM
 from tests import models as families
 from tests import tiny
-from tests.test_families import CASES, SHAPES, Eye, blank, look, random_sizes
+from tests.test_families import CASES, NAMES, SHAPES, Eye, blank, look, random_sizes
 
-SINGLE = [name for name, case in CASES.items() if case.images == 1]
+SINGLE = [param for param in NAMES if CASES[str(param.values[0])].images == 1]
 QUESTION = "Is there a cup?"
 
 

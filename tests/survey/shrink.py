@@ -154,9 +154,25 @@ BESIDES: dict[str, dict[str, Any]] = {
 """What a type needs beyond the rules, most of it missing in its own defaults."""
 
 REPAIRED = {
-    "llama4": "its forward reads `image_outputs`, which the output of its language model lacks"
+    "granite4_vision": "it makes no cache by itself outside of `generate`",
+    "llama4": "its forward reads `image_outputs`, which the output of its language model lacks",
 }
 """Types whose own forward fails in transformers 5.24, for which reason."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "idefics2 without window": ("idefics2", {"text_config": {"sliding_window": None}}),
+    "internvl with qwen3": ("internvl", {"text_config": {"model_type": "qwen3"}}),
+    "internvl with qwen3_moe": ("internvl", {"text_config": {"model_type": "qwen3_moe"}}),
+    "paligemma with gemma2": ("paligemma", {"text_config": {"model_type": "gemma2"}}),
+}
+"""Types with another language model than that of their default configuration."""
+
+
+def default(name: str) -> Any:
+    """The default configuration of a type, or of a variant."""
+    model_type, words = VARIANTS.get(name, (name, {}))
+    return AutoConfig.for_model(model_type, **words)
+
 
 DEPTHS = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_layers", "n_layers")
 KINDS = ("layer_types", "layers_block_type", "no_rope_layers", "mlp_layer_types")
@@ -168,7 +184,7 @@ TOWER_LAYERS = ("deepstack_visual_indexes", "fullatt_block_indexes", "global_att
 
 def shrunk(model_type: str) -> Any:
     """The default configuration of a type, made small."""
-    config = AutoConfig.for_model(model_type)
+    config = default(model_type)
     small = config.to_dict()
     text = config.get_text_config()
     path = _path(config, text)
@@ -301,7 +317,16 @@ def _tower(config: dict[str, Any]) -> None:
 def build(model_type: str) -> Any:
     """The model; its language model on random weights, its tower on none."""
     config = shrunk(model_type)
-    if model_type in REPAIRED:
+    if model_type == "llama4":
         transformers.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
     with no_init_weights():
-        return transformers.AutoModelForImageTextToText.from_config(config).eval()
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    if model_type == "granite4_vision":
+        model.register_forward_pre_hook(_cached, with_kwargs=True)
+    return model
+
+
+def _cached(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("use_cache") and kwargs.get("cache") is None:
+        kwargs["cache"] = transformers.DynamicCache(config=model.config.text_config)
+    return args, kwargs

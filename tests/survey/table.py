@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.survey.shrink import VARIANTS
 from tests.survey.walk import turned_away
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,10 @@ This page is made by `python tools/survey.py` and held by `tests/test_survey.py`
 installed code does. It walks every image-text-to-text type of transformers {version}, builds each
 small on random weights, and runs methods on it. What a type does on its published weights is not
 known from that: `foveate doctor --model NAME` tells what is found in a model before it is loaded.
+
+A type's default configuration names one language model, and published models may have another.
+`internvl with qwen3` and `with qwen3_moe` are those of InternVL 3.5, `paligemma with gemma2` is
+PaliGemma 2, and `idefics2 without window` is Idefics2 loaded with no sliding window.
 
 {counts}
 
@@ -60,8 +65,8 @@ def page(found: dict[str, Any]) -> str:
     unbuilt = {k: v for k, v in unbuilt.items() if v and k not in refused}
     table = [_line(name, row, notes) for name, row in sorted(accepted.items())]
     counts = (
-        f"Of {len(rows)} types {len(accepted)} are accepted, {len(refused)} are refused, each with "
-        f"its reason, and {len(unbuilt)} cannot be built where this was run."
+        f"Of {_types(rows)} types {_types(accepted)} are accepted, {_types(refused)} are refused, "
+        f"each with its reason, and {_types(unbuilt)} cannot be built where this was run."
     )
     return INTRODUCTION.format(
         version=found["transformers"],
@@ -71,6 +76,10 @@ def page(found: dict[str, Any]) -> str:
         refused="\n".join(_reasons(refused)),
         unbuilt="\n".join(_reasons(unbuilt)),
     )
+
+
+def _types(group: dict[str, Any]) -> int:
+    return len(group.keys() - VARIANTS.keys())
 
 
 def _line(name: str, row: dict[str, Any], notes: list[str]) -> str:

@@ -34,7 +34,7 @@ from foveate.methods.cli.method import SERVES
 from foveate.methods.clvs import CLVS
 from foveate.methods.pai import PAI
 from tests.references import clvs, pai
-from tests.survey.shrink import FIRST_TEXT, REPAIRED, VOCAB, build
+from tests.survey.shrink import FIRST_TEXT, REPAIRED, VARIANTS, VOCAB, build, default
 
 SECONDS, MEMORY = 60, 16 << 30  # that one type may take
 STEPS = 3
@@ -48,8 +48,9 @@ GUIDED = PAI(alpha=0.5, gamma=1.2, boost_first_token=True)
 
 
 def types() -> dict[str, str]:
-    """Every image-text-to-text type of the installed transformers, with its class."""
-    return dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    """Every image-text-to-text type of the installed transformers and `VARIANTS`, with classes."""
+    known = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return known | {name: known[kind] for name, (kind, _) in VARIANTS.items() if kind in known}
 
 
 def walk(names: Iterable[str], say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def examine(model_type: str) -> dict[str, Any]:
     name -> "yes", or what happened instead.
     """
     row: dict[str, Any] = {"class": types()[model_type]}
-    config = transformers.AutoConfig.for_model(model_type)
+    config = default(model_type)
     try:
         kinds = compat.layer_kinds(config.get_text_config(decoder=True))
     except AttributeError:
@@ -120,7 +121,7 @@ def examine(model_type: str) -> dict[str, Any]:
     image = visual_token_ids(model.config)
     row |= {
         "layout": layout_of(config) is not None,
-        "cli": model_type in SERVES,
+        "cli": config.model_type in SERVES,
         "image_token": bool(image),
     }
     try:

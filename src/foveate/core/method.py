@@ -253,9 +253,16 @@ class Method(Form):
         states = range(anatomy.depth + self.to_the_norm)
         full = anatomy.full_layers if whole else tuple(states)
         if not full:
+            window = {*kinds} == {"sliding_attention"}
             raise FoveateError(
                 f"{self.name} cannot act on {kind}: none of its layers sees the whole image "
-                f"through plain attention (there are {_counted(kinds)}): use another model."
+                f"through plain attention (there are {_counted(kinds)}): use another model"
+                + (
+                    ", or load it with sliding_window=None in text_config, which changes nothing "
+                    "where a prompt and its answer are shorter than the window."
+                    if window
+                    else "."
+                )
             )
         if self.layers is not None:
             layers = self._literal(full, kinds)

@@ -1,6 +1,6 @@
 """Qwen's dynamic resolution: one grid per image, as large as the image, rescaled to whole cells.
 
-GLM-4V's models prepare images in the same way.
+GLM-4V's models and those that take Qwen's vision tower prepare images in the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ serves = (
     "glm4v",
     "glm4v_moe",
     "glm46v",
+    "glm_ocr",
+    "glmga",
+    "cosmos3_omni",
+    "ernie4_5_vl_moe",
+    "exaone4_5",
+    "paddleocr_vl",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
 )
 
 

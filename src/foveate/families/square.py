@@ -1,4 +1,4 @@
-"""One square grid per image: LLaVA-1.5 and its like, PaliGemma, Gemma 3 without pan-and-scan.
+"""One square grid per image: LLaVA-1.5 and its like, PaliGemma, Gemma 3 as a whole, Janus.
 
 What of the image the grid covers is the image processor's doing: the whole image squeezed to a
 square, its centre (CLIP's crop), or a square around it (LLaVA's padding). Without the image's size
@@ -12,7 +12,7 @@ from typing import Any
 
 from .layout import WHOLE, Box, Grid, Picture
 
-serves = ("llava", "vipllava", "paligemma", "gemma3")
+serves = ("llava", "vipllava", "paligemma", "gemma3", "janus")
 
 
 def grid(picture: Picture) -> tuple[list[Grid], int] | None:

@@ -29,8 +29,8 @@ class VCD(Method):
     The noise of an image comes from a generator of its own, started with `seed`: the same image
     always gets the same noise, whatever else is in the batch or the prompt. The tiles of one
     image are noised independently (inferred) where the model tells which tiles belong together;
-    Idefics3 and SmolVLM do not, so there every tile counts as an image. Both frames that Qwen
-    makes of a still image get the same noise (inferred).
+    Idefics2 and 3, SmolVLM, Llama 4 and MiniCPM-V do not, so there every tile counts as an image.
+    Both frames that Qwen makes of a still image get the same noise (inferred).
 
     Attributes:
         alpha: strength of the contrast, 0 or more; 0 leaves only the plausibility cut. Default of

@@ -28,6 +28,7 @@ from .attention import register, release
 from .handshake import check_feed_forwards, check_layers, handshake
 from .heartbeat import check_graphs, forget_unfinished, lost
 from .hooks import Hooks
+from .pictures import stackable
 from .search import search_arguments
 
 _enhanced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -214,6 +215,11 @@ def _expanding(expand: Callable[..., Any], visual: Callable[..., Tensor]) -> Cal
         ids = kwargs.get("input_ids")
         if expand_size == 1 or ids is None:
             return expand(expand_size=expand_size, **kwargs)
+        if not stackable(tensors):
+            raise FoveateError(
+                "Beam search with a method that needs the pixels repeats them, and this model "
+                "keeps those of all pictures in one: leave out num_beams and num_return_sequences."
+            )
         if len(ids) == 1:  # everything belongs to the one prompt
             rest = {k: v for k, v in kwargs.items() if k not in tensors}
             ids, rest = expand(expand_size=expand_size, **rest)

@@ -71,7 +71,7 @@ def pictures(
                 yield [next(tiles)[None] for _ in range(count)]
 
 
-def stack(inputs: dict[str, Any]) -> bool:
+def stackable(inputs: dict[str, Any]) -> bool:
     """Whether inputs of two batches, put one behind the other, are those of one batch of both.
 
     Not Molmo 2's, which number all patches of a batch, nor MiniCPM-V's, whose pictures are one.

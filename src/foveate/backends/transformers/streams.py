@@ -23,7 +23,7 @@ from .compat import NOT_INPUTS
 from .compat_cache import length
 from .context import Aside, Context
 from .heartbeat import lost
-from .pictures import pictures, pixels_in, stack
+from .pictures import pictures, pixels_in, stackable
 
 
 class Other:
@@ -137,7 +137,7 @@ class Streams:
             ctx.other is None
             and kwargs.get("labels") is None
             and not compat_cache.allocated(cache)
-            and stack(kwargs)
+            and stackable(kwargs)
         )
         if ctx.paired or (alike and fresh):
             ctx.paired = True
