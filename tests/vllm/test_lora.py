@@ -1,4 +1,4 @@
-"""LoRA adapters beside methods: every answer is that of the model with the adapter merged into it."""
+"""LoRA adapters beside methods: answers are those of a model with the adapter merged into it."""
 
 from __future__ import annotations
 
