@@ -18,15 +18,14 @@ import torch
 from foveate import FoveateError
 from foveate.backends.vllm import compat, count, watch
 from foveate.backends.vllm import settings as refusals
-from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import KEY
-from foveate.backends.vllm.logits import speaking
+from foveate.backends.vllm.logits import _noted, speaking
 from foveate.backends.vllm.plan import Live
 from foveate.backends.vllm.prompts import readings
 from foveate.core.method import parse
 from foveate.core.rows import Stream
 from foveate.core.sequence import Stack
-from tests.test_paged_rows import ANATOMY, params
+from tests.test_paged_rows import ANATOMY
 
 DEPTH = ANATOMY.depth
 
@@ -244,7 +243,7 @@ def test_only_the_last_row_of_a_request_speaks() -> None:
     assert (decode.rows.tolist(), decode.places) == ([12], [(3, 7)])
     logits = torch.arange(20.0).view(4, 5)
     before = logits.clone()
-    decode.edit(logits)
+    decode.edit(logits, logits, [])
     assert logits[3].tolist() == [-torch.inf] * 3 + [18.0, 19.0]
     assert torch.equal(logits[:3], before[:3])
     assert decode.spoke
@@ -257,7 +256,7 @@ def test_a_step_whose_logits_were_not_edited_stops_the_engine() -> None:
     with pytest.raises(RuntimeError, match="not applied to the logits"):
         watch.verify(True)
     watch.expect([group])
-    group.edit(torch.zeros(1, 7))
+    group.edit(torch.zeros(1, 7), torch.zeros(1, 7), [])
     watch.verify(True)
     assert watch.counted() == {0: {"deco": (2, 3)}}
     assert watch.counted() == {}
@@ -311,9 +310,19 @@ def test_a_prompt_whose_begin_was_not_read_stops_the_engine() -> None:
         readings({0: live}, lambda text: stack, [0, 6], [10])
 
 
-def test_logits_and_attention_by_one_method_are_refused() -> None:
-    with pytest.raises(FoveateError, match="changes the logits and edits attention"):
-        check_text(params("only"))
+def test_attention_and_logits_of_one_method_meet_at_the_row() -> None:
+    """What ONLY reads of the attention is found by the rows that choose a token, in any order."""
+    stack = object()
+    group: Any = SimpleNamespace(stack=stack, places=[(0, 2), (1, 2)])
+    noted = {"y": torch.tensor([[0.0], [10.0], [11.0]])}
+    attention = SimpleNamespace(
+        stack=stack,
+        acting=(0,),
+        speaks=False,
+        places=[(1, 1), (1, 2), (0, 2)],
+        state=SimpleNamespace(memories=(noted,)),
+    )
+    assert _noted(group, 0, [attention])["y"].tolist() == [[11.0], [10.0]]
 
 
 # -- at the start ----------------------------------------------------------------------------------

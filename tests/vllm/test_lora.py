@@ -1,4 +1,4 @@
-"""LoRA adapters beside methods: answers are those of a model with the adapter merged into it."""
+"""LoRA adapters beside methods: answers are those of the model with the adapter merged in."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_clients_with_different_methods_get_the_answers_of_transformers(
         ("clvs(smoothing=7)", "smoothing must lie between 0 and 1"),
         ("nosuch", "There is no method"),
         ("sid", "to read the attention of its second stream, so it does not run inside vLLM"),
-        ("ritual", "changes the chat for its second stream"),
+        ("ritual", "to change the chat before it is a prompt"),
         ("vcd+m3id", "there is one"),
         ("devils(layers=(99,))", "layer 99 does not exist"),
         ("adhh(heads='/etc/passwd')", "name no files"),

@@ -119,12 +119,12 @@ def fitting(method: Method, ahead: bool = False) -> Method:
     run = _RUN | {"rewrite"} if ahead else _RUN
     needs = [stage for stage in (*_NEEDS, *method.stages) if method.wants(stage)]
     missing = next((stage for stage in needs if stage not in run), None)
-    if method.wants("rewrite") and method.wants("contrast"):
-        raise FoveateError(
-            f"{method.name} changes the chat for its second stream, so it {_ELSEWHERE}."
-        )
-    if missing is not None:
-        what = _NEEDS.get(missing, f"the stage {missing}")
+    what = None if missing is None else _NEEDS.get(missing, f"the stage {missing}")
+    if missing == "rewrite" and not method.looks_again:
+        what = "to change the chat before it is a prompt"
+    if missing is None and method.wants("rewrite") and method.wants("contrast"):
+        what = "another chat for its second stream"
+    if what is not None:
         raise FoveateError(f"{method.name} needs {what}, so it {_ELSEWHERE}.")
     if method.wants("logits") and method.edits_attention and method.remembers:
         raise FoveateError(

@@ -270,7 +270,7 @@ def _group(
         kept = _begin(stack, phase, lives, length, size, device)
     kept.state.notes = [row.live.sink.notes(row.step) if row.live.sink else {} for row in asked]
     ahead = [row.live.ahead for row in asked if row.live.ahead is not None]
-    if len(ahead) == len(asked):
+    if phase == "prompt" and len(ahead) == len(asked):
         kept.state.ahead = torch.stack(ahead)
     read = lives[0].read
     if read is not None:
