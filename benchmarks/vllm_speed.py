@@ -125,6 +125,7 @@ def engine(pipe: Any, folder: Path, size: Size) -> None:
     prefix cache. None ends it.
     """
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     from foveate.scenes import world
 
@@ -178,7 +179,7 @@ def engine(pipe: Any, folder: Path, size: Size) -> None:
     for given in iter(pipe.recv, None):
         try:
             pipe.send(answer(*given))
-        except ValueError as error:  # what vLLM refuses
+        except (ValueError, VLLMValidationError) as error:  # what vLLM refuses
             pipe.send(str(error))
 
 

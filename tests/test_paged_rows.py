@@ -19,8 +19,8 @@ from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
 from foveate.backends.vllm.blocks import readable, with_method
 from foveate.backends.vllm.cache import Packed
-from foveate.backends.vllm.plan import Live, plan
-from foveate.core.edit import Acting, edit_rows, products
+from foveate.backends.vllm.plan import Blocks, Live, plan
+from foveate.core.edit import Acting, edit_rows, products, weighted
 from foveate.core.method import parse
 from foveate.core.rows import Rows
 from foveate.core.sequence import Stack, State
@@ -198,6 +198,31 @@ def test_rows_of_blocks_equal_rows_of_all_columns(text: str) -> None:
         changed |= bool((out - before).abs().max() > 1e-2)
     assert changed
     assert all(group.done == group.layers for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("number", "parts"),
+    [
+        ([[3, 7, 1], [3, 7, 5], [3, 7, 3]], [(1, 0, 2), (3, 2, 3)]),
+        ([[3, 7, 1], [4, 7, 1]], [(2, 0, 3)]),
+        ([[3, 7], [3, 7]], [(1, 0, 2)]),
+    ],
+)
+def test_blocks_that_rows_begin_with_are_read_once(
+    number: list[list[int]], parts: list[tuple[int, int, int]]
+) -> None:
+    cache, blocks = Cache(), Blocks(torch.tensor(number))
+    packed, draw = cache.layer(0), torch.Generator().manual_seed(2)
+    keys, values = (half[blocks.number].transpose(1, 2).flatten(2, 3) for half in cache.blocks[0])
+    assert torch.equal(packed.keys(blocks), keys)
+    assert torch.equal(packed.values(blocks), values)
+    query = torch.randn(len(number), H, 1, D, generator=draw)
+    weights = torch.rand(len(number), H, 1, keys.shape[2], generator=draw)
+    near = {"rtol": 1e-5, "atol": 1e-3}  # what no request wrote is large
+    expected = products(query, keys, SCALE)
+    torch.testing.assert_close(packed.scores(query, blocks, SCALE), expected, **near)
+    torch.testing.assert_close(packed.weighted(weights, blocks), weighted(weights, values), **near)
+    assert [(part.sets, part.start, part.end) for part in blocks.places] == parts
 
 
 def test_an_answer_whose_memory_is_lost_stops_the_engine() -> None:

@@ -153,6 +153,8 @@ class Engine:
 
     def _take_in(self, llm: Any) -> bool:
         """Add what is waiting to the engine; waits itself where there is nothing else to do."""
+        from vllm.exceptions import VLLMValidationError as refusal
+
         while True:
             try:
                 item = self._inbox.get(block=not self._asked)
@@ -165,7 +167,7 @@ class Engine:
             path = self.folder / uuid.uuid4().hex
             try:
                 number = _add(llm, request, path.name)
-            except ValueError as error:
+            except (ValueError, refusal) as error:
                 answer.set_exception(FoveateError(f"vLLM refuses the request: {error}"))
             else:
                 self._asked[number] = request, answer, path
