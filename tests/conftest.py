@@ -33,7 +33,7 @@ NEWER_RUN = (
     "tests/vision/",
     *(
         f"tests/test_{name}.py"
-        for name in ("models", "invariants", "clvs", "pai", "vaf", "spin", "dola")
+        for name in ("models", "invariants", "clvs", "pai", "vaf", "spin", "dola", "cli", "tuning")
     ),
 )
 
