@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # what families of tests/newer.py run: what holds for every method, and the methods' references
 NEWER_RUN = (
     "models", "invariants", "families", "probe", "clvs", "dola", "m3id", "pai", "spin", "var",
-    "vcd",
+    "vcd", "cli", "tuning",
 )  # fmt: skip
 
 

@@ -28,7 +28,13 @@ from foveate.vlm.prefix import next_position, suffix_batch
 from tests import models
 from tests.references.cli import CLI as Reference
 
-FAMILIES = [name for name in models.FAMILIES if name in SERVES]
+FAMILIES = ["llava", "llava_next", "llava_onevision"]  # of which every patch is a token
+MERGING = [
+    pytest.param(name, marks=() if name in ("qwen2_5_vl", "internvl") else pytest.mark.slow)
+    for name in models.FAMILIES
+    if name not in FAMILIES and models.FAMILIES[name]().config.model_type in SERVES
+]
+NEAR = 1e-4  # routers of experts and the delta rule amplify rounding
 SMALL: dict[str, Any] = {"seed": 0, "rank": 4, "heads": 4}
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -85,6 +91,23 @@ def test_agrees_with_the_reference(family: str, settings: dict[str, Any], tmp_pa
                 assert torch.allclose(gates[row][place], gate, atol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("settings", [{}, {"norm": "rms", "vision_layers": (1, 2)}], ids=str)
+@pytest.mark.parametrize("family", MERGING)
+def test_merged_patches_agree_with_the_reference(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tower that ends behind each vision layer, merged and projected by the model itself."""
+    model = models.build(family)
+    method = trained(model, tmp_path, **settings)
+    inputs = models.inputs(family, "images", batch=3)
+    with torch.no_grad(), enhance(model, method):
+        got = model(**inputs).logits[:, -1]
+    for row in range(3):
+        want = reference(model, method).logits(models.inputs(family, "images", row=row))[-1]
+        assert (got[row] - want).abs().max() < NEAR * max(1.0, float(want.abs().max()) / 10)
+
+
 # -- the specification's self-checks ---------------------------------------------------------------
 
 
@@ -102,7 +125,7 @@ def forced(method: CLI, model: Any, logit: float) -> CrossLayerInjection:
     return module
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MERGING])
 def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
     model, inputs = models.build(family), models.inputs(family, batch=3)
     plain = forward(model, inputs).logits
@@ -116,7 +139,7 @@ def test_a_closed_gate_is_the_base_model(family: str, tmp_path: Path) -> None:
     assert torch.equal(forward(model, inputs, static).logits, plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MERGING])
 def test_an_open_gate_gives_exactly_what_the_model_puts_in_itself(family: str) -> None:
     """B = 0, the used layer only, gate 1: the image's tokens receive P(V_last)."""
     model, inputs = models.build(family), models.inputs(family, "images", batch=3)

@@ -6,6 +6,7 @@ formed; the prompt and what was generated go through the model together, again f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -18,6 +19,26 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from foveate.methods.cli.module import CrossLayerInjection
 
 GELU = torch.nn.functional.gelu
+
+
+def one_per_token(states: Tensor, made: Tensor) -> Tensor:
+    """What enters a projector, as one vector for each that it made."""
+    if states.dim() == 2:  # patches of a token follow one another: Qwen
+        return torch.stack(list(states.chunk(len(made)))).flatten(1)
+    if states.shape[1] == made.shape[1]:
+        return states
+    side, new = math.isqrt(states.shape[1]), math.isqrt(made.shape[1])  # Gemma: means of squares
+    step = side // new
+    return torch.stack(
+        [
+            states.unflatten(1, (side, side))[
+                :, step * row : step * row + step, step * col : step * col + step
+            ].mean((1, 2))
+            for row in range(new)
+            for col in range(new)
+        ],
+        1,
+    )
 
 
 class CLI:
@@ -51,6 +72,10 @@ class CLI:
             hooks.append(last.register_forward_hook(self.leaving(depth, brought)))
             try:
                 rest = {k: v for k, v in inputs.items() if k != "attention_mask"}
+                more = ids.shape[1] - self.length
+                for name in ("mm_token_type_ids", "token_type_ids"):
+                    if name in rest:
+                        rest[name] = torch.nn.functional.pad(rest[name], (0, more))
                 rest |= {"input_ids": ids}
                 return self.model(**rest, use_cache=False).logits[0]
             finally:
@@ -60,6 +85,8 @@ class CLI:
     def amp(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
         """V_k' of every vision layer, packed as the model packs: k -> (N, D)."""
         core, config = self.model.model, self.model.config
+        if config.model_type not in ("llava", "llava_next", "llava_onevision"):
+            return self.merged(inputs)
         pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
         counts = [1] * len(pixels)
         if sizes is not None:
@@ -99,6 +126,43 @@ class CLI:
             tiles = torch.split(brought, counts)
             packed, _ = core.pack_image_features(list(tiles), sizes, **extra)
             out[k] = torch.cat(list(packed))
+        return out
+
+    def merged(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+        """`amp` where patches are merged: a copy of the tower ends behind block k."""
+        wanted = {k: v for k, v in inputs.items() if "ids" not in k and k != "attention_mask"}
+        out = {}
+        for k in self.settings["vision_layers"]:
+            if f"paths.{k}.down.weight" not in self.weights:
+                continue
+            core: Any = copy.deepcopy(self.model.model)
+            tower = next(
+                getattr(core, name)
+                for name in ("vision_tower", "visual", "vision_model")
+                if hasattr(core, name)
+            )
+            blocks = next(m for m in tower.modules() if isinstance(m, torch.nn.ModuleList))
+            del blocks[k:]
+            if hasattr(core, "multi_modal_projector"):
+                projector = core.multi_modal_projector
+            else:
+                projector = (
+                    tower.merger if hasattr(tower, "merger") else core.connector.modality_projection
+                )
+            down, up = (self.weights[f"paths.{k}.{n}.weight"] for n in ("down", "up"))
+            scale = self.settings["alpha"] / self.settings["rank"]
+
+            def add(module: Any, args: Any, made: Tensor, to: Any = (down, up, scale)) -> Tensor:
+                return made + to[2] * (one_per_token(args[0], made) @ to[0].T @ to[1].T)
+
+            projector.register_forward_hook(add)
+            found = core.get_image_features(**wanted, return_dict=True).pooler_output
+            rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+            if self.settings["norm"] == "rms":
+                eps = torch.finfo(rows.dtype).eps
+                rows = rows / (rows.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+                rows = rows * self.weights["norm.weight"]
+            out[k] = rows
         return out
 
     def routed(self, index: int) -> list[int]:

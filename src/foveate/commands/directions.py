@@ -81,7 +81,7 @@ def directions(
     command += [str(x) for k, v in given.items() if v is not None for x in (f"--{k}", v)]
     command += [] if image else ["--no-image"]
     vlm = load(model, revision=revision, device=device, dtype=dtype)
-    if image and anatomy(vlm.model).tower is None:
+    if image and anatomy(vlm.model).plain_tower is None:
         note(f"the vision tower of {model} cannot be read, so there will be text directions only")
     with Progress("demonstrations") as watch:
         artifact = find_directions(

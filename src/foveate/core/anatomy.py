@@ -19,6 +19,8 @@ class Tower:
         kind: its type, such as "clip_vision_model". width: of its states. depth: its blocks.
         used: the block outputs that the model itself uses, 1 being the first block's.
         device: where the projector to the language model computes.
+        merged: width of what stands for one token at the projector's entry, where patches are
+            merged before it or in it; None where every patch is a token.
     """
 
     kind: str
@@ -26,6 +28,7 @@ class Tower:
     depth: int
     used: tuple[int, ...]
     device: torch.device
+    merged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Anatomy(ABC):
     def full_layers(self) -> tuple[int, ...]:
         """Decoder layers (0-based) with full attention; no others see the whole image."""
         return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "full_attention")
+
+    @property
+    def plain_tower(self) -> Tower | None:
+        """The vision tower, where each of its patches becomes a token; else None."""
+        return self.tower if self.tower and self.tower.merged is None else None
 
     @property
     def shape(self) -> dict[str, Any]:

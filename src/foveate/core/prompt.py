@@ -131,12 +131,15 @@ class Vision:
     """What the vision tower gave for the images of a piece of prompt.
 
     Attributes:
-        states: k -> (images or tiles, patches, D_v), the output of block k - 1.
+        states: k -> (images or tiles, patches, D_v), the output of block k - 1; (patches, D_v) of
+            all images where the tower takes them so, as Qwen's does.
         visual: (B, N) bool, this piece's visual tokens. mask: (B, N) int64, 0 for padding.
         labels: (B, N) int64 in training, -100 where no loss counts; else None.
         video: whether the prompt holds a video.
-        pack: (k, project) -> (visual tokens, D): `project(the model's projector, states)` with
-            tiles, padding and newlines as the model packs its own features.
+        pack: (k, project) -> (visual tokens, D): `project(features, states)` with tiles, padding
+            and newlines as the model packs its own features. `features` (..., tokens, D) is what
+            the model's projector makes of layer k, and `states` (..., tokens, D_m) what enters it,
+            one vector per token.
     """
 
     states: dict[int, Tensor]
@@ -144,4 +147,4 @@ class Vision:
     mask: Tensor
     labels: Tensor | None
     video: bool
-    pack: Callable[[int, Callable[[Any, Tensor], Tensor]], Tensor] = field(repr=False)
+    pack: Callable[[int, Callable[[Tensor, Tensor], Tensor]], Tensor] = field(repr=False)

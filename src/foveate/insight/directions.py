@@ -166,7 +166,7 @@ def find_directions(
     """
     if trials < 1 or grouping not in ("released", "token"):
         raise FoveateError("trials must be at least 1, and grouping 'released' or 'token'.")
-    image = image and anatomy(vlm.model).tower is not None
+    image = image and anatomy(vlm.model).plain_tower is not None
     settings = {
         **vlm.source,
         "shape": anatomy(vlm.model).shape,

@@ -74,12 +74,12 @@ class VTI(Method):
         """
         path, found = self._found(anatomy)
         wanted = {"text": self.alpha_text != 0, "image": self.alpha_image != 0}
-        if wanted["image"] and anatomy.tower is None:
+        if wanted["image"] and anatomy.plain_tower is None:
             raise FoveateError(
                 f"vti cannot steer the vision tower of {anatomy.kind}, whose blocks are not known: "
                 "leave out alpha_image."
             )
-        tower = anatomy.tower
+        tower = anatomy.plain_tower
         sizes = {
             "text": (anatomy.depth, anatomy.width),
             "image": (tower.depth, None, tower.width) if tower else (),

@@ -30,7 +30,7 @@ from ..base.errors import FoveateError
 from ..base.files import make_folder, owned, writing
 from ..base.journal import write_json
 from ..core.method import as_stack, text
-from ..methods.cli.method import CLI, SERVES
+from ..methods.cli.method import CLI
 from ..vlm.vlm import VLM
 from .check import check
 from .checkpoints import drop_checkpoints, what_is_safe
@@ -42,6 +42,7 @@ from .recipe import DTYPES, Recipe
 from .writer import Writer
 
 NAME = "tuning"  # of the stage in log.jsonl
+PACKED = ("llava", "llava_next", "llava_onevision")  # the families whose conversations are packed
 MOST_TOKENS = 8192  # of a sequence, where the model takes more and nobody chose
 
 
@@ -237,9 +238,9 @@ def _packable(vlm: VLM, method: CLI | None) -> None:
             "cli(summary=image), or leave out --packed."
         )
     kind = vlm.model.config.model_type
-    if kind not in SERVES:
+    if kind not in PACKED:
         raise FoveateError(
-            f"Packed conversations are for {', '.join(SERVES)}, not for {kind}, whose positions "
+            f"Packed conversations are for {', '.join(PACKED)}, not for {kind}, whose positions "
             "or masks are made in another way: leave out --packed."
         )
 

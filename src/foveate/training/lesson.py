@@ -60,6 +60,8 @@ def prepare(model: Any, recipe: Recipe) -> Any:
     """Freeze what is not trained and put LoRA in; returns PEFT's model, or None without LoRA."""
     model.requires_grad_(recipe.base == "full")
     compat_parts.image_encoder(model).requires_grad_(False)
+    if (projector := compat_parts.projector(model)) is not None:  # which may stand in the tower
+        projector.requires_grad_(recipe.base == "full")
     if recipe.checkpointing:
         compat_parts.start_checkpointing(model)
     if recipe.base != "lora":

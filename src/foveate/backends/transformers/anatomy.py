@@ -185,18 +185,24 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
 
 
 def _tower(model: Any) -> Tower | None:
-    """The vision tower of a model of LLaVA's shape."""
+    """The vision tower of a model whose projector is known, where its blocks can be read."""
     vision: Any = getattr(model.config, "vision_config", None)
     used = compat_parts.feature_layers(model.config)
-    depth = getattr(vision, "num_hidden_layers", None)
-    if depth is None or not used or compat_parts.projector(model) is None:
+    depth = compat_parts.tower_depth(model.config)
+    if depth is None or compat_parts.projector(model) is None:
+        return None
+    merged = compat_parts.merged_width(model)
+    if merged is not None and not used:
+        used = (-1,)
+    if not used or (merged is not None and used != (-1,)):
         return None
     return Tower(
         kind=vision.model_type,
-        width=vision.hidden_size,
+        width=getattr(vision, "embed_dim", vision.hidden_size),  # Qwen2-VL's own
         depth=depth,
         used=tuple(k if k >= 0 else depth + 1 + k for k in used),
         device=_device(compat_parts.projector(model)),
+        merged=merged,
     )
 
 

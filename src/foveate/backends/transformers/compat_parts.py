@@ -69,8 +69,16 @@ def with_embeds(kwargs: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
 
 
 def image_tower(model: Any) -> Any:
-    """The vision tower of a model of LLaVA's shape, or None."""
-    return getattr(getattr(model, "model", None), "vision_tower", None)
+    """The vision tower of a model, or None."""
+    core = getattr(model, "model", None)
+    found = (getattr(core, name, None) for name in ("vision_tower", "visual", "vision_model"))
+    return next((tower for tower in found if tower is not None), None)
+
+
+def tower_depth(config: Any) -> int | None:
+    """Blocks of the vision tower, where the configuration tells."""
+    vision = getattr(config, "vision_config", None)
+    return getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None)
 
 
 def vision_blocks(model: Any) -> nn.ModuleList:
@@ -79,8 +87,7 @@ def vision_blocks(model: Any) -> nn.ModuleList:
     Raises:
         FoveateError: where the model has no tower of such blocks.
     """
-    tower = image_tower(model)
-    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    tower, depth = image_tower(model), tower_depth(model.config)
     for module in tower.modules() if isinstance(tower, nn.Module) else ():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
@@ -94,8 +101,47 @@ def feature_layers(config: Any) -> tuple[int, ...]:
 
 
 def projector(model: Any) -> Any:
-    """What brings vision features to the language model, in a model of LLaVA's shape; or None."""
-    return getattr(getattr(model, "model", None), "multi_modal_projector", None)
+    """What brings vision features to the language model, or None."""
+    place = _projector_place(model)
+    return place and getattr(*place)
+
+
+def _projector_place(model: Any) -> tuple[nn.Module, str] | None:
+    core = getattr(model, "model", None)
+    owners = {
+        "multi_modal_projector": core,
+        "merger": getattr(core, "visual", None),  # Qwen and GLM-V
+        "modality_projection": getattr(core, "connector", None),  # Idefics3 and SmolVLM
+    }
+    return next(((owner, name) for name, owner in owners.items() if hasattr(owner, name)), None)
+
+
+def merged_width(model: Any) -> int | None:
+    """The width of what stands for one token at the entry of the projector, where patches are
+    merged before it or in it; None where every patch is a token."""
+    module, config = projector(model), model.config
+    vision: Any = getattr(config, "vision_config", None)
+    if hasattr(module, "avg_pool"):  # Gemma 3
+        return vision.hidden_size
+    if hasattr(image_tower(model), "downsample"):  # GLM-V
+        return vision.out_hidden_size
+    if isinstance(getattr(module, "hidden_size", None), int):  # Qwen
+        return module.hidden_size
+    if hasattr(getattr(model, "model", None), "connector") and hasattr(config, "scale_factor"):
+        return vision.hidden_size * config.scale_factor**2
+    if hasattr(config, "downsample_ratio"):  # InternVL
+        return vision.hidden_size * round(1 / config.downsample_ratio) ** 2
+    return None
+
+
+def _merged(module: Any, states: Tensor) -> Tensor:
+    """States (..., patches, D_v) that enter a projector, as one vector per token."""
+    if hasattr(module, "avg_pool"):
+        side = module.patches_per_image
+        pooled = module.avg_pool(states.transpose(1, 2).unflatten(-1, (side, side)))
+        return pooled.flatten(2).transpose(1, 2)
+    width = getattr(module, "hidden_size", None)  # Qwen: patches of a token follow one another
+    return states.reshape(-1, width) if isinstance(width, int) else states
 
 
 def image_encoder(model: Any) -> nn.Module:
@@ -107,38 +153,54 @@ def image_features(
     model: Any,
     states: Tensor,
     k: int,
-    project: Callable[[nn.Module, Tensor], Tensor],
+    project: Callable[[Tensor, Tensor], Tensor],
     inputs: dict[str, Any],
 ) -> Tensor:
     """Vision layer k as the model would pack it were it the one it uses, (visual tokens, D).
 
-    The model's own `get_image_features` runs with a tower that gives `states` and a projector that
-    calls `project(the model's projector, chosen states)`. So classification tokens, tiles, padding
-    and newlines are as in the ordinary features.
+    The model's own `get_image_features` runs with a tower, or with blocks, that give `states`. For
+    its projector stands `project(what the projector makes of the states, the states)`, the states
+    as one vector per token. So classification tokens, norms behind the blocks, merged
+    patches, tiles, padding and newlines are as in the ordinary features.
 
     Args:
         states: (images or tiles, patches, D_v), the output of vision block k - 1.
         inputs: the model's inputs.
     """
-    core = model.model
-    seen = _Seen(k, states)
-    usual = core.multi_modal_projector
+    core, place = model.model, _projector_place(model)
+    assert place is not None
+    owner, name = place
+    usual: Any = getattr(owner, name)
     wanted = {n: v for n, v in inputs.items() if n in _FOR_FEATURES and v is not None}
-    standing = {
-        "vision_tower": _Standing(lambda *args, **kwargs: seen),
-        "multi_modal_projector": _Standing(lambda chosen: project(usual, chosen)),
-    }
-    kept = {name: core._modules[name] for name in standing}
-    core._modules.update(standing)
+    at_projector = _Standing(lambda chosen: project(usual(chosen), _merged(usual, chosen)))
+    changed: list[tuple[Any, str, Any]] = [(owner, name, at_projector)]
+    if merged_width(model) is None:
+        seen = _Seen(k, states)
+        changed.append((core, "vision_tower", _Standing(lambda *args, **kwargs: seen)))
+        wanted["vision_feature_layer"] = k
+    else:
+        blocks = vision_blocks(model)
+        given = _Standing(lambda *args, **kwargs: states)
+        changed += [(blocks, number, given) for number in blocks._modules]
+    kept = [(module, part, module._modules[part]) for module, part, _ in changed]
     try:
-        out = core.get_image_features(**wanted, vision_feature_layer=k, return_dict=True)
+        for module, part, other in changed:
+            module._modules[part] = other
+        out = core.get_image_features(**wanted, return_dict=True)
     finally:
-        core._modules.update(kept)
+        for module, part, other in kept:
+            module._modules[part] = other
     features = out.pooler_output
     return torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, 1)
 
 
-_FOR_FEATURES = ("pixel_values", "image_sizes", "batch_num_images")
+_FOR_FEATURES = (
+    "pixel_values",
+    "image_sizes",
+    "batch_num_images",
+    "image_grid_thw",
+    "pixel_attention_mask",
+)
 
 
 class _Seen:

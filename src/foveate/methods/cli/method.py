@@ -8,18 +8,34 @@ decides how much of each it takes. `foveate train cli` trains it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...base.artifact import check_model, read_config, weights_stamp
 from ...core import Anatomy, FoveateError, Method, Sequences, Stream, Vision, costly, file
 from ...core.sequence import remembered
 from .module import KIND, CrossLayerInjection, ImageFeatures, Settings, settings_in
 
-SERVES = ("llava", "llava_next", "llava_onevision")
+SERVES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "gemma3",
+    "glm4v",
+)
 
 KEPT = 4  # injections that stay loaded for a model
 
@@ -31,9 +47,11 @@ class CLI(Settings, Method):  # type: ignore[misc]
     The model's projector and a low-rank path bring each vision layer to the language model (AMP).
     What enters a decoder layer at the image's tokens gets their sum, each times a gate that
     compares a summary of the vision layer with one of the hidden state (AGF); other tokens get
-    nothing. The equations stand in `methods/cli/module.py`, with what is reported and what is
-    inferred. All of it happens in the prefill; the vision states come from the ordinary forward,
-    and tiles are packed as the model packs them.
+    nothing. Where patches are merged to one token before the projector or in it (Qwen, GLM-V,
+    InternVL, SmolVLM, Gemma), each layer's are merged in the same way (inferred). The equations
+    stand in `methods/cli/module.py`, with what is reported and what is inferred. All of it happens
+    in the prefill; the vision states come from the ordinary forward, and tiles are packed as the
+    model packs them.
 
     An answer never reaches the gate: in training the hidden summary sees the tokens before the
     first label. A prompt that holds earlier answers is summarised with them; train with
@@ -136,7 +154,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
         if self.path:
             injection = CrossLayerInjection.from_pretrained(self.path)
         else:
-            vision_size, text_size = anatomy.tower.width, anatomy.width
+            vision_size, text_size = anatomy.tower.merged or anatomy.tower.width, anatomy.width
             heads = min(self.heads, max(1, text_size // 8))
             width = min(self.width, text_size) // heads * heads
             settings = settings_in(self) | {"heads": heads, "width": width}
@@ -174,11 +192,7 @@ class CLI(Settings, Method):  # type: ignore[misc]
         visual = vision.visual
         total, features = int(visual.sum()), {}
         for k in map(int, injection.paths):
-
-            def project(projector: nn.Module, states: Tensor, k: int = k) -> Tensor:
-                return injection.project(projector, k, states)
-
-            packed = vision.pack(k, project)
+            packed = vision.pack(k, functools.partial(injection.project, k))
             if len(packed) != total:
                 raise FoveateError(
                     f"cli: the prompt has {total} image tokens and its images {len(packed)} "

@@ -142,9 +142,9 @@ class CrossLayerInjection(nn.Module):
         paired = self.settings.share == "pair" or self.settings.gate == "static"
         return f"{layer}-{k}" if paired else f"{layer}"
 
-    def project(self, projector: nn.Module, k: int, states: Tensor) -> Tensor:
-        """AMP (1): V_k (..., D_v) -> V'_k (..., D)."""
-        features = projector(states) + self.paths[str(k)](states)
+    def project(self, k: int, features: Tensor, states: Tensor) -> Tensor:
+        """AMP (1): P(V_k) (..., D) and V_k (..., D_v), a vector per token -> V'_k (..., D)."""
+        features = features + self.paths[str(k)](states)
         return features if self.norm is None else self.norm(features)
 
     def forward(self, hidden: Tensor, image: ImageFeatures, layer: int) -> tuple[Tensor, Tensor]:
