@@ -108,7 +108,7 @@ def projector(model: Any) -> Any:
 
 def _projector_place(model: Any) -> tuple[nn.Module, str] | None:
     core = getattr(model, "model", None)
-    owners = {
+    owners: dict[str, Any] = {
         "multi_modal_projector": core,
         "merger": getattr(core, "visual", None),  # Qwen and GLM-V
         "modality_projection": getattr(core, "connector", None),  # Idefics3 and SmolVLM
