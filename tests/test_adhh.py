@@ -51,8 +51,12 @@ def rows(model: Any, inputs: dict[str, Tensor], layer: int, *stack: Any) -> Tens
 def test_prefill_and_decode_equal_the_reference_on_every_family(
     family: str, model: Any, kind: str
 ) -> None:
-    method = slow(model, LISTED)
-    assert disagreement(LISTED, method, models.inputs(family, kind, batch=3)) < 1e-5
+    full = anatomy(model).full_layers
+    layer = 2 if 2 in full else full[-1]  # hybrids have other layers that see the image
+    listed = dataclasses.replace(LISTED, heads=((layer, 0), (layer, 1), (layer, 3)))
+    method = slow(model, listed)
+    found = disagreement(listed, method, models.inputs(family, kind, batch=3))
+    assert found < models.rounding(family) / 2
     assert method.cut > 0
     assert method.left > 0
 

@@ -39,7 +39,7 @@ def compare(name: str, kind: str, method: DeCo) -> tuple[float, set[tuple[int, i
 def test_prefill_and_decode_equal_the_reference_on_every_family(family: str, kind: str) -> None:
     depth = models.build(family).get_decoder().config.num_hidden_layers
     worst, choices = compare(family, kind, DeCo(layers=tuple(range(1, depth)), top_p=0.2))
-    assert worst < 1e-5
+    assert worst < models.rounding(family) / 2
     assert len({layer for layer, _ in choices}) > 1, "samples and steps choose for themselves"
     assert len({count for _, count in choices}) > 1
 

@@ -41,7 +41,7 @@ def test_prefill_and_decode_equal_two_plain_runs_on_every_family(
     for row in range(3):
         prompt = models.inputs(family, kind, row=row)
         expected = reference.run(model, prompt, other(family, kind, row), tokens[row, :-1])
-        assert difference(logits[row], expected) < ROUNDING
+        assert difference(logits[row], expected) < models.rounding(family)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_prefill_and_decode_equal_the_reference_on_every_family(
 ) -> None:
     method = PAI(**STRONG)
     found = disagreement(method, slow(model, method), models.inputs(family, kind, batch=3))
-    assert found < (4e-5 if family.endswith("_moe") else 1e-5)  # weighted sums of experts
+    # weighted sums of experts
+    assert found < (4e-5 if family.endswith("_moe") else models.rounding(family) / 2)
 
 
 @pytest.mark.parametrize(

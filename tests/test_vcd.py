@@ -184,6 +184,15 @@ def test_tokens_of_a_picture_without_pixels_are_refused() -> None:
         model(inputs_embeds=embeds, mm_token_type_ids=kinds, **inputs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minicpmv4_6", "molmo2"])
+def test_pictures_that_cannot_be_repeated_have_no_beams(name: str) -> None:
+    if name not in models.FAMILIES:
+        pytest.skip("this transformers has no such model")
+    with enhance(models.build(name), VCD()), pytest.raises(FoveateError, match="out num_beams"):
+        models.build(name).generate(**models.inputs(name), num_beams=2, max_new_tokens=2)
+
+
 # -- decoding --------------------------------------------------------------------------------------
 
 

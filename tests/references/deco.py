@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foveate.backends.transformers.compat import decoder_of, final_norm
 from tests.references.vcd import extended
 
 
 def entering(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
     """h_0 ... h_L of the last position, the last one without the norm, and its logits (V,)."""
     states: list[Tensor] = []
-    decoder: Any = model.get_decoder()
+    decoder = decoder_of(model)
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
-    parts = [*decoder.layers, decoder.norm]
+    parts = [*decoder.layers, final_norm(decoder)]
     hooks = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
     with torch.no_grad():
         out = model(**inputs, use_cache=False)
@@ -51,7 +52,7 @@ def run(
     """
     steps, chosen = [], []
     for n in range(len(tokens) + 1):
-        states, own = entering(model, extended(prompt, tokens[:n]))
+        states, own = entering(model, extended(model, prompt, tokens[:n]))
         chances = own.double().softmax(0).tolist()
         ranked = sorted(range(len(chances)), key=lambda v: -chances[v])
         likely, mass = [], 0.0
@@ -63,7 +64,7 @@ def run(
         surest, best, correction = -1.0, -1, own
         for j in layers:
             with torch.no_grad():
-                state = model.get_decoder().norm(states[j]) if norm else states[j]
+                state = final_norm(decoder_of(model))(states[j]) if norm else states[j]
                 e = model.get_output_embeddings()(state)
             p = e.double().softmax(0)
             for v in likely:

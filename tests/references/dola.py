@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from tests.references.vcd import extended
 
 
 def buckets(depth: int, tied: bool) -> dict[str, list[int]]:
@@ -50,12 +51,7 @@ def run(
     """
     steps, chosen = [], []
     for n in range(len(tokens) + 1):
-        inputs: dict[str, Any] = dict(prompt)
-        inputs["input_ids"] = torch.cat([prompt["input_ids"], tokens[None, :n]], 1)
-        for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-            if key in prompt:
-                new = torch.full((1, n), int(key == "attention_mask"))
-                inputs[key] = torch.cat([prompt[key], new], 1)
+        inputs = extended(model, prompt, tokens[:n])
         with torch.no_grad():
             out = model(**inputs, use_cache=False, output_hidden_states=True)
             own = out.logits[0, -1].double().log_softmax(0)

@@ -57,11 +57,12 @@ def noised(picture: dict[str, Tensor], step: int, seed: int, restart: bool) -> d
     return picture | {"pixel_values": torch.stack(out).view_as(pixels)}
 
 
-def extended(prompt: dict[str, Tensor], tokens: Tensor, suffix: bool = False) -> dict[str, Any]:
+def extended(model: Any, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Any]:
     """One unpadded prompt (1, n) followed by `tokens` (k,).
 
-    `suffix`: the model's token types tell a prompt from what is written, not images from text.
+    PaliGemma's token types tell a prompt from what is written, those of others images from text.
     """
+    suffix = model.config.model_type == "paligemma"
     inputs: dict[str, Any] = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], tokens[None]], 1)
     for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
@@ -74,7 +75,7 @@ def extended(prompt: dict[str, Tensor], tokens: Tensor, suffix: bool = False) ->
 
 def plain(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Next-token logits (V,) of one unpadded prompt (1, n) followed by `tokens` (k,)."""
-    inputs = extended(prompt, tokens, suffix=model.config.model_type == "paligemma")
+    inputs = extended(model, prompt, tokens)
     with torch.no_grad():
         return model(**inputs, use_cache=False).logits[0, -1].float()
 
