@@ -17,7 +17,7 @@ from typing import Any
 from foveate.base.journal import write_json
 from foveate.base.progress import Progress
 from foveate.pocket.build import WEIGHTS
-from foveate.pocket.criteria import measure, rows
+from foveate.pocket.criteria import measure, middle, rows
 from foveate.pocket.train import NOTE
 
 RESULTS = Path(__file__).with_name("results") / "testbed"
@@ -27,7 +27,7 @@ def record(name: str, run: Path | None, n: int, seed: int, results: Path = RESUL
     """Measure the last finished stage of a run, or the shipped model, and write it down."""
     folder, made = WEIGHTS, {"recipe": "pictures-first", "as": "shipped"}
     if run is not None:
-        made = json.loads((run / NOTE).read_text("utf-8")) | {"minutes": minutes(run)}
+        made = json.loads((run / NOTE).read_text("utf-8")) | told(run)
         finished = [s["name"] for s in made["stages"] if (run / s["name"]).is_dir()]
         folder = run / finished[-1]
         made["stages"] = [s for s in made["stages"] if s["name"] in finished]
@@ -38,13 +38,16 @@ def record(name: str, run: Path | None, n: int, seed: int, results: Path = RESUL
     return results / f"{name}.json"
 
 
-def minutes(run: Path) -> dict[str, float]:
-    """Minutes of training per stage, by the run's log."""
-    spent: dict[str, float] = {}
+def told(run: Path) -> dict[str, Any]:
+    """By the run's log, per stage: minutes of training, and the last accuracies on held-out data."""
+    minutes: dict[str, float] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     for line in (run / "log.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
-        spent[row["stage"]] = round(row["seconds"] / 60, 1)
-    return spent
+        stage = row.pop("stage")
+        minutes[stage] = round(row.pop("seconds") / 60, 1)
+        accuracies[stage] = {k: v for k, v in row.items() if k not in ("step", "loss")}
+    return {"minutes": minutes, "held_out": accuracies}
 
 
 def table(results: Path = RESULTS) -> str:
@@ -56,11 +59,23 @@ def table(results: Path = RESULTS) -> str:
     for stage in stages:
         cells = [_settings(r["made"], stage) for r in records.values()]
         lines.append(f"| {stage} | | " + " | ".join(cells) + " |")
-    judged = [rows(r["report"]) for r in records.values()]
+    reports = [r["report"] for r in records.values()]
+    for name, told in (("scenes per habit", _scenes), ("attention to BOS, middle layers", _bos)):
+        lines.append(f"| {name} | | " + " | ".join(map(told, reports)) + " |")
+    judged = [rows(report) for report in reports]
     for same in zip(*judged, strict=True):
         cells = [f"**{measured}**" if met else measured for _, _, measured, met in same]
         lines.append(f"| {same[0][0]} | {same[0][1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _scenes(report: dict[str, Any]) -> str:
+    return str(report["n"])
+
+
+def _bos(report: dict[str, Any]) -> str:
+    values = [report["layers"]["bos"][i] for i in middle(report["depth"])]
+    return f"{100 * sum(values) / len(values):.1f} %"
 
 
 def _settings(made: dict[str, Any], name: str) -> str:

@@ -216,22 +216,38 @@ def test_every_stage_changes_its_own_parts(run: Path) -> None:
 @pytest.mark.long
 def test_a_tower_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     options = short("language-first") | {"until": "language"}
-    folder = training.train_pocket(tmp_path, tower=run / "tuning", **options)
+    folder = training.train_pocket(tmp_path, tower=str(run / "tuning"), **options)
     given, taken = (build.load_pocket(f)[0].state_dict() for f in (run / "tuning", folder))
     tower = [name for name in given if "vision_tower" in name]
     assert tower
     assert all(torch.equal(given[name], taken[name]) for name in tower)
     assert not (tmp_path / "tower").exists(), "nothing was trained"
+    with pytest.raises(FoveateError, match=r"holds a run with tower .*tuning, not None"):
+        training.train_pocket(tmp_path, **options)
+
+
+def test_towers_that_cannot_be_taken_and_pools_that_cannot_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="training needs the extra: train")
+    options = short("language-first")
+    with pytest.raises(FoveateError, match="holds no trained model"):
+        training.train_pocket(tmp_path / "one", tower=str(tmp_path), **options)
+    with pytest.raises(FoveateError, match="vision tower of another shape"):
+        training.train_pocket(tmp_path / "two", tower="pocket", **options)
+    with pytest.raises(FoveateError, match="too few"):
+        training.train_pocket(tmp_path / "three", **options | {"scenes": 5})
 
 
 @pytest.mark.long
-def test_another_run_is_not_mixed_in(run: Path) -> None:
+def test_another_run_is_not_mixed_in(run: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = short("language-first")
     other = options | {"settings": [*options["settings"], "language.rate=1e-3"]}
     with pytest.raises(FoveateError, match="stage language, trained with other numbers"):
         training.train_pocket(run, **other)
-    with pytest.raises(FoveateError, match="recipe language-first and seed 0"):
+    with pytest.raises(FoveateError, match="with recipe language-first, not pictures"):
         training.train_pocket(run, **short("pictures-first"))
+    (tmp_path / training.NOTE).write_text("{")
+    with pytest.raises(FoveateError, match="cannot be read: delete it"):
+        training.train_pocket(tmp_path, **options)
 
 
 # ----------------------------------------------------------------------------- the criteria

@@ -93,10 +93,9 @@ def train_pocket(
         )
     folder = WEIGHTS
     if out is not None:
-        taken = WEIGHTS if tower == "pocket" else tower
         with _stoppable():
             folder = train(
-                make_folder(out), recipe, until, settings=setting or (), tower=taken, seed=seed,
+                make_folder(out), recipe, until, settings=setting or (), tower=tower, seed=seed,
                 resume=resume, scenes=scenes, windows=windows,
             )  # fmt: skip
         print(f"{folder.name}: {folder}")

@@ -58,7 +58,7 @@ def train_pocket(
     until: str | None = None,
     *,
     settings: Iterable[str] = (),
-    tower: Path | str | None = None,
+    tower: str | None = None,
     seed: int = 0,
     resume: bool = True,
     scenes: int = 30_000,
@@ -73,7 +73,8 @@ def train_pocket(
         out: takes 85 KB of disk per scene and window: 3.7 GB by default.
         until: the last stage; default: the recipe's last.
         settings: other numbers of stages, as "tuning.steps=300".
-        tower: a saved pocket model whose vision tower is taken, in place of the first stage.
+        tower: a saved pocket model whose vision tower is taken, in place of the first stage;
+            "pocket" is the shipped one.
         resume: take finished stages in `out` as they are and continue a broken-off one.
         shape: goes to `build_pocket`.
 
@@ -85,6 +86,8 @@ def train_pocket(
     if until is not None and until not in names:
         raise FoveateError(f'Unknown stage "{until}": choose one of {", ".join(names)}.')
     course = course[: names.index(until or names[-1]) + 1]
+    if windows > scenes:
+        raise FoveateError(f"{windows} windows need as many scenes: {scenes} are too few.")
     out = make_folder(Path(out))
     with owned(out):
         if not resume and any((out / ended(name)).exists() for name in names):
@@ -92,6 +95,7 @@ def train_pocket(
         about = {
             "recipe": recipe,
             "seed": seed,
+            "tower": tower,
             "scenes": scenes,
             "windows": windows,
             "precision": precision,
@@ -100,7 +104,7 @@ def train_pocket(
         _note(out, about)
         run = _prepare(out, recipe, seed, scenes, windows, shape or {}, precision)
         if tower is not None and not (out / ended("tower")).exists():
-            _take_tower(run, Path(tower), out / ended("tower"))
+            _take_tower(run, tower, out / ended("tower"))
         for number, stage in enumerate(course):
             _train(out, run, stage, number, resume, checkpoint_every)
     return out / course[-1].name
@@ -110,21 +114,31 @@ def _note(out: Path, about: dict[str, Any]) -> None:
     """Write down what a run is made by; stages that it has finished must be the same."""
     note = out / NOTE
     if note.exists():
-        earlier = json.loads(note.read_text("utf-8"))
-        done = [stage for stage in earlier["stages"] if (out / ended(stage["name"])).exists()]
-        now = json.loads(json.dumps(about))
-        if done and (earlier["recipe"], earlier["seed"]) != (about["recipe"], about["seed"]):
-            raise FoveateError(
-                f"{out} holds a run of recipe {earlier['recipe']} and seed {earlier['seed']}: "
-                "choose another folder."
-            )
-        for stage in done:
-            if stage not in now["stages"] and stage["name"] in [s["name"] for s in now["stages"]]:
+        earlier = _noted(note)
+        done = {s["name"]: s for s in earlier["stages"] if (out / ended(s["name"])).exists()}
+        made = [(key, earlier[key], about[key]) for key in ("recipe", "seed", "tower")]
+        for key, before, now in made if done else ():
+            if before != now:
+                raise FoveateError(
+                    f"{out} holds a run with {key} {before}, not {now}: choose another folder."
+                )
+        for stage in json.loads(json.dumps(about["stages"])):
+            if stage != done.get(stage["name"], stage):
                 raise FoveateError(
                     f"{out} holds stage {stage['name']}, trained with other numbers: choose "
                     "another folder."
                 )
     write_text(note, json.dumps(about, indent=1))
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    try:
+        return json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FoveateError(
+            f"{note} cannot be read: delete it, if all stages in its folder were made by this "
+            "same command."
+        ) from error
 
 
 def _prepare(
@@ -147,8 +161,11 @@ def _prepare(
     return Run(model, processor, pool, held, precision, seed)
 
 
-def _take_tower(run: Run, folder: Path, file: Path) -> None:
+def _take_tower(run: Run, tower: str, file: Path) -> None:
     """The first stage's end, with the vision tower of a saved pocket model."""
+    folder = build.WEIGHTS if tower == "pocket" else Path(tower)
+    if not (folder / "model.safetensors").exists():
+        raise FoveateError(f'{folder} holds no trained model: give one, or "pocket".')
     taken = compat_parts.image_tower(build.load_pocket(folder)[0])
     try:
         compat_parts.image_tower(run.model).load_state_dict(taken.state_dict())
