@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.backends.vllm import compat, watch
 from foveate.backends.vllm import rows as paged
-from foveate.backends.vllm import watch
 from foveate.backends.vllm.admission import check_text
 from foveate.backends.vllm.asked import IMAGES, KEY, asked, first_edited, visual
 from foveate.backends.vllm.blocks import readable, with_method
@@ -302,6 +302,12 @@ def test_one_text_stands_for_all_spellings() -> None:
 def test_what_cannot_run_is_refused_in_one_sentence(text: Any, sentence: str) -> None:
     with pytest.raises(FoveateError, match=sentence):
         check_text(params(text))
+
+
+def test_methods_are_refused_beside_adapters() -> None:
+    compat.refuse_adapters(SimpleNamespace(lora_config=None))
+    with pytest.raises(FoveateError, match="adapter merged into the model"):
+        compat.refuse_adapters(SimpleNamespace(lora_config=object()))
 
 
 def test_a_step_that_was_not_edited_stops_the_engine() -> None:

@@ -7,8 +7,7 @@
 A job names a model's folder, requests (method, pictures, prompt text), the engine's options and the
 file that gets, per turn and request, the prompt's ids, the greedy tokens and the whole
 vocabulary's log-probabilities (steps, V). With "in order" vLLM answers one request after the other;
-"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request, "lora" is the
-folder of an adapter.
+"ids" stands for a prompt's text, "fresh" empties the prefix cache before the request.
 """
 
 from __future__ import annotations
@@ -117,7 +116,6 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     import torch
     from PIL import Image
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     sizes = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_memory_bytes": 2**28}
     sizes |= {"limit_mm_per_prompt": {"image": 2}, "max_logprobs": -1}
@@ -140,9 +138,6 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                 extra_args=method,
             )
         )
-    named = sorted({asked["lora"] for asked in job["requests"] if "lora" in asked})
-    each = {path: LoRARequest(path, number, path) for number, path in enumerate(named, 1)}
-    loras = [each.get(asked.get("lora")) for asked in job["requests"]]
     turns = []
     for _ in range(job.get("turns", 1)):
         answers, done = [], []
@@ -152,7 +147,7 @@ def _vllm(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
                     llm.reset_prefix_cache()
                 done += llm.generate(prompt, how, use_tqdm=False)
         else:
-            done = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+            done = llm.generate(prompts, params, use_tqdm=False)
         for out in done:
             steps = out.outputs[0].logprobs
             rows = [[step[t].logprob for t in range(len(step))] for step in steps]

@@ -8,9 +8,10 @@ to which request. `plan` decides once per step which rows are edited. `rows` sho
 columns that it needs and one more for the rest of the row; `cache` reads them from the KV cache.
 `backend` puts the result into what the attention kernel gave. `hidden` lets a method read what
 enters a layer, `prompts` a whole prompt's, and `logits` edits the next token's. `blocks` keeps
-edited blocks of the KV cache apart from plain ones. `watch` stops a step that was not edited and
-counts what was, `count` brings that to the client. `engine` asks a vLLM of our own, and `reading`
-brings attention back from it. `compat` names every place of vLLM that is not a plug-in.
+edited blocks of the KV cache apart from plain ones. `second` makes the prompt of a second stream,
+and `twins` keeps it in step with its request. `watch` stops a step that was not edited and counts
+what was, `count` brings that to the client. `engine` asks a vLLM of our own, and `reading` brings
+attention back from it. `compat` and `compat_twins` name every place of vLLM that is not a plug-in.
 
 On GPUs `gpus` takes the place of `backend`, `strided` of `cache`, with the Triton `kernels`, and
 `compat_gpus` names what is replaced besides. `runners` knows the rows of both model runners, and

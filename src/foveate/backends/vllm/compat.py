@@ -101,11 +101,10 @@ def _admission() -> None:
             try:
                 if asked(request.sampling_params) or asked_to_read(request.sampling_params):
                     refuse_other_devices()
+                    refuse_adapters(self.vllm_config)
                 stack = admit(self.vllm_config.model_config.hf_config, request)
-                if stack is not None:
-                    refuse_adapters(self.vllm_config, stack, request.lora_request)
-                    if stack.owner is not None:
-                        refuse_second_streams(self.vllm_config)
+                if stack is not None and stack.owner is not None:
+                    refuse_second_streams(self.vllm_config)
             except FoveateError as error:
                 raise VLLMValidationError(str(error)) from error
             return request
@@ -158,29 +157,12 @@ def on_gpus() -> bool:
     return bool(current_platform.is_cuda())
 
 
-def refuse_adapters(config: Any, stack: Any, adapter: Any) -> None:
-    """Refuse methods that are not exact where vLLM serves LoRA adapters.
-
-    Args:
-        config: vLLM's configuration. stack: the methods. adapter: of the request, or None.
-
-    Raises:
-        FoveateError: with the reason.
-    """
-    if config.lora_config is None:
-        return
-    if adapter is None and on_cpus():
+def refuse_adapters(config: Any) -> None:
+    """Refuse methods and readers where vLLM serves LoRA adapters."""
+    if config.lora_config is not None:
         raise FoveateError(
-            "On CPUs vLLM computes requests without an adapter with one of others in their batch, "
-            f"so {stack} would not be the model's: ask for an adapter, or start vLLM without "
-            "--enable-lora."
-        )
-    inside = [m.name for m in stack.methods if m.wants("before")]
-    if inside:
-        raise FoveateError(
-            f"{' and '.join(inside)} asks what layers would say, which vLLM's LoRA adapters do not "
-            "answer outside of their own step: merge the adapter into the model, or use another "
-            "method, such as clvs(stop_threshold=0)."
+            "foveate's methods do not run beside LoRA adapters in vLLM: start it without "
+            "--enable-lora and with the adapter merged into the model, or ask without a method."
         )
 
 
