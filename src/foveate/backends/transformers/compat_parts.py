@@ -108,7 +108,7 @@ def projector(model: Any) -> Any:
 
 def _projector_place(model: Any) -> tuple[nn.Module, str] | None:
     core = getattr(model, "model", None)
-    owners = {
+    owners: dict[str, Any] = {
         "multi_modal_projector": core,
         "merger": getattr(core, "visual", None),  # Qwen and GLM-V
         "modality_projection": getattr(core, "connector", None),  # Idefics3 and SmolVLM
@@ -120,7 +120,7 @@ def merged_width(model: Any) -> int | None:
     """The width of what stands for one token at the entry of the projector, where patches are
     merged before it or in it; None where every patch is a token."""
     module, config = projector(model), model.config
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if hasattr(module, "avg_pool"):  # Gemma 3
         return vision.hidden_size
     if hasattr(image_tower(model), "downsample"):  # GLM-V
