@@ -37,7 +37,7 @@ def test_a_step_is_learnt_and_what_was_learnt_answers(model: VLM, tmp_path: Path
     writer = Writer(model.processor, model.model.config)
     examples = [writer.example(row) for row in read(tmp_path / "data.jsonl", None)]
     if model.name == "gemma3":  # line breaks around its picture join those of the template
-        with pytest.raises(FoveateError, match="in another way than by itself.*cannot be trained"):
+        with pytest.raises(FoveateError, match=r"by itself.*cannot be trained"):
             writer.batch(examples)
         return
     batch = writer.batch(examples)
