@@ -380,7 +380,20 @@ def test_ctrl_c_says_how_to_go_on(data: Path, small: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("base", ["frozen", "lora", "full"])
-@pytest.mark.parametrize("family", ["llava_onevision", "llava_next", "llava"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava_onevision",
+        "llava_next",
+        "llava",
+        "qwen2_5_vl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3_vl", "internvl", "smolvlm", "gemma3", "glm4v")
+            if name in models.FAMILIES
+        ),
+    ],
+)
 def test_the_families_that_cli_serves_learn_from_a_step(family: str, base: str) -> None:
     if base == "lora":
         pytest.importorskip("peft", reason="LoRA needs the extra: train")

@@ -80,9 +80,9 @@ def check(
         if isinstance(result, Broken):
             checked.broken.append(result)
             continue
-        example, visual = result
-        length = len(example.ids) - len(example.images) + visual
-        start = example.start and example.start - len(example.images) + visual
+        example, more = result
+        length = len(example.ids) + more
+        start = example.start and example.start + more
         if length > max_length:
             kind = f"longer than {max_length} tokens"
             checked.broken.append(Broken(row.line, row.id, kind, f"{length} tokens"))
@@ -102,7 +102,7 @@ def check(
 def _looked(
     row: Conversation, writer: Writer, sizes: dict[Path, tuple[int, int] | str]
 ) -> tuple[Example, int] | Broken:
-    """A row as it will be written, and its visual tokens."""
+    """A row as it will be written, and how many tokens its pictures add to it."""
     seen = [sizes[image] for image in row.images]
     bad = next((size for size in seen if isinstance(size, str)), None)
     if bad is not None:
@@ -110,7 +110,8 @@ def _looked(
     if special := writer.special(row):
         return Broken(row.line, row.id, "texts with a special token of the model", special)
     try:
-        return writer.example(row), writer.visual(tuple(s for s in seen if not isinstance(s, str)))
+        written = writer.written(tuple(s for s in seen if not isinstance(s, str)))
+        return writer.example(row), sum(map(len, written)) - len(written)
     except (FoveateError, ValueError) as error:
         return Broken(row.line, row.id, "refused by the model's processor", str(error))
 

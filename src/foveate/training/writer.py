@@ -24,6 +24,7 @@ from ..core.visual import visual_token_ids
 from .conversations import Conversation
 
 IGNORE = -100
+Sizes = tuple[tuple[int, int], ...]  # width and height of the pictures of one prompt
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ class Writer:
         if self.tokenizer.eos_token is None:
             raise FoveateError("The model's tokenizer has no end token, so no answer would end.")
         self.image_id = visual_token_ids(config)[0]
-        self.mark = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        named = self.tokenizer.get_vocab().get(getattr(processor, "image_token", None))
+        self.mark_id = self.image_id if named is None else named  # Gemma's text has another token
+        self.mark = self.tokenizer.convert_ids_to_tokens(self.mark_id)
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        self.places = "mrope_section" not in rope  # else the model finds positions by its pictures
         self.ends = {self.tokenizer.eos_token_id, *ends}
         self.end_texts = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
         self.specials = [t for t in {*self.tokenizer.all_special_tokens, self.mark} if t]
-        self.visual = functools.lru_cache(maxsize=None)(self._visual)
+        self.written = functools.lru_cache(maxsize=None)(self._written_for)
 
     def special(self, row: Conversation) -> str | None:
         """A special token of the model in a row's text, which would not be read as text."""
@@ -108,7 +113,7 @@ class Writer:
                 if ids[at] in self.ends:
                     break
                 at += 1
-        pictures = [i for i, token in enumerate(ids) if token == self.image_id]
+        pictures = [i for i, token in enumerate(ids) if token == self.mark_id]
         if len(pictures) != len(row.images):
             raise FoveateError("its chat template writes another number of images than were given")
         start = pictures[-1] + 1 if pictures else 0
@@ -120,9 +125,12 @@ class Writer:
         Raises:
             FoveateError: where the tokens between pictures are not those of the plain text.
         """
-        inputs = self._inputs(examples)
-        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), examples, strict=True)
+        inputs, sizes = self._inputs(examples)
+        real = inputs["attention_mask"].bool()
+        rows = zip(inputs["input_ids"], real, examples, sizes, strict=True)
         inputs["labels"] = torch.stack([self._labels(*row) for row in rows])
+        if not self.places:
+            return inputs
         positions = inputs["attention_mask"].cumsum(1) - 1
         return inputs | {"position_ids": positions.clamp(min=0)}
 
@@ -132,9 +140,9 @@ class Writer:
         They share what comes up to the picture; each further token sees that and its own
         conversation, in a mask (B, 1, S, S) bool, at the positions it would have alone.
         """
-        inputs = self._inputs([group[0] for group in groups])
+        inputs, sizes = self._inputs([group[0] for group in groups])
         ids, real = inputs.pop("input_ids"), inputs.pop("attention_mask").bool()
-        parts = [self._pack(*one) for one in zip(ids, real, groups, strict=True)]
+        parts = [self._pack(*one) for one in zip(ids, real, groups, sizes, strict=True)]
         blanks = (self.tokenizer.pad_token_id, IGNORE, 0, -1)
         tokens, labels, positions, segments = (
             pad_sequence(list(part), batch_first=True, padding_value=blank, padding_side="left")
@@ -151,14 +159,15 @@ class Writer:
         }
 
     def _pack(
-        self, ids: Tensor, real: Tensor, group: Sequence[Example]
+        self, ids: Tensor, real: Tensor, group: Sequence[Example], sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, labels, positions and segments (0 what is shared, then 1, 2, ...) of a group.
 
         Args:
             ids, real: (S,), the first conversation with its visual tokens.
+            sizes: of the pictures.
         """
-        labels = self._labels(ids, real, group[0])[real]
+        labels = self._labels(ids, real, group[0], sizes)[real]
         first = ids[real]
         pictures = (first == self.image_id).nonzero()
         start = int(pictures[-1]) + 1 if len(pictures) else 0
@@ -187,37 +196,51 @@ class Writer:
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _inputs(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[Sizes]]:
+        """What the model wants of conversations, and the sizes of the pictures of each."""
         images = [[decode(path) for path in example.images] for example in examples]
-        return dict(
-            self.processor(
-                text=[example.text for example in examples],
-                images=images if any(images) else None,
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=self._adds(examples[0].text),
-            )
+        inputs = self.processor(
+            text=[example.text for example in examples],
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=self._adds(examples[0].text),
         )
+        return dict(inputs), [tuple(image.size for image in some) for some in images]
 
-    def _labels(self, ids: Tensor, real: Tensor, example: Example) -> Tensor:
-        """Labels (S,) of a row (S,) in which each picture has become its visual tokens."""
-        spoken = real & (ids != self.image_id)
-        pairs = zip(example.ids, example.learnt, strict=True)
-        plain = [(token, mine) for token, mine in pairs if token != self.image_id]
-        if ids[spoken].tolist() != [token for token, _ in plain]:
+    def _labels(self, ids: Tensor, real: Tensor, example: Example, sizes: Sizes) -> Tensor:
+        """Labels (S,) of a row (S,) in which each picture has become what stands for it."""
+        pictures = iter(self.written(sizes))
+        tokens: list[int] = []
+        learnt: list[bool] = []
+        for token, mine in zip(example.ids, example.learnt, strict=True):
+            more = next(pictures) if token == self.mark_id else (token,)
+            tokens += more
+            learnt += [mine] * len(more)
+        if ids[real].tolist() != tokens:
             raise FoveateError(
-                "This model's processor writes more than visual tokens for a picture, so that "
+                "This model's processor writes a picture in another way than by itself, so that "
                 "answers cannot be found among its tokens: it cannot be trained here."
             )
         labels = torch.full_like(ids, IGNORE)
-        mine = torch.tensor([mine for _, mine in plain])
-        labels[spoken] = torch.where(mine, ids[spoken], IGNORE)
+        labels[real] = torch.where(torch.tensor(learnt), ids[real], IGNORE)
         return labels
 
-    def _visual(self, sizes: tuple[tuple[int, int], ...]) -> int:
-        """Visual tokens of pictures of these sizes in one prompt, as the processor counts them."""
+    def _written_for(self, sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+        """The tokens that stand for each of the pictures of these sizes in one prompt."""
         if not sizes:
-            return 0
-        blank = [Image.new("RGB", size) for size in sizes]
-        out = self.processor(text=[self.mark * len(sizes)], images=[blank], return_tensors="pt")
-        return int((out["input_ids"] == self.image_id).sum())
+            return ()
+        blank, border = [Image.new("RGB", size) for size in sizes], self.tokenizer.eos_token
+        out = self.processor(
+            text=[border.join([self.mark] * len(sizes))],
+            images=[blank],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        written: list[list[int]] = [[]]
+        for token in out["input_ids"][0].tolist():
+            if token == self.tokenizer.eos_token_id:
+                written.append([])
+            else:
+                written[-1].append(token)
+        return tuple(map(tuple, written))
