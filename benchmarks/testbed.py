@@ -39,7 +39,7 @@ def record(name: str, run: Path | None, n: int, seed: int, results: Path = RESUL
 
 
 def told(run: Path) -> dict[str, Any]:
-    """By the run's log, per stage: minutes of training, and the last accuracies on held-out data."""
+    """By the run's log, per stage: minutes of training, last accuracies on held-out data."""
     minutes: dict[str, float] = {}
     accuracies: dict[str, dict[str, float]] = {}
     for line in (run / "log.jsonl").read_text("utf-8").splitlines():
