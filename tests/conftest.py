@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # what families of tests/newer.py run: what holds for every method, and the methods' references
 NEWER_RUN = (
-    "models", "invariants", "families", "probe", "clvs", "deco", "dola", "icd",
+    "models", "invariants", "families", "probe", "adhh", "clvs", "deco", "dola", "icd",
     "image_attention", "m3id", "pai", "sid", "spin", "var", "vcd",
 )  # fmt: skip
 
