@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # what families of tests/newer.py run: what holds for every method, and the methods' references
 NEWER_RUN = (
-    "models", "invariants", "families", "probe", "cli", "clvs", "deco", "dola", "icd",
-    "image_attention", "m3id", "pai", "sid", "spin", "tuning", "var", "vcd",
+    "models", "invariants", "families", "probe", "adhh", "cli", "clvs", "deco", "dola",
+    "icd", "image_attention", "m3id", "pai", "sid", "spin", "tuning", "var", "vcd",
 )  # fmt: skip
 
 

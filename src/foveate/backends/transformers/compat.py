@@ -162,12 +162,16 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
 
 
 def head_counts(config: Any) -> tuple[int, int]:
-    """Query heads and key/value heads of every attention layer; zeros where layers differ."""
+    """Query heads and key/value heads of every attention layer; 0 for a number that differs."""
+    heads = _one_number(config, "num_attention_heads", 0)
+    return heads, _one_number(config, "num_key_value_heads", heads)
+
+
+def _one_number(config: Any, name: str, otherwise: int) -> int:
     try:
-        heads = config.num_attention_heads
-        return heads, getattr(config, "num_key_value_heads", heads)
+        return getattr(config, name, otherwise)
     except Exception:  # how transformers refuses to name one number for layers that differ
-        return 0, 0
+        return 0
 
 
 def _has_switch(config: Any) -> bool:
