@@ -24,7 +24,6 @@ METHODS = [
     "",
 ]
 SECOND = [
-    "vcd(beta=0)",
     "",
     "m3id(forgetting=0.1, beta=0)",
     "pai(gamma=1.5, plausibility=0)",
@@ -41,9 +40,9 @@ def test_a_family_answers_as_in_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", ["qwen2_5_vl"])
 def test_second_streams_of_a_family(name: str, tmp_path: Path) -> None:
-    check(name, SECOND[:2] if name == "gemma3" else SECOND, tmp_path)
+    check(name, SECOND, tmp_path)
 
 
 def check(name: str, methods: list[str], tmp_path: Path) -> None:

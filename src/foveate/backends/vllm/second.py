@@ -48,6 +48,12 @@ def second(stack: Stack, config: Any, ids: list[int], visual: Tensor, features: 
     """
     assert stack.owner is not None
     owner, pixels = stack.methods[stack.owner], _pixels(features)
+    if owner.needs_pixels and getattr(config, "model_type", "llava") != "llava":
+        raise FoveateError(
+            f"{owner.name} changes pixels, and in vLLM that is held against transformers for "
+            f"LLaVA-1.5 alone, not for {config.model_type}: use foveate serve, or a method such as "
+            "m3id."
+        )
     mask = torch.ones(1, len(ids), dtype=torch.long)
     split = functools.partial(_pictures, config, features)
     tokens = torch.tensor([ids])
