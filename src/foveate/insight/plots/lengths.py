@@ -12,7 +12,9 @@ from .style import QUIET, SERIES, check_path
 if TYPE_CHECKING:
     from ...evaluation.lengths import Lengths
 
-MOST = 6  # methods that have a colour; more are drawn by their whole captions alone
+MOST = len(SERIES)  # methods that have a colour; more are drawn by their whole captions alone
+MARKS = "o^vPX"  # the first for the first methods that have a colour, and so on
+SAMPLED = "D"
 
 
 def show_lengths(lengths: Lengths, title: str, path: str | Path) -> Path:
@@ -24,8 +26,8 @@ def show_lengths(lengths: Lengths, title: str, path: str | Path) -> Path:
     """
     path = check_path(path)
     plain, *others = lengths.curves
-    colors = itertools.cycle(SERIES)
-    styled = [(curve, next(colors)) for curve in others]
+    looks = itertools.cycle((mark, color) for mark in MARKS for color in SERIES)
+    styled = [(curve, *look) for curve, look in zip(others, looks, strict=False)]
 
     def panel(axes: Any, measure: str) -> None:
         def places(curve: Any) -> tuple[list[float], list[float]]:
@@ -34,13 +36,13 @@ def show_lengths(lengths: Lengths, title: str, path: str | Path) -> Path:
         recall, chair = places(plain)
         axes.plot(recall, chair, "--", color=QUIET, lw=1.6, label="vanilla, cut")
         axes.plot(recall[-1:], chair[-1:], "s", color=QUIET, ms=7, label="vanilla")
-        for number, (curve, color) in enumerate(styled):
+        for number, (curve, mark, color) in enumerate(styled):
             recall, chair = places(curve)
             if number < MOST:
                 axes.plot(recall, chair, "-", color=color, lw=1.2, alpha=0.6)
-            mark = "D" if curve.method.startswith("vanilla,") else "o"
+            mark = SAMPLED if curve.method.startswith("vanilla,") else mark
             axes.plot(recall[-1:], chair[-1:], mark, color=color, ms=7, label=curve.method)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
         axes.grid(color="#e4e4ea", lw=0.8)
         axes.set_axisbelow(True)
 
