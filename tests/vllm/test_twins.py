@@ -88,10 +88,12 @@ def test_second_streams_give_the_answers_of_transformers(
 def settings(**changed: Any) -> Any:
     """What vLLM is started with, as far as second streams mind."""
     given = {"policy": "fcfs", "max_num_seqs": 2, "mm_processor_cache_type": "lru"}
-    given |= {"kv_transfer_config": None, "ec_transfer_config": None} | changed
+    given |= {"kv_transfer_config": None, "ec_transfer_config": None, "use_v2_model_runner": False}
+    given |= changed
     every = SimpleNamespace(**given)
     return SimpleNamespace(
         scheduler_config=every,
+        use_v2_model_runner=every.use_v2_model_runner,
         model_config=SimpleNamespace(multimodal_config=every),
         kv_transfer_config=every.kv_transfer_config,
         ec_transfer_config=every.ec_transfer_config,
@@ -106,6 +108,7 @@ def settings(**changed: Any) -> Any:
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"ec_transfer_config": object()}, "encoder connector"),
         ({"mm_processor_cache_type": "shm"}, "shared-memory cache"),
+        ({"use_v2_model_runner": True}, "V2 model runner"),
     ],
 )
 def test_a_scheduler_of_other_rules_is_refused(changed: dict[str, Any], reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ def _birth() -> None:
     def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
         def preprocess_add_request(self: Any, request: Any) -> Any:
             made, wave = plain(self, request)
-            couple(self, made)
+            couple(self, made, made._block_hasher)
             return made, wave
 
         return preprocess_add_request
@@ -46,7 +47,10 @@ def _scheduler() -> None:
 
     def planning(plain: Callable[..., Any]) -> Callable[..., Any]:
         def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return twins.schedule(plain, self, *args, **kwargs)
+            def preempt(request: Any) -> None:
+                self._preempt_request(request, time.monotonic())
+
+            return twins.schedule(plain, preempt, self, *args, **kwargs)
 
         return schedule
 

@@ -16,7 +16,6 @@ The twin is born in the engine's process and ends with its request. No client se
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,11 +42,11 @@ class Coupled(Request):
 
     @property
     def num_tokens(self) -> int:
-        return len(self._all_token_ids) - self.waits
+        return super().num_tokens - self.waits
 
     @property
     def num_tokens_with_spec(self) -> int:
-        return len(self._all_token_ids) + len(self.spec_token_ids) - self.waits
+        return super().num_tokens_with_spec - self.waits
 
     @property
     def leads(self) -> bool:
@@ -109,11 +108,12 @@ def pairs_of(scheduler: Any) -> Pairs:
 # -- a twin is born --------------------------------------------------------------------------------
 
 
-def couple(core: Any, request: Any) -> None:
+def couple(core: Any, request: Any, hasher: Any) -> None:
     """Give a request that asks for a second stream its twin.
 
     Args:
-        core: vLLM's `EngineCore`. request: its `Request`; changed in place.
+        core: vLLM's `EngineCore`. request: its `Request`; changed in place. hasher: what makes the
+            keys of its blocks.
 
     Raises:
         FoveateError: the two do not fit into the cache.
@@ -154,7 +154,7 @@ def couple(core: Any, request: Any) -> None:
         lora_request=request.lora_request,
         cache_salt=request.cache_salt,
         priority=request.priority,
-        block_hasher=request._block_hasher,
+        block_hasher=hasher,
     )
     request.__class__ = Coupled
     request.pair = twin.pair = Pair(request, twin, read.ahead)
@@ -189,8 +189,14 @@ def add(plain: Callable[..., Any], scheduler: Any, request: Any) -> None:
 # -- a step is planned -----------------------------------------------------------------------------
 
 
-def schedule(plain: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Scheduler.schedule`: with both or neither of every pair."""
+def schedule(
+    plain: Callable[..., Any],
+    preempt: Callable[[Any], None],
+    scheduler: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`Scheduler.schedule`: with both or neither of every pair; `preempt` takes one's blocks."""
     pairs = pairs_of(scheduler).alive
     if not pairs:
         return plain(scheduler, *args, **kwargs)
@@ -218,7 +224,7 @@ def schedule(plain: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: An
         planned_here = pair.twin.request_id in planned.num_scheduled_tokens
         pair.over |= planned_here and pair.twin.num_computed_tokens >= pair.twin.num_prompt_tokens
     if not planned.total_num_scheduled_tokens:
-        _make_way(scheduler)
+        _make_way(scheduler, preempt)
     return planned
 
 
@@ -256,7 +262,7 @@ def _call_back(scheduler: Any) -> None:
                 scheduler.waiting.prepend_request(one)
 
 
-def _make_way(scheduler: Any) -> None:
+def _make_way(scheduler: Any, preempt: Callable[[Any], None]) -> None:
     """Nothing could be planned: where pairs wait for room, the last of the running leaves."""
     running = scheduler.running
     idle = scheduler.pause_state == PauseState.UNPAUSED and len(running) > 1
@@ -272,7 +278,7 @@ def _make_way(scheduler: Any) -> None:
     ]
     held = any(pair.may_go_on() for pair in halves if not pair.ahead)
     if held or any(x not in scheduler.deferred_waiting for x in missing):
-        scheduler._preempt_request(running.pop(), time.monotonic())
+        preempt(running.pop())
 
 
 # -- a pair ends -----------------------------------------------------------------------------------
