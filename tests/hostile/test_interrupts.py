@@ -22,7 +22,7 @@ import torch
 
 import foveate
 from foveate import VLM, enhance
-from foveate.backends.transformers import compat
+from foveate.backends.transformers import compat, rotary
 from foveate.backends.transformers import enhance as enhancing
 from foveate.backends.transformers.attention import _users
 from foveate.backends.transformers.enhance import _enhanced
@@ -179,6 +179,18 @@ def test_at_every_line_of_entering_and_leaving(stack: str, family: str, fails: b
                 raise ZeroDivisionError
 
     assert at_every_line(block, case.check, step=max(1, 10_000 // TRIES)) > 300
+    case.check(exact=True)
+
+
+def test_looking_how_keys_turn_leaves_attention_as_it_was() -> None:
+    case = Model()
+    decoder = case.model.get_decoder()
+
+    def block() -> None:
+        rotary._turning.clear()
+        rotary.turns(case.model, decoder, 0, torch.device("cpu"))
+
+    assert at_every_line(block, case.check) > 20
     case.check(exact=True)
 
 

@@ -148,6 +148,8 @@ def _remove(handler: _Handler | None, frame: FrameType | None) -> None:
 
 
 class _Whole(AbstractContextManager[T], Generic[T]):
+    used = True  # until it is made
+
     def __init__(self, name: str, inner: AbstractContextManager[T]) -> None:
         self.name, self.inner = name, inner
         self.handler: _Handler | None = None

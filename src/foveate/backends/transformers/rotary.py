@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...base.errors import FoveateError
+from ...base.interrupts import whole
 from . import compat
 
 _turning: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
@@ -68,13 +69,9 @@ def _turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
 
     axes = compat.position_axes(model)
     by = torch.tensor(_PLACES[:axes], device=place)[:, None, None]
-    compat.register_attention(_PROBE, look, like="sdpa")
-    try:
-        with compat.attending(decoder.config, _PROBE), torch.no_grad():
-            for positions in (torch.zeros_like(by), by):
-                _read(decoder, positions if axes > 1 else positions[0], place)
-    finally:
-        compat.forget_attention(_PROBE)
+    with _looking(decoder.config, look), torch.no_grad():
+        for positions in (torch.zeros_like(by), by):
+            _read(decoder, positions if axes > 1 else positions[0], place)
     if len(found) != 2:
         return True  # its attention was not reached, which the checks of a block name
     (module, before), (_, after) = found
@@ -90,6 +87,17 @@ def _turns(model: Any, decoder: Any, layer: int, place: torch.device) -> bool:
             "positions off, as in clvs(unified_positions=False)."
         )
     return True
+
+
+@whole
+def _looking(config: Any, look: Callable[..., Any]) -> Iterator[None]:
+    """Attention is `look` for a while."""
+    compat.register_attention(_PROBE, look, like="sdpa")
+    try:
+        with compat.attending(config, _PROBE):
+            yield
+    finally:
+        compat.forget_attention(_PROBE)
 
 
 def _read(decoder: Any, positions: Tensor, place: torch.device) -> None:
