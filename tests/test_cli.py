@@ -359,7 +359,7 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> li
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["folder", "hub"])
+@pytest.mark.parametrize("where", ["folder", pytest.param("hub", marks=pytest.mark.slow)])
 def test_an_evaluation_reads_the_files_once(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -592,7 +592,7 @@ def test_the_inductor_backend_gives_the_same_tokens() -> None:
     assert torch.allclose(torch.stack(got), torch.stack(want), atol=1e-4)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_graph_compiled_outside_is_not_reused_inside() -> None:
     model, inputs = models.build("llava"), models.inputs("llava")
     want = forward(model, inputs, CLVS(**FREE)).logits

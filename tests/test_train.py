@@ -163,7 +163,10 @@ def test_every_item_comes_once_per_epoch() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "first", "last"),
-    [("pictures-first", "tower", "caption"), ("language-first", "language", "tuning")],
+    [
+        ("pictures-first", "tower", "caption"),
+        pytest.param("language-first", "language", "tuning", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_continues_as_if_nothing_had_happened(
     tmp_path: Path, recipe: str, first: str, last: str
