@@ -207,7 +207,9 @@ def rounding(name: str) -> float:
     `test_decoding_equals_reading_from_the_start` measures what that does to the plain model.
     """
     kinds = compat.layer_kinds(compat.decoder_of(build(name)).config)
-    return 2e-4 if "linear_attention" in kinds else 2e-5
+    if "linear_attention" in kinds:
+        return 2e-4
+    return 4e-5 if name == "gemma4_moe" else 2e-5  # its router amplifies rounding
 
 
 def conversation(name: str, second: str, alone: bool = False) -> list[dict[str, Tensor]]:

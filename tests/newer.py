@@ -22,7 +22,10 @@ BEAMLESS = ("llama4",)
 features, which Llama 4 keeps under another name."""
 
 
-REFUSED = {"paligemma": ("avisc", "icd", "m3id", "pai", "sid", "vista")}
+REFUSED = {
+    "paligemma": ("avisc", "icd", "m3id", "pai", "sid", "vista"),
+    "gemma4_moe": ("memvr", "vista", "vti"),  # its feed-forward is no single module
+}
 """Methods that a family is refused, as `tests/test_invariants.py` finds."""
 
 

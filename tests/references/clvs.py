@@ -195,6 +195,8 @@ class Reference(FullMap):
             given["position_embeddings"] = self.rotation(positions)
         if given.get("position_ids") is not None:  # some scale queries by where they stand
             given["position_ids"] = self.positions[0, sample : sample + 1]
+        if given.get("shared_kv_states") is not None:  # where later layers find their keys
+            given["shared_kv_states"] = {}
         self.asked = []
         try:
             module(**given)

@@ -196,13 +196,14 @@ def refuse_second_streams(config: Any) -> None:
 
 def refuse_other_devices() -> None:
     """Refuse methods and readers on devices other than CPUs and NVIDIA's GPUs."""
+    if on_cpus() or on_gpus():
+        return
     from vllm.platforms import current_platform
 
-    if not (on_cpus() or on_gpus()):
-        raise FoveateError(
-            f"foveate's methods run in vLLM on CPUs and on NVIDIA's GPUs, and this is "
-            f"{current_platform.device_name}: ask without a method, or use foveate serve."
-        )
+    raise FoveateError(
+        f"foveate's methods run in vLLM on CPUs and on NVIDIA's GPUs, and this is "
+        f"{current_platform.device_name}: ask without a method, or use foveate serve."
+    )
 
 
 def _block_keys() -> None:
