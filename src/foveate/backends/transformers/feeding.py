@@ -146,7 +146,8 @@ class FeedForwards:
                 f"{self.stack.methods[acting[0]].name} edits the vision tower, which did not run "
                 "for this prompt: pass pixel_values instead of images that were encoded before."
             )
-        config, depth = self.model.config, self.model.config.vision_config.num_hidden_layers
+        config = self.model.config
+        depth = compat_parts.tower_depth(config) or 0
         used = [k if k >= 0 else depth + 1 + k for k in compat_parts.feature_layers(config)]
         missed = set(range(max(used, default=0))) - encoded  # blocks above need not run
         if acting and missed:
