@@ -238,6 +238,10 @@ def test_methods(run, folder):
     assert "no config.json" in one_sentence(run("methods", "--model", Path(__file__).parent))
 
 
+def test_doctor_names_the_families_of_the_tests():
+    assert set(doctor.FAMILIES) == {build().config.model_type for build in models.FAMILIES.values()}
+
+
 def test_doctor_says_what_is_wrong_by_its_exit_code(run, monkeypatch):
     good = doctor.Line("pocket model", "answers", True)
     monkeypatch.setattr(doctor, "_pocket", lambda: good)

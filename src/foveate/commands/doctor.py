@@ -42,6 +42,12 @@ FAMILIES = (
     "glm4v",
     "lfm2_vl",
     "kimi_k25",
+    "gemma4",
+    "llama4",
+    "paligemma",
+    "molmo2",
+    "minicpmv4_6",
+    "glm46v",
 )
 """The families that the tests cover. Others work where their attention goes through transformers'
 interface."""
