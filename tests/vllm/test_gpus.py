@@ -295,7 +295,7 @@ def test_a_step_of_the_second_runner_is_edited(
     model = SimpleNamespace(stack=lambda text: Stack(ANATOMY, parse(text)), shape=None)
     monkeypatch.setattr(step, "served", lambda: model)
     monkeypatch.setattr(gpus, "check", lambda *asked: True)
-    monkeypatch.setattr(gpus, "ranks", lambda: None)
+    monkeypatch.setattr(step, "ranks", lambda: None)
     cache, states = Cache(), States()
     slots = [9, 4, 11, 2, 0, 13, 7]
     processor = Requests(None, states)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 
-from ..transformers.rotary import rotary
-from . import rows, settings
+from . import settings
 from .cache import Packed
-from .hidden import ranks, served
 from .requests import ROWS
-from .step import planned
+from .step import edit_layer, number_of, planned
 
 
 class Builder(CPUAttentionMetadataBuilder):
@@ -61,26 +57,13 @@ class Impl(CPUAttentionBackendImpl):
         groups = getattr(attn_metadata, "foveate", None)
         if groups is None:
             return super().forward(*given, *args, **kwargs)
-        number = _number(layer.layer_name)
+        number = number_of(layer.layer_name)
         groups = [group for group in groups if number in group.layers]
         whole = [group for group in groups if group.rest is None and group.at_work(number)]
         if sum(len(group.places) for group in whole) < attn_metadata.num_actual_tokens:
             super().forward(*given, *args, **kwargs)
-        view = output.view(-1, self.num_heads, self.head_size)
-        asked = query.view(-1, self.num_heads, self.head_size)
-        for group in groups:
-            turn = functools.partial(_rotary, number)
-            rows.edit(group, number, asked, Packed(kv_cache), view, self.scale, turn, ranks())
+        edit_layer(self, number, groups, query, Packed(kv_cache), output)
         return output
-
-
-_number = functools.cache(extract_layer_index)
-
-
-def _rotary(number: int, like: Tensor) -> Any:
-    """Rotary embeddings of a layer."""
-    decoder = served().shape.decoder
-    return rotary(decoder, decoder.layers[number].self_attn, like)
 
 
 class Backend(CPUAttentionBackend):

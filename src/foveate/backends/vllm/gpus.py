@@ -20,13 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from ...base.errors import FoveateError
-from ..transformers.rotary import rotary
-from . import rows
 from .compat import _OTHERWISE, version
-from .hidden import ranks, served
 from .requests import ROWS
 from .settings import check
-from .step import planned
+from .step import edit_layer, number_of, planned
 from .strided import Strided
 
 PLACES = {  # the backend's name in vLLM -> module and class
@@ -98,16 +95,11 @@ class Editing:
         groups = getattr(attn_metadata, "foveate", None)
         if groups is None:
             return out
-        number = _number(layer.layer_name)
+        number = number_of(layer.layer_name)
         groups = [group for group in groups if number in group.layers]
-        if not groups:
-            return out
-        cache = self._cache(kv_cache, query, output)
-        view = output.view(-1, self.num_heads, self.head_size)
-        asked = query.view(-1, self.num_heads, self.head_size)
-        turn = functools.partial(_rotary, number)
-        for group in groups:
-            rows.edit(group, number, asked, cache, view, self.scale, turn, ranks())
+        if groups:
+            cache = self._cache(kv_cache, query, output)
+            edit_layer(self, number, groups, query, cache, output)
         return out
 
     def _cache(self, cache: Tensor, query: Tensor, output: Tensor) -> Strided:
@@ -124,19 +116,6 @@ class Editing:
                 f"which foveate does not know, so no row was edited: {_OTHERWISE}."
             )
         return Strided(cache, _kernels() if cache.is_cuda else None)
-
-
-@functools.cache
-def _number(layer_name: str) -> int:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(layer_name))
-
-
-def _rotary(number: int, like: Tensor) -> Any:
-    """Rotary embeddings of a layer."""
-    decoder = served().shape.decoder
-    return rotary(decoder, decoder.layers[number].self_attn, like)
 
 
 @functools.cache

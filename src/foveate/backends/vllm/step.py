@@ -1,12 +1,16 @@
-"""What is edited in a step, from what vLLM says of its batch before the forward."""
+"""What is edited in a step, from what vLLM says of its batch before the forward, and the edit."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
-from .hidden import served
+from ..transformers.rotary import rotary
+from . import rows as arithmetic
+from .cache import Cache
+from .hidden import ranks, served
 from .logits import TWINS, speaking
 from .plan import Live, plan
 from .prompts import readings
@@ -40,3 +44,33 @@ def planned(common: Any, table: Tensor, size: int, lives: dict[int, Live]) -> li
         return None
     expect(groups)
     return groups
+
+
+@functools.cache
+def number_of(layer_name: str) -> int:
+    """A layer's number."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(layer_name))
+
+
+def edit_layer(
+    impl: Any, number: int, groups: list[Any], query: Tensor, cache: Cache, output: Tensor
+) -> None:
+    """Put a layer's edited rows into what its kernel gave.
+
+    Args:
+        impl: vLLM's attention of the layer. groups: those that it edits. query, output: of all
+            rows, (tokens, H * D) or (tokens, H, D); output is changed in place.
+    """
+    shape = -1, impl.num_heads, impl.head_size
+    turn = functools.partial(_rotary, number)
+    for group in groups:
+        given = query.view(shape), cache, output.view(shape), impl.scale, turn, ranks()
+        arithmetic.edit(group, number, *given)
+
+
+def _rotary(number: int, like: Tensor) -> Any:
+    """Rotary embeddings of a layer."""
+    decoder = served().shape.decoder
+    return rotary(decoder, decoder.layers[number].self_attn, like)
