@@ -22,6 +22,21 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 10
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "chunks, small blocks, prefix cache": {
+        "options": {
+            "enable_chunked_prefill": True,
+            "max_num_batched_tokens": 64,
+            "block_size": 32,
+        },
+        "turns": 2,
+    },
+    "compiled": {"options": {"enforce_eager": False}},
+    "two ranks": {"options": {"tensor_parallel_size": 2}},
+    "preempted": {"options": {"kv_cache_memory_bytes": 9 * 2**20, "block_size": 32}},
+}
+"""How vLLM is started, and how often it is asked: what a job says beside its requests."""
 
 
 def pocket(folder: Path) -> Path:
@@ -56,6 +71,12 @@ def requests(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
         prompt = f"USER: <image>\n{question} ASSISTANT:"
         out.append({"method": method, "images": [str(picture)], "prompt": prompt})
     return out
+
+
+def job(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """The pocket model asked with each method, without options."""
+    model, asked = pocket(folder / "pocket"), requests(folder, methods)
+    return {"model": str(model), "requests": asked, "out": str(folder / "answers")}
 
 
 def run(engine: str, job: dict[str, Any], **environment: str) -> Any:

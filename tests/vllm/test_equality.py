@@ -43,28 +43,11 @@ METHODS = [
     "",
 ]
 NEAR = 2e-4  # of a log-probability; the plain model's own difference is a third of that
-SETTINGS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "chunks, small blocks, prefix cache": {
-        "options": {
-            "enable_chunked_prefill": True,
-            "max_num_batched_tokens": 64,
-            "block_size": 32,
-        },
-        "turns": 2,
-    },
-    "compiled": {"options": {"enforce_eager": False}},
-    "two ranks": {"options": {"tensor_parallel_size": 2}},
-    "preempted": {"options": {"kv_cache_memory_bytes": 9 * 2**20, "block_size": 32}},
-}
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("vllm")
-    model = answers.pocket(folder / "pocket")
-    asked = answers.requests(folder, METHODS)
-    return {"model": str(model), "requests": asked, "out": str(folder / "answers")}
+    return answers.job(tmp_path_factory.mktemp("vllm"), METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +62,11 @@ def apart(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return float((one - two).abs().masked_fill(one == two, 0).max())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", answers.SETTINGS)
 def test_every_method_gives_the_answers_of_transformers(
     setting: str, job: dict[str, Any], reference: list[dict[str, Any]]
 ) -> None:
-    asked = job | SETTINGS[setting] | {"out": job["out"] + "-vllm"}
+    asked = job | answers.SETTINGS[setting] | {"out": job["out"] + "-vllm"}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if setting == "two ranks":
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

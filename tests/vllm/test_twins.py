@@ -37,19 +37,7 @@ METHODS = [
     "clvs(stop_threshold=0)+only(gamma=0, beta=0)",
     "",
 ]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "chunks, small blocks, prefix cache": {
-        "options": {
-            "enable_chunked_prefill": True,
-            "max_num_batched_tokens": 64,
-            "block_size": 32,
-        },
-        "turns": 2,
-    },
-    "compiled": {"options": {"enforce_eager": False}},
-    "two ranks": {"options": {"tensor_parallel_size": 2}},
-    "preempted": {"options": {"kv_cache_memory_bytes": 9 * 2**20, "block_size": 32}},
+SETTINGS: dict[str, dict[str, Any]] = answers.SETTINGS | {
     "in step": {"options": {"async_scheduling": False}},
     "three rows": {"options": {"max_num_seqs": 3}},
 }
@@ -57,10 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("twins")
-    model = answers.pocket(folder / "pocket")
-    asked = answers.requests(folder, METHODS)
-    return {"model": str(model), "requests": asked, "out": str(folder / "answers")}
+    return answers.job(tmp_path_factory.mktemp("twins"), METHODS)
 
 
 @pytest.fixture(scope="module")
