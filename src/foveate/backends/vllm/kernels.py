@@ -133,11 +133,16 @@ def summed(weights: Tensor, values: Tensor, number: Tensor) -> Tensor:
 
 @triton.jit
 def _changed(
-    place, kind, there, many,
+    place, kinds, here, columns, many,
     times_0, times_1, times_2, lift_0, lift_1, lift_2, agreed, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Scores (H, T) of some columns with the edit of scores; columns that are hidden are -inf."""
-    z = tl.load(place, mask=there, other=0.0)
+    """Scores (H, T) of the columns `here` with the edit of scores, and their kinds (T,).
+
+    Columns that are hidden, or that the row does not have, are -inf.
+    """
+    there = (many[:, None] < HEADS) & (here < columns)
+    kind = tl.load(kinds + here, mask=here < columns, other=0)
+    z = tl.load(place + here, mask=there, other=0.0)
     size = tl.abs(z)
     before, image, after = kind == 1, kind == 2, kind == 3
     gain = tl.where(before, times_0, tl.where(image, times_1, tl.where(after, times_2, 0.0)))
@@ -145,7 +150,7 @@ def _changed(
     z += gain * z + lift * size
     mean = tl.sum(tl.where(many[:, None] < HEADS, size, 0.0), 0) / HEADS
     z += tl.where(image, agreed, 0.0) * mean
-    return tl.where(kind == 0, float("-inf"), z)
+    return tl.where(kind == 0, float("-inf"), z), kind
 
 
 @triton.jit
@@ -177,10 +182,8 @@ def _edited(
     total = tl.zeros((H,), dtype=tl.float32)
     for at in range(0, columns, T):  # the softmax's maximum and sum
         here = at + column
-        there = (many[:, None] < HEADS) & (here < columns)
-        kind = tl.load(kinds + row * columns + here, mask=here < columns, other=0)
-        z = _changed(
-            place + here, kind, there, many,
+        z, kind = _changed(
+            place, kinds + row * columns, here, columns, many,
             times_0, times_1, times_2, lift_0, lift_1, lift_2, agreed, HEADS,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(z, 1))
@@ -192,10 +195,8 @@ def _edited(
         whole = tl.zeros((H,), dtype=tl.float32)
         for at in range(0, columns, T):
             here = at + column
-            there = (many[:, None] < HEADS) & (here < columns)
-            kind = tl.load(kinds + row * columns + here, mask=here < columns, other=0)
-            z = _changed(
-                place + here, kind, there, many,
+            z, kind = _changed(
+                place, kinds + row * columns, here, columns, many,
                 times_0, times_1, times_2, lift_0, lift_1, lift_2, agreed, HEADS,
             )  # fmt: skip
             a = tl.exp(z - top[:, None]) / total[:, None]
@@ -207,10 +208,8 @@ def _edited(
             tl.store(new + row * columns + here, after, mask=here < columns)
     for at in range(0, columns, T):
         here = at + column
-        there = (many[:, None] < HEADS) & (here < columns)
-        kind = tl.load(kinds + row * columns + here, mask=here < columns, other=0)
-        z = _changed(
-            place + here, kind, there, many,
+        z, kind = _changed(
+            place, kinds + row * columns, here, columns, many,
             times_0, times_1, times_2, lift_0, lift_1, lift_2, agreed, HEADS,
         )  # fmt: skip
         a = tl.exp(z - top[:, None]) / total[:, None]
@@ -220,6 +219,7 @@ def _edited(
                 a, before, kind, many, keep, take, pull, push, gate, HEADS, MEAN, UPDATED
             )
         target = out + (row * HEADS + many[:, None]) * columns + here
+        there = (many[:, None] < HEADS) & (here < columns)
         tl.store(target, a / whole[:, None], mask=there)
 
 
