@@ -11,7 +11,7 @@ brings a trained tower's pictures to it, then a short tuning of both.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from ..base.errors import FoveateError
 from .build import SYSTEM
@@ -88,8 +88,3 @@ def stages(recipe: str, settings: Iterable[str] = ()) -> tuple[Stage, ...]:
         budget = {"minutes": 0.0, "steps": 0} if number in ("minutes", "steps") else {}
         made[name] = replace(made[name], **(budget | {number: value}))
     return tuple(made.values())
-
-
-def told(stage: Stage) -> dict[str, object]:
-    """A stage's settings, ready for JSON."""
-    return {field.name: getattr(stage, field.name) for field in fields(stage)}

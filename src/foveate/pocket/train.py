@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..training.checkpoints import drop_checkpoints, own_memory, what_is_safe
 from ..training.loop import drawn, fit, start
 from . import build
 from .packed import LanguageLesson, quiz, read_texts, with_features
-from .recipes import PARTS, SYSTEMS, Stage, stages, told
+from .recipes import PARTS, SYSTEMS, Stage, stages
 from .tower import TowerLesson, tower_accuracy, tower_features
 
 NOTE = "recipe.json"  # in a run's folder: what it is trained by
@@ -99,7 +99,7 @@ def train_pocket(
             "scenes": scenes,
             "windows": windows,
             "precision": precision,
-            "stages": [told(stage) for stage in course],
+            "stages": [asdict(stage) for stage in course],
         }
         _note(out, about)
         run = _prepare(out, recipe, seed, scenes, windows, shape or {}, precision)
